@@ -1,0 +1,259 @@
+-- 20250130000000_core_schema: worlds, rulesets, entry_points, prompt_segments, games and turns, each only where missing.
+--
+--   psql "$DATABASE_URL" -v ON_ERROR_STOP=1 -f db/migrations/20250130000000_core_schema.sql     or: invoke prereqs
+--
+-- Atomic part  creates the missing tables with their keys, indexes, trigger and comments; a new table that points to one
+--              that stands takes SHARE ROW EXCLUSIVE on that one for an instant. Tables that stand keep what their owner
+--              gave them and are not locked; one that lacks a documented column, or has it in another form, is in the way.
+-- Online part  CREATE INDEX CONCURRENTLY for documented indexes that a standing table lacks.
+-- Run again    changes nothing, and where nothing is missing locks nothing.
+
+DO $migration$
+DECLARE
+  supabase CONSTANT boolean :=
+    EXISTS (SELECT FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid
+            WHERE c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = 'auth')
+              AND c.relname = 'users' AND a.attname = 'id' AND a.atttypid = 'uuid'::regtype)
+    AND EXISTS (SELECT FROM pg_proc WHERE proname = 'uid' AND pronargs = 0
+                  AND pronamespace = (SELECT oid FROM pg_namespace WHERE nspname = 'auth'))
+    AND to_regrole('service_role') IS NOT NULL AND to_regrole('authenticated') IS NOT NULL;
+  created text[] := '{}';
+  relation text;
+  obstacles text;
+BEGIN
+  IF current_setting('lock_timeout') = '0' THEN
+    PERFORM set_config('lock_timeout', '2s', true);
+  END IF;
+
+  -- A table that stands is used as it is: it must have the documented columns (! = NOT NULL).
+  SELECT string_agg(format('%s.%s is %s, promised: %s', documented.relation, split_part(spec, ' ', 1),
+                           coalesce(standing.form, 'missing'), promised.form), E'\n')
+    INTO obstacles
+    FROM (VALUES
+      ('worlds', 'id text!, version text!, status text!, doc jsonb!, created_at timestamptz!, updated_at timestamptz!'),
+      ('rulesets', 'id text!, version text!, status text!, doc jsonb!, created_at timestamptz!, updated_at timestamptz!'),
+      ('entry_points', 'id text!, slug text!, type text!, world_id text!, ruleset_id text!, title text!, subtitle text, description text!, synopsis text, status text!, visibility text!, content_rating text!, tags text[]!, content jsonb!, i18n jsonb!, search_text tsvector, sort_weight int!, popularity_score int!, created_at timestamptz!, updated_at timestamptz!'),
+      ('prompt_segments', 'id bigint!, scope text!, ref_id text, version text!, active boolean!, content text!, metadata jsonb!, created_at timestamptz!, updated_at timestamptz!'),
+      ('games', 'id uuid!, entry_point_id text!, entry_point_type text!, world_id text!, ruleset_id text!, owner_user_id uuid, state jsonb!, turn_count int!, status text!, created_at timestamptz!, updated_at timestamptz!'),
+      ('turns', 'id bigint!, game_id uuid!, idx int!, role text!, prompt_meta jsonb!, content jsonb!, costs jsonb!, created_at timestamptz!')
+    ) AS documented (relation, columns)
+    CROSS JOIN LATERAL string_to_table(documented.columns, ', ') AS spec
+    CROSS JOIN LATERAL (
+      SELECT format_type(to_regtype(rtrim(split_part(spec, ' ', 2), '!')), -1)
+             || CASE WHEN spec LIKE '%!' THEN ' NOT NULL' ELSE '' END
+    ) AS promised (form)
+    LEFT JOIN LATERAL (
+      SELECT format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END
+      FROM pg_attribute
+      WHERE attrelid = to_regclass(documented.relation) AND attname = split_part(spec, ' ', 1) AND attnum > 0 AND NOT attisdropped
+    ) AS standing (form) ON true
+   WHERE to_regclass(documented.relation) IS NOT NULL AND standing.form IS DISTINCT FROM promised.form;
+  IF obstacles IS NOT NULL THEN
+    RAISE EXCEPTION USING ERRCODE = 'TB002',
+      MESSAGE = 'a table of the core schema stands in another form: it is in the way',
+      DETAIL = obstacles,
+      HINT = 'Rename or move what stands there (ALTER TABLE … RENAME TO, or SET SCHEMA), then run '
+             'db/migrations/20250130000000_core_schema.sql (invoke prereqs) again. Nothing was changed.';
+  END IF;
+
+  IF to_regclass('worlds') IS NULL THEN
+    CREATE TABLE worlds (
+      id          text        CONSTRAINT worlds_pkey PRIMARY KEY,
+      version     text        NOT NULL DEFAULT '1.0.0',
+      status      text        NOT NULL DEFAULT 'active'
+        CONSTRAINT worlds_status_check CHECK (status IN ('draft', 'active', 'archived')),
+      doc         jsonb       NOT NULL DEFAULT '{}',
+      created_at  timestamptz NOT NULL DEFAULT now(),
+      updated_at  timestamptz NOT NULL DEFAULT now()
+    );
+    COMMENT ON TABLE worlds IS 'Worlds in which adventures take place';
+    created := created || 'worlds'::text;
+  END IF;
+
+  IF to_regclass('rulesets') IS NULL THEN
+    CREATE TABLE rulesets (
+      id          text        CONSTRAINT rulesets_pkey PRIMARY KEY,
+      version     text        NOT NULL DEFAULT '1.0.0',
+      status      text        NOT NULL DEFAULT 'active'
+        CONSTRAINT rulesets_status_check CHECK (status IN ('draft', 'active', 'archived')),
+      doc         jsonb       NOT NULL DEFAULT '{}',
+      created_at  timestamptz NOT NULL DEFAULT now(),
+      updated_at  timestamptz NOT NULL DEFAULT now()
+    );
+    COMMENT ON TABLE rulesets IS 'Rules that a game is played by';
+    created := created || 'rulesets'::text;
+  END IF;
+
+  IF to_regclass('entry_points') IS NULL THEN
+    CREATE TABLE entry_points (
+      id                text        CONSTRAINT entry_points_pkey PRIMARY KEY,
+      slug              text        NOT NULL CONSTRAINT entry_points_slug_key UNIQUE,
+      type              text        NOT NULL
+        CONSTRAINT entry_points_type_check CHECK (type IN ('adventure', 'scenario', 'sandbox', 'quest')),
+      world_id          text        NOT NULL
+        CONSTRAINT entry_points_world_id_fkey REFERENCES worlds (id) ON DELETE RESTRICT,
+      ruleset_id        text        NOT NULL
+        CONSTRAINT entry_points_ruleset_id_fkey REFERENCES rulesets (id) ON DELETE RESTRICT,
+      title             text        NOT NULL,
+      subtitle          text,
+      description       text        NOT NULL,
+      synopsis          text,
+      status            text        NOT NULL DEFAULT 'draft'
+        CONSTRAINT entry_points_status_check CHECK (status IN ('draft', 'active', 'archived')),
+      visibility        text        NOT NULL DEFAULT 'public'
+        CONSTRAINT entry_points_visibility_check CHECK (visibility IN ('public', 'unlisted', 'private')),
+      content_rating    text        NOT NULL DEFAULT 'safe'
+        CONSTRAINT entry_points_content_rating_check CHECK (content_rating IN ('safe', 'mature', 'explicit')),
+      tags              text[]      NOT NULL DEFAULT '{}',
+      content           jsonb       NOT NULL DEFAULT '{}',
+      i18n              jsonb       NOT NULL DEFAULT '{}',
+      search_text       tsvector,
+      sort_weight       int         NOT NULL DEFAULT 0,
+      popularity_score  int         NOT NULL DEFAULT 0,
+      created_at        timestamptz NOT NULL DEFAULT now(),
+      updated_at        timestamptz NOT NULL DEFAULT now()
+    );
+    CREATE INDEX idx_entry_points_type ON entry_points (type);
+    CREATE INDEX idx_entry_points_world ON entry_points (world_id);
+    CREATE INDEX idx_entry_points_ruleset ON entry_points (ruleset_id);
+    CREATE INDEX idx_entry_points_status_vis ON entry_points (status, visibility);
+    CREATE INDEX idx_entry_points_tags ON entry_points USING gin (tags);
+    CREATE INDEX idx_entry_points_search ON entry_points USING gin (search_text);
+    CREATE OR REPLACE FUNCTION update_entry_points_search_text() RETURNS trigger
+      LANGUAGE plpgsql
+      SET search_path = pg_catalog
+    AS $function$
+    BEGIN
+      NEW.search_text :=
+        setweight(to_tsvector('pg_catalog.english', coalesce(NEW.title, '')), 'A')
+        || setweight(to_tsvector('pg_catalog.english', coalesce(NEW.synopsis, '')), 'B')
+        || to_tsvector('pg_catalog.english', coalesce(NEW.description, ''))
+        || to_tsvector('pg_catalog.english', array_to_string(coalesce(NEW.tags, '{}'), ' '));
+      RETURN NEW;
+    END
+    $function$;
+    CREATE TRIGGER trigger_update_entry_points_search_text
+      BEFORE INSERT OR UPDATE OF title, synopsis, description, tags, search_text ON entry_points
+      FOR EACH ROW EXECUTE FUNCTION update_entry_points_search_text();
+    COMMENT ON TABLE entry_points IS 'Where players enter: adventures, scenarios, sandboxes and quests';
+    COMMENT ON COLUMN entry_points.search_text IS
+      'Kept up to date by a trigger: title (weight A), synopsis (weight B), description and tags';
+    COMMENT ON FUNCTION update_entry_points_search_text() IS 'Fills entry_points.search_text';
+    created := created || 'entry_points'::text;
+  END IF;
+
+  IF to_regclass('prompt_segments') IS NULL THEN
+    CREATE TABLE prompt_segments (
+      id          bigserial   CONSTRAINT prompt_segments_pkey PRIMARY KEY,
+      scope       text        NOT NULL
+        CONSTRAINT prompt_segments_scope_check CHECK (scope IN (
+          'core', 'ruleset', 'world', 'entry', 'entry_start', 'npc', 'game_state', 'player', 'rng', 'input')),
+      ref_id      text,
+      version     text        NOT NULL DEFAULT '1.0.0',
+      active      boolean     NOT NULL DEFAULT true,
+      content     text        NOT NULL,
+      metadata    jsonb       NOT NULL DEFAULT '{}',
+      created_at  timestamptz NOT NULL DEFAULT now(),
+      updated_at  timestamptz NOT NULL DEFAULT now()
+    );
+    CREATE INDEX idx_prompt_segments_scope ON prompt_segments (scope);
+    CREATE INDEX idx_prompt_segments_ref ON prompt_segments (ref_id);
+    COMMENT ON TABLE prompt_segments IS 'Pieces of text that prompts are assembled from';
+    created := created || 'prompt_segments'::text;
+  END IF;
+
+  IF to_regclass('games') IS NULL THEN
+    CREATE TABLE games (
+      id                uuid        DEFAULT gen_random_uuid() CONSTRAINT games_pkey PRIMARY KEY,
+      entry_point_id    text        NOT NULL
+        CONSTRAINT games_entry_point_id_fkey REFERENCES entry_points (id) ON DELETE RESTRICT,
+      entry_point_type  text        NOT NULL,
+      world_id          text        NOT NULL
+        CONSTRAINT games_world_id_fkey REFERENCES worlds (id) ON DELETE RESTRICT,
+      ruleset_id        text        NOT NULL
+        CONSTRAINT games_ruleset_id_fkey REFERENCES rulesets (id) ON DELETE RESTRICT,
+      owner_user_id     uuid,
+      state             jsonb       NOT NULL DEFAULT '{"hot":{},"warm":{},"cold":{}}',
+      turn_count        int         NOT NULL DEFAULT 0,
+      status            text        NOT NULL DEFAULT 'active'
+        CONSTRAINT games_status_check CHECK (status IN ('active', 'ended', 'abandoned')),
+      created_at        timestamptz NOT NULL DEFAULT now(),
+      updated_at        timestamptz NOT NULL DEFAULT now()
+    );
+    CREATE INDEX idx_games_owner ON games (owner_user_id);
+    CREATE INDEX idx_games_entry_point ON games (entry_point_id);
+    CREATE INDEX idx_games_world ON games (world_id);
+    COMMENT ON TABLE games IS 'Games being played; state holds what the story needs to go on';
+    created := created || 'games'::text;
+  END IF;
+
+  IF to_regclass('turns') IS NULL THEN
+    CREATE TABLE turns (
+      id           bigserial   CONSTRAINT turns_pkey PRIMARY KEY,
+      game_id      uuid        NOT NULL CONSTRAINT turns_game_id_fkey REFERENCES games (id) ON DELETE CASCADE,
+      idx          int         NOT NULL,
+      role         text        NOT NULL CONSTRAINT turns_role_check CHECK (role IN ('system', 'narrator', 'player')),
+      prompt_meta  jsonb       NOT NULL DEFAULT '{}',
+      content      jsonb       NOT NULL,
+      costs        jsonb       NOT NULL DEFAULT '{}',
+      created_at   timestamptz NOT NULL DEFAULT now()
+    );
+    CREATE UNIQUE INDEX idx_turns_game_idx ON turns (game_id, idx);
+    COMMENT ON TABLE turns IS 'Turns of a game, numbered by idx within it';
+    created := created || 'turns'::text;
+  END IF;
+
+  FOREACH relation IN ARRAY created LOOP
+    RAISE NOTICE 'table % created', relation;
+    IF supabase THEN
+      EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', relation);
+      EXECUTE format('GRANT ALL ON TABLE %I TO service_role', relation);
+      EXECUTE format('CREATE POLICY %I ON %I FOR ALL TO service_role USING (true) WITH CHECK (true)',
+                     relation || '_service_role', relation);
+      IF relation IN ('prompt_segments', 'turns') THEN
+        EXECUTE format('GRANT USAGE, SELECT ON SEQUENCE %s TO service_role', pg_get_serial_sequence(relation, 'id'));
+      END IF;
+    END IF;
+  END LOOP;
+END
+$migration$;
+
+-- online: psql runs each statement that this SELECT returns alone, outside any transaction; so does the runner.
+SELECT online.statement
+FROM (VALUES
+    ('idx_entry_points_type', 'entry_points', 'btree (type)'),
+    ('idx_entry_points_world', 'entry_points', 'btree (world_id)'),
+    ('idx_entry_points_ruleset', 'entry_points', 'btree (ruleset_id)'),
+    ('idx_entry_points_status_vis', 'entry_points', 'btree (status, visibility)'),
+    ('idx_entry_points_tags', 'entry_points', 'gin (tags)'),
+    ('idx_entry_points_search', 'entry_points', 'gin (search_text)'),
+    ('idx_prompt_segments_scope', 'prompt_segments', 'btree (scope)'),
+    ('idx_prompt_segments_ref', 'prompt_segments', 'btree (ref_id)'),
+    ('idx_games_owner', 'games', 'btree (owner_user_id)'),
+    ('idx_games_entry_point', 'games', 'btree (entry_point_id)'),
+    ('idx_games_world', 'games', 'btree (world_id)'),
+    ('idx_turns_game_idx', 'turns', 'UNIQUE btree (game_id, idx)')
+  ) AS wanted (name, relation, definition)
+JOIN pg_class AS standing ON standing.oid = to_regclass(wanted.relation) AND standing.relkind = 'r'
+LEFT JOIN pg_class AS named ON named.relnamespace = standing.relnamespace AND named.relname = wanted.name
+LEFT JOIN pg_index AS built ON built.indexrelid = named.oid AND built.indrelid = standing.oid
+CROSS JOIN LATERAL (VALUES
+    (1, NOT built.indisvalid,
+     format('DROP INDEX CONCURRENTLY IF EXISTS %s.%I', standing.relnamespace::regnamespace, wanted.name)),
+    (2, named.oid IS NULL OR NOT built.indisvalid,
+     format('CREATE%s INDEX CONCURRENTLY IF NOT EXISTS %I ON %s.%I USING %s',
+            CASE WHEN wanted.definition LIKE 'UNIQUE %' THEN ' UNIQUE' ELSE '' END, wanted.name,
+            standing.relnamespace::regnamespace, standing.relname, replace(wanted.definition, 'UNIQUE ', '')))
+  ) AS online (position, is_needed, statement)
+WHERE online.is_needed
+  AND NOT (wanted.name = 'idx_turns_game_idx' AND EXISTS (  -- any unique key on these columns will do, whatever its name
+    SELECT FROM pg_index
+    WHERE indrelid = standing.oid AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL AND indexprs IS NULL
+      AND ARRAY(SELECT attname::text FROM pg_attribute
+                WHERE attrelid = indrelid AND attnum = ANY ((indkey::int2[])[0:indnkeyatts - 1]) ORDER BY 1) = '{game_id,idx}'))
+  AND NOT (built.indexrelid IS NOT NULL AND EXISTS (  -- invalid because somebody is building it at this moment
+    SELECT FROM pg_locks
+    WHERE locktype = 'relation' AND relation = standing.oid AND mode = 'ShareUpdateExclusiveLock' AND granted
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND pid <> pg_backend_pid()))
+ORDER BY wanted.name, online.position
+\gexec

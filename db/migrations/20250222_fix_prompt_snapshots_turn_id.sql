@@ -1,0 +1,183 @@
+-- 20250222_fix_prompt_snapshots_turn_id: turn_id as bigint with its foreign key, where it stands as uuid or without one.
+--
+--   psql "$DATABASE_URL" -v ON_ERROR_STOP=1 -f db/migrations/20250222_fix_prompt_snapshots_turn_id.sql     or: invoke fix
+--
+-- Atomic part  a uuid turn_id is kept under another name, values and all, with a comment that holds the SQL to undo
+--              it; a bigint turn_id with its foreign key takes its place. A bigint turn_id without the foreign key
+--              gets it NOT VALID. ACCESS EXCLUSIVE on prompt_snapshots and SHARE ROW EXCLUSIVE on turns for an
+--              instant, whatever their size: no row is read or written. Refuses, naming them, where objects that
+--              it does not know hang on the uuid column.
+-- Online part  CREATE INDEX CONCURRENTLY idx_prompt_snapshots_turn_id; VALIDATE of a foreign key that is not.
+-- Run again    changes nothing, and where nothing is missing locks nothing.
+
+DO $migration$
+DECLARE
+  -- One table, the one that the search_path resolves: named once, used by its OID.
+  snapshots CONSTANT oid := to_regclass('prompt_snapshots');
+  turns CONSTANT oid := to_regclass('turns');
+  target text;        -- the same table, qualified and quoted
+  home text;          -- its schema, quoted
+  turn_id pg_attribute;
+  kept text;          -- where the uuid values go
+  undo_kept text;     -- where the bigint values go if that is undone
+  old_index text;
+  old_default text;
+  old_comment text;
+  undo text;
+  obstacles text;
+BEGIN
+  IF current_setting('lock_timeout') = '0' THEN
+    PERFORM set_config('lock_timeout', '2s', true);
+  END IF;
+
+  IF snapshots IS NULL OR turns IS NULL THEN
+    RAISE EXCEPTION USING ERRCODE = 'TB001',
+      MESSAGE = format('the fix needs the table %s, which does not exist', CASE WHEN snapshots IS NULL THEN 'prompt_snapshots' ELSE 'turns' END),
+      DETAIL = 'It makes prompt_snapshots.turn_id a bigint that points to turns (id).',
+      HINT = CASE WHEN turns IS NULL THEN 'Run db/migrations/20250130000000_core_schema.sql first (invoke prereqs). Nothing was changed.'
+                  ELSE 'Run db/migrations/20250213_prompt_snapshots.sql instead (invoke prereqs): a new table needs no fix. Nothing was changed.' END;
+  END IF;
+  SELECT quote_ident(nspname), quote_ident(nspname) || '.prompt_snapshots' INTO home, target
+    FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE c.oid = snapshots;
+  SELECT * INTO turn_id FROM pg_attribute WHERE attrelid = snapshots AND attname = 'turn_id' AND NOT attisdropped;
+
+  SELECT string_agg(format('%s is %s, promised: %s', needed.relation || '.' || needed.name,
+                           coalesce(format_type(a.atttypid, a.atttypmod), 'missing'), needed.type), E'\n')
+    INTO obstacles
+    FROM (VALUES ('turns', 'id', 'bigint'), ('prompt_snapshots', 'snapshot_id', 'uuid')) AS needed (relation, name, type)
+    LEFT JOIN pg_attribute AS a ON a.attrelid = to_regclass(needed.relation) AND a.attname = needed.name AND NOT a.attisdropped
+   WHERE a.atttypid IS DISTINCT FROM to_regtype(needed.type)::oid;
+  IF turn_id.atttypid IS NULL OR turn_id.atttypid NOT IN ('uuid'::regtype, 'bigint'::regtype)
+     OR turn_id.atttypid = 'bigint'::regtype AND turn_id.attnotnull THEN
+    obstacles := concat_ws(E'\n', obstacles, format('prompt_snapshots.turn_id is %s, promised: bigint',
+      coalesce(format_type(turn_id.atttypid, turn_id.atttypmod) || CASE WHEN turn_id.attnotnull THEN ' NOT NULL' ELSE '' END, 'missing')));
+  END IF;
+  IF obstacles IS NOT NULL THEN
+    RAISE EXCEPTION USING ERRCODE = 'TB002',
+      MESSAGE = 'prompt_snapshots or turns stands in a form that the fix does not know: it is in the way',
+      DETAIL = obstacles,
+      HINT = 'Rename or move what stands there, then run db/migrations/20250222_fix_prompt_snapshots_turn_id.sql (invoke fix) again. Nothing was changed.';
+  END IF;
+
+  IF turn_id.atttypid = 'uuid'::regtype THEN
+    -- Whatever hangs on the column would silently follow the old values to their new name. The documented index (on this
+    -- column alone) and the column's own default and NOT NULL are known; everything else is its owner's to decide about.
+    SELECT string_agg(DISTINCT pg_describe_object(classid, objid, objsubid), E'\n')
+      INTO obstacles
+      FROM pg_depend
+     WHERE refclassid = 'pg_class'::regclass AND refobjid = snapshots AND refobjsubid = turn_id.attnum
+       AND NOT (classid = 'pg_attrdef'::regclass AND deptype = 'a'
+                AND objid IN (SELECT oid FROM pg_attrdef WHERE adrelid = snapshots AND adnum = turn_id.attnum))
+       AND NOT (classid = 'pg_constraint'::regclass AND objid IN (SELECT oid FROM pg_constraint WHERE contype = 'n'))
+       AND NOT (classid = 'pg_class'::regclass AND objid IN (
+                  SELECT indexrelid FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+                  WHERE indrelid = snapshots AND relname = 'idx_prompt_snapshots_turn_id' AND indnatts = 1
+                    AND indkey[0] = turn_id.attnum AND NOT indisunique AND indpred IS NULL AND NOT indisreplident));
+    IF turn_id.attgenerated <> '' OR turn_id.attidentity <> '' OR turn_id.attinhcount > 0 THEN
+      obstacles := concat_ws(E'\n', obstacles, 'the column itself is generated, an identity or inherited');
+    END IF;
+    IF obstacles IS NOT NULL THEN
+      RAISE EXCEPTION USING ERRCODE = 'TB002',
+        MESSAGE = 'objects hang on the uuid column prompt_snapshots.turn_id: they are in the way of the fix',
+        DETAIL = obstacles,
+        HINT = 'Drop them (and create them again afterwards, on turn_id or on the kept column), then run '
+               'db/migrations/20250222_fix_prompt_snapshots_turn_id.sql (invoke fix) again. Nothing was changed.';
+    END IF;
+
+    SELECT min(name COLLATE "C") INTO kept
+      FROM (SELECT 'turn_id_uuid' || suffix FROM unnest(ARRAY['', '_2', '_3', '_4', '_5', '_6', '_7', '_8', '_9']) AS suffix) AS free (name)
+     WHERE NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = snapshots AND attname = name)
+       AND to_regclass(home || '.idx_prompt_snapshots_' || name) IS NULL;
+    SELECT min(name COLLATE "C") INTO undo_kept
+      FROM (SELECT 'turn_id_bigint' || suffix FROM unnest(ARRAY['', '_2', '_3', '_4', '_5', '_6', '_7', '_8', '_9']) AS suffix) AS free (name)
+     WHERE NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = snapshots AND attname = name);
+    SELECT relname INTO old_index FROM pg_class JOIN pg_index ON indexrelid = pg_class.oid
+     WHERE indrelid = snapshots AND relname = 'idx_prompt_snapshots_turn_id';
+    SELECT pg_get_expr(adbin, adrelid) INTO old_default FROM pg_attrdef WHERE adrelid = snapshots AND adnum = turn_id.attnum;
+    old_comment := col_description(snapshots, turn_id.attnum);
+
+    undo := concat_ws(E'\n',
+      'BEGIN;',
+      format('ALTER TABLE %s RENAME COLUMN turn_id TO %I;', target, undo_kept),
+      format('ALTER TABLE %s RENAME CONSTRAINT prompt_snapshots_turn_id_fkey TO %I;', target, 'prompt_snapshots_' || undo_kept || '_fkey'),
+      format('ALTER INDEX IF EXISTS %s.idx_prompt_snapshots_turn_id RENAME TO %I;', home, 'idx_prompt_snapshots_' || undo_kept),
+      format('ALTER TABLE %s RENAME COLUMN %I TO turn_id;', target, kept),
+      format('ALTER INDEX %s.%I RENAME TO %I;', home, 'idx_prompt_snapshots_' || kept, old_index),
+      format('ALTER TABLE %s ALTER COLUMN turn_id SET DEFAULT ' || replace(old_default, '%', '%%') || ';', target),
+      CASE WHEN turn_id.attnotnull THEN format('ALTER TABLE %s ALTER COLUMN turn_id SET NOT NULL;  -- rows written since have none', target) END,
+      format('COMMENT ON COLUMN %s.turn_id IS %s;', target, coalesce(quote_literal(old_comment), 'NULL')),
+      'COMMIT;');
+
+    EXECUTE format('ALTER TABLE %s RENAME COLUMN turn_id TO %I', target, kept);
+    IF old_index IS NOT NULL THEN
+      EXECUTE format('ALTER INDEX %s.%I RENAME TO %I', home, old_index, 'idx_prompt_snapshots_' || kept);
+    END IF;
+    -- The application no longer writes the old column: a NOT NULL there would refuse its rows, a default invent values.
+    IF turn_id.attnotnull THEN
+      EXECUTE format('ALTER TABLE %s ALTER COLUMN %I DROP NOT NULL', target, kept);
+      RAISE NOTICE 'NOT NULL of the uuid column lifted: new rows do not fill it';
+    END IF;
+    IF old_default IS NOT NULL THEN
+      EXECUTE format('ALTER TABLE %s ALTER COLUMN %I DROP DEFAULT', target, kept);
+      RAISE NOTICE 'default % of the uuid column lifted: new rows do not fill it', old_default;
+    END IF;
+    EXECUTE format('COMMENT ON COLUMN %s.%I IS %L', target, kept,
+                   concat_ws(E'\n', 'Former turn_id, kept by 20250222_fix_prompt_snapshots_turn_id. To undo it:', undo));
+    -- A foreign key added together with its column, which is NULL everywhere, is valid at once: no row is read.
+    EXECUTE format('ALTER TABLE %s ADD COLUMN turn_id bigint
+                      CONSTRAINT prompt_snapshots_turn_id_fkey REFERENCES %s (id) ON DELETE SET NULL', target, turns::regclass);
+    RAISE NOTICE 'prompt_snapshots.turn_id is bigint now; the uuid values are kept in %', kept;
+    RAISE NOTICE E'to undo it:\n%', undo;
+  ELSE
+    SELECT string_agg(format('prompt_snapshots.turn_id has %s: %s', conname, pg_get_constraintdef(oid)), E'\n')
+      INTO obstacles
+      FROM pg_constraint
+     WHERE conrelid = snapshots AND contype = 'f' AND conkey = ARRAY[turn_id.attnum]
+       AND (confrelid <> turns OR confdeltype <> 'n');
+    IF obstacles IS NOT NULL THEN
+      RAISE EXCEPTION USING ERRCODE = 'TB002',
+        MESSAGE = 'another foreign key stands on prompt_snapshots.turn_id: it is in the way',
+        DETAIL = obstacles || E'\npromised: FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE SET NULL',
+        HINT = 'Drop it (ALTER TABLE prompt_snapshots DROP CONSTRAINT …), then run '
+               'db/migrations/20250222_fix_prompt_snapshots_turn_id.sql (invoke fix) again. Nothing was changed.';
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = snapshots AND contype = 'f' AND conkey = ARRAY[turn_id.attnum]) THEN
+      EXECUTE format('ALTER TABLE %s ADD CONSTRAINT prompt_snapshots_turn_id_fkey
+                        FOREIGN KEY (turn_id) REFERENCES %s (id) ON DELETE SET NULL NOT VALID', target, turns::regclass);
+      RAISE NOTICE 'foreign key prompt_snapshots_turn_id_fkey added, to be validated online';
+    END IF;
+  END IF;
+END
+$migration$;
+
+-- online: psql runs each statement that this SELECT returns alone, outside any transaction; so does the runner.
+SELECT online.statement
+FROM (VALUES
+    ('idx_prompt_snapshots_turn_id', 'prompt_snapshots', 'btree (turn_id)')
+  ) AS wanted (name, relation, definition)
+JOIN pg_class AS standing ON standing.oid = to_regclass(wanted.relation) AND standing.relkind = 'r'
+LEFT JOIN pg_class AS named ON named.relnamespace = standing.relnamespace AND named.relname = wanted.name
+LEFT JOIN pg_index AS built ON built.indexrelid = named.oid AND built.indrelid = standing.oid
+CROSS JOIN LATERAL (VALUES
+    (1, NOT built.indisvalid,
+     format('DROP INDEX CONCURRENTLY IF EXISTS %s.%I', standing.relnamespace::regnamespace, wanted.name)),
+    (2, named.oid IS NULL OR NOT built.indisvalid,
+     format('CREATE INDEX CONCURRENTLY IF NOT EXISTS %I ON %s.%I USING %s',
+            wanted.name, standing.relnamespace::regnamespace, standing.relname, wanted.definition))
+  ) AS online (position, is_needed, statement)
+WHERE online.is_needed
+  AND NOT (built.indexrelid IS NOT NULL AND EXISTS (  -- invalid because somebody is building it at this moment
+    SELECT FROM pg_locks
+    WHERE locktype = 'relation' AND relation = standing.oid AND mode = 'ShareUpdateExclusiveLock' AND granted
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND pid <> pg_backend_pid()))
+ORDER BY wanted.name, online.position
+\gexec
+
+-- online: VALIDATE reads the rows under a lock that stops neither readers nor writers.
+SELECT format('ALTER TABLE %s.%I VALIDATE CONSTRAINT %I', c.relnamespace::regnamespace, c.relname, f.conname)
+FROM pg_constraint AS f
+JOIN pg_class AS c ON c.oid = f.conrelid
+JOIN pg_attribute AS a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum]
+WHERE c.oid = to_regclass('prompt_snapshots') AND a.attname = 'turn_id' AND f.contype = 'f' AND f.confrelid = to_regclass('turns')
+  AND NOT f.convalidated
+\gexec

@@ -215,6 +215,16 @@ BEGIN
       END IF;
     END IF;
   END LOOP;
+
+  -- Of the tables that stand, those that bear the chain's policy were created by it: their row-level security stays on.
+  FOR relation IN
+    SELECT relname FROM pg_class JOIN pg_policy ON polrelid = pg_class.oid AND polname = relname || '_service_role'
+    WHERE pg_class.oid IN (to_regclass('worlds'), to_regclass('rulesets'), to_regclass('entry_points'),
+                           to_regclass('prompt_segments'), to_regclass('games'), to_regclass('turns')) AND NOT relrowsecurity
+  LOOP
+    EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', relation);
+    RAISE NOTICE 'row-level security of % turned on', relation;
+  END LOOP;
 END
 $migration$;
 

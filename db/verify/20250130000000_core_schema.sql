@@ -1,0 +1,96 @@
+-- 20250130000000_core_schema: what it promises, what stands, and who mends what differs (NULL: it is in the way).
+--
+--   psql "$DATABASE_URL" -f db/verify/20250130000000_core_schema.sql     or: invoke verify
+--
+-- Reads the catalogs only.
+WITH promises (item, expected, actual, mended_by) AS (
+  -- tables
+  SELECT relation, 'table',
+         CASE c.relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view'
+                        WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' WHEN 'S' THEN 'sequence' WHEN 'i' THEN 'index' WHEN 'c' THEN 'type' END,
+         CASE WHEN c.oid IS NULL THEN '20250130000000_core_schema' END
+  FROM (VALUES ('worlds'), ('rulesets'), ('entry_points'), ('prompt_segments'), ('games'), ('turns')) AS documented (relation)
+  LEFT JOIN pg_class AS c ON c.oid = to_regclass(documented.relation)
+  UNION ALL
+  -- columns: type and NOT NULL (!)
+  SELECT documented.relation || '.' || split_part(spec, ' ', 1),
+         format_type(to_regtype(rtrim(split_part(spec, ' ', 2), '!')), -1) || CASE WHEN spec LIKE '%!' THEN ' NOT NULL' ELSE '' END,
+         (SELECT format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END
+          FROM pg_attribute
+          WHERE attrelid = to_regclass(documented.relation) AND attname = split_part(spec, ' ', 1) AND attnum > 0 AND NOT attisdropped),
+         CASE WHEN to_regclass(documented.relation) IS NULL THEN '20250130000000_core_schema' END
+  FROM (VALUES
+      ('worlds', 'id text!, version text!, status text!, doc jsonb!, created_at timestamptz!, updated_at timestamptz!'),
+      ('rulesets', 'id text!, version text!, status text!, doc jsonb!, created_at timestamptz!, updated_at timestamptz!'),
+      ('entry_points', 'id text!, slug text!, type text!, world_id text!, ruleset_id text!, title text!, subtitle text, description text!, synopsis text, status text!, visibility text!, content_rating text!, tags text[]!, content jsonb!, i18n jsonb!, search_text tsvector, sort_weight int!, popularity_score int!, created_at timestamptz!, updated_at timestamptz!'),
+      ('prompt_segments', 'id bigint!, scope text!, ref_id text, version text!, active boolean!, content text!, metadata jsonb!, created_at timestamptz!, updated_at timestamptz!'),
+      ('games', 'id uuid!, entry_point_id text!, entry_point_type text!, world_id text!, ruleset_id text!, owner_user_id uuid, state jsonb!, turn_count int!, status text!, created_at timestamptz!, updated_at timestamptz!'),
+      ('turns', 'id bigint!, game_id uuid!, idx int!, role text!, prompt_meta jsonb!, content jsonb!, costs jsonb!, created_at timestamptz!')
+    ) AS documented (relation, columns)
+  CROSS JOIN LATERAL string_to_table(documented.columns, ', ') AS spec
+  UNION ALL
+  -- primary and unique keys, by their columns, whatever their names
+  SELECT format('%s (%s)', documented.relation, array_to_string(documented.columns, ', ')),
+         documented.kind,
+         (SELECT CASE WHEN documented.kind = 'PRIMARY KEY' AND bool_or(indisprimary) THEN 'PRIMARY KEY' WHEN count(*) > 0 THEN 'UNIQUE' END
+          FROM pg_index
+          WHERE indrelid = to_regclass(documented.relation) AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL AND indexprs IS NULL
+            AND ARRAY(SELECT attname::text FROM pg_attribute
+                      WHERE attrelid = indrelid AND attnum = ANY ((indkey::int2[])[0:indnkeyatts - 1]) ORDER BY 1)
+                = ARRAY(SELECT name FROM unnest(documented.columns) AS name ORDER BY 1)),
+         CASE WHEN to_regclass(documented.relation) IS NULL THEN '20250130000000_core_schema'
+              WHEN documented.relation = 'turns' AND documented.kind = 'UNIQUE' AND NOT EXISTS (  -- its documented name must be free
+                     SELECT FROM pg_class LEFT JOIN pg_index ON indexrelid = oid
+                     WHERE relname = 'idx_turns_game_idx' AND coalesce(indisvalid, true)
+                       AND relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('turns')))
+                THEN '20250130000000_core_schema online' END
+  FROM (VALUES
+      ('worlds', 'id', 'PRIMARY KEY'),
+      ('rulesets', 'id', 'PRIMARY KEY'),
+      ('entry_points', 'id', 'PRIMARY KEY'),
+      ('entry_points', 'slug', 'UNIQUE'),
+      ('prompt_segments', 'id', 'PRIMARY KEY'),
+      ('games', 'id', 'PRIMARY KEY'),
+      ('turns', 'id', 'PRIMARY KEY'),
+      ('turns', 'game_id idx', 'UNIQUE')
+    ) AS listed (relation, columns, kind)
+  CROSS JOIN LATERAL (SELECT listed.relation, string_to_array(listed.columns, ' '), listed.kind) AS documented (relation, columns, kind)
+  UNION ALL
+  -- indexes
+  SELECT format('%s index %s', documented.relation, documented.name), documented.definition, standing.definition,
+         CASE WHEN to_regclass(documented.relation) IS NULL THEN '20250130000000_core_schema'
+              WHEN standing.definition IS NULL OR standing.definition = documented.definition || ' INVALID' THEN '20250130000000_core_schema online' END
+  FROM (VALUES
+      ('idx_entry_points_type', 'entry_points', 'btree (type)'),
+      ('idx_entry_points_world', 'entry_points', 'btree (world_id)'),
+      ('idx_entry_points_ruleset', 'entry_points', 'btree (ruleset_id)'),
+      ('idx_entry_points_status_vis', 'entry_points', 'btree (status, visibility)'),
+      ('idx_entry_points_tags', 'entry_points', 'gin (tags)'),
+      ('idx_entry_points_search', 'entry_points', 'gin (search_text)'),
+      ('idx_prompt_segments_scope', 'prompt_segments', 'btree (scope)'),
+      ('idx_prompt_segments_ref', 'prompt_segments', 'btree (ref_id)'),
+      ('idx_games_owner', 'games', 'btree (owner_user_id)'),
+      ('idx_games_entry_point', 'games', 'btree (entry_point_id)'),
+      ('idx_games_world', 'games', 'btree (world_id)')
+    ) AS documented (name, relation, definition)
+  LEFT JOIN LATERAL (
+    SELECT CASE WHEN i.indrelid = t.oid
+                THEN CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END
+                     || replace(regexp_replace(substring(pg_get_indexdef(i.indexrelid) FROM ' USING (.*)$'), ' WITH \([^)]*\)', ''),
+                                ' WHERE (must_keep = true)', ' WHERE must_keep')
+                     || CASE WHEN i.indisvalid THEN '' ELSE ' INVALID' END
+                ELSE coalesce('an index on ' || i.indrelid::regclass, 'not an index') END
+    FROM pg_class AS t
+    JOIN pg_class AS n ON n.relnamespace = t.relnamespace AND n.relname = documented.name
+    LEFT JOIN pg_index AS i ON i.indexrelid = n.oid
+    WHERE t.oid = to_regclass(documented.relation)
+  ) AS standing (definition) ON true
+  UNION ALL
+  -- Supabase: of the core tables, those that the chain created (they bear its policy) keep their row-level security
+  SELECT relname || ' row-level security', 'on', CASE WHEN relrowsecurity THEN 'on' ELSE 'off' END, '20250130000000_core_schema'
+  FROM pg_class JOIN pg_policy ON polrelid = pg_class.oid AND polname = relname || '_service_role'
+  WHERE pg_class.oid IN (to_regclass('worlds'), to_regclass('rulesets'), to_regclass('entry_points'),
+                         to_regclass('prompt_segments'), to_regclass('games'), to_regclass('turns'))
+)
+SELECT item, expected, actual, CASE WHEN actual IS DISTINCT FROM expected THEN mended_by END AS mended_by
+FROM promises;

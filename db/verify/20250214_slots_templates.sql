@@ -1,0 +1,120 @@
+-- 20250214_slots_templates: what it promises, what stands, and who mends what differs (NULL: it is in the way).
+--
+--   psql "$DATABASE_URL" -f db/verify/20250214_slots_templates.sql     or: invoke verify
+--
+-- Reads the catalogs only.
+WITH supabase (here) AS (
+  SELECT EXISTS (SELECT FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid
+                 WHERE c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = 'auth')
+                   AND c.relname = 'users' AND a.attname = 'id' AND a.atttypid = 'uuid'::regtype)
+         AND EXISTS (SELECT FROM pg_proc WHERE proname = 'uid' AND pronargs = 0
+                       AND pronamespace = (SELECT oid FROM pg_namespace WHERE nspname = 'auth'))
+         AND to_regrole('service_role') IS NOT NULL AND to_regrole('authenticated') IS NOT NULL
+), admins (here) AS (
+  SELECT count(*) = 2 FROM pg_attribute
+  WHERE attrelid = to_regclass('profiles') AND (attname = 'role' OR attname = 'id' AND atttypid = 'uuid'::regtype)
+), policies (relation, name, definition) AS (VALUES
+    ('slots', 'slots_service_role', 'ALL TO service_role'),
+    ('slots', 'slots_admin', 'ALL TO authenticated'),
+    ('templates', 'templates_service_role', 'ALL TO service_role'),
+    ('templates', 'templates_admin', 'ALL TO authenticated')
+), promises (item, expected, actual, mended_by) AS (
+  -- tables
+  SELECT relation, 'table',
+         CASE c.relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view'
+                        WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' WHEN 'S' THEN 'sequence' WHEN 'i' THEN 'index' WHEN 'c' THEN 'type' END,
+         CASE WHEN c.oid IS NULL THEN '20250214_slots_templates' END
+  FROM (VALUES ('slots'), ('templates')) AS documented (relation)
+  LEFT JOIN pg_class AS c ON c.oid = to_regclass(documented.relation)
+  UNION ALL
+  -- columns: type and NOT NULL (!)
+  SELECT documented.relation || '.' || split_part(spec, ' ', 1),
+         format_type(to_regtype(rtrim(split_part(spec, ' ', 2), '!')), -1) || CASE WHEN spec LIKE '%!' THEN ' NOT NULL' ELSE '' END,
+         (SELECT format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END
+          FROM pg_attribute
+          WHERE attrelid = to_regclass(documented.relation) AND attname = split_part(spec, ' ', 1) AND attnum > 0 AND NOT attisdropped),
+         CASE WHEN to_regclass(documented.relation) IS NULL THEN '20250214_slots_templates' END
+  FROM (VALUES
+      ('slots', 'id uuid!, type text!, name text!, description text!, max_len int, priority int, created_at timestamptz!, updated_at timestamptz!'),
+      ('templates', 'id uuid!, type text!, slot text!, version int!, body text!, status text!, created_at timestamptz!, created_by uuid')
+    ) AS documented (relation, columns)
+  CROSS JOIN LATERAL string_to_table(documented.columns, ', ') AS spec
+  UNION ALL
+  -- primary and unique keys, by their columns, whatever their names
+  SELECT format('%s (%s)', documented.relation, array_to_string(documented.columns, ', ')),
+         documented.kind,
+         (SELECT CASE WHEN documented.kind = 'PRIMARY KEY' AND bool_or(indisprimary) THEN 'PRIMARY KEY' WHEN count(*) > 0 THEN 'UNIQUE' END
+          FROM pg_index
+          WHERE indrelid = to_regclass(documented.relation) AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL AND indexprs IS NULL
+            AND ARRAY(SELECT attname::text FROM pg_attribute
+                      WHERE attrelid = indrelid AND attnum = ANY ((indkey::int2[])[0:indnkeyatts - 1]) ORDER BY 1)
+                = ARRAY(SELECT name FROM unnest(documented.columns) AS name ORDER BY 1)),
+         CASE WHEN to_regclass(documented.relation) IS NULL THEN '20250214_slots_templates' END
+  FROM (VALUES
+      ('slots', 'id', 'PRIMARY KEY'),
+      ('slots', 'type name', 'UNIQUE'),
+      ('templates', 'id', 'PRIMARY KEY'),
+      ('templates', 'type slot version', 'UNIQUE')
+    ) AS listed (relation, columns, kind)
+  CROSS JOIN LATERAL (SELECT listed.relation, string_to_array(listed.columns, ' '), listed.kind) AS documented (relation, columns, kind)
+  UNION ALL
+  -- indexes
+  SELECT format('%s index %s', documented.relation, documented.name), documented.definition, standing.definition,
+         CASE WHEN to_regclass(documented.relation) IS NULL THEN CASE documented.relation WHEN 'prompt_snapshots' THEN '20250213_prompt_snapshots' ELSE '20250214_slots_templates' END
+              WHEN standing.definition IS NULL OR standing.definition = documented.definition || ' INVALID' THEN '20250214_slots_templates online' END
+  FROM (VALUES
+      ('idx_slots_type', 'slots', 'btree (type)'),
+      ('idx_templates_type_slot', 'templates', 'btree (type, slot)'),
+      ('idx_templates_status', 'templates', 'btree (status)'),
+      ('idx_templates_type_slot_status', 'templates', 'btree (type, slot, status)'),
+      ('idx_prompt_snapshots_parent_id', 'prompt_snapshots', 'btree (parent_id)')
+    ) AS documented (name, relation, definition)
+  LEFT JOIN LATERAL (
+    SELECT CASE WHEN i.indrelid = t.oid
+                THEN CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END
+                     || replace(regexp_replace(substring(pg_get_indexdef(i.indexrelid) FROM ' USING (.*)$'), ' WITH \([^)]*\)', ''),
+                                ' WHERE (must_keep = true)', ' WHERE must_keep')
+                     || CASE WHEN i.indisvalid THEN '' ELSE ' INVALID' END
+                ELSE coalesce('an index on ' || i.indrelid::regclass, 'not an index') END
+    FROM pg_class AS t
+    JOIN pg_class AS n ON n.relnamespace = t.relnamespace AND n.relname = documented.name
+    LEFT JOIN pg_index AS i ON i.indexrelid = n.oid
+    WHERE t.oid = to_regclass(documented.relation)
+  ) AS standing (definition) ON true
+  UNION ALL
+  -- parent_id: comes with prompt_snapshots where that table is still missing
+  SELECT 'prompt_snapshots.parent_id', 'uuid', standing.form,
+         CASE WHEN to_regclass('prompt_snapshots') IS NULL THEN '20250213_prompt_snapshots' WHEN standing.form IS NULL THEN '20250214_slots_templates' END
+  FROM (SELECT min(format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END)
+        FROM pg_attribute
+        WHERE attrelid = to_regclass('prompt_snapshots') AND attname = 'parent_id' AND NOT attisdropped) AS standing (form)
+  UNION ALL
+  -- foreign key, by its column: the promised one if it stands, else whichever does
+  SELECT 'prompt_snapshots foreign key (parent_id)', 'FOREIGN KEY (parent_id) REFERENCES prompt_snapshots(id) ON DELETE SET NULL', standing.definition,
+         CASE WHEN to_regclass('prompt_snapshots') IS NULL THEN '20250213_prompt_snapshots'
+              WHEN standing.definition IS NULL THEN '20250214_slots_templates'
+              WHEN standing.definition = 'FOREIGN KEY (parent_id) REFERENCES prompt_snapshots(id) ON DELETE SET NULL NOT VALID' THEN '20250214_slots_templates online' END
+  FROM (SELECT min(pg_get_constraintdef(f.oid)) FILTER (WHERE pg_get_constraintdef(f.oid) LIKE 'FOREIGN KEY (parent_id) REFERENCES prompt_snapshots(id) ON DELETE SET NULL%'), min(pg_get_constraintdef(f.oid))
+        FROM pg_constraint AS f JOIN pg_attribute AS a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum]
+        WHERE f.contype = 'f' AND f.conrelid = to_regclass('prompt_snapshots') AND a.attname = 'parent_id') AS found (promised, other)
+  CROSS JOIN LATERAL (SELECT coalesce(found.promised, found.other)) AS standing (definition)
+  UNION ALL
+  -- Supabase: row-level security, and the chain's policies where no other policy stands
+  SELECT relation || ' row-level security', 'on', CASE WHEN relrowsecurity THEN 'on' WHEN c.oid IS NOT NULL THEN 'off' END, '20250214_slots_templates'
+  FROM (VALUES ('slots'), ('templates')) AS documented (relation)
+  LEFT JOIN pg_class AS c ON c.oid = to_regclass(relation)
+  WHERE (SELECT here FROM supabase)
+  UNION ALL
+  SELECT format('%s policy %s', relation, name), policies.definition, standing.definition,
+         CASE WHEN standing.definition IS NULL THEN '20250214_slots_templates' END
+  FROM policies
+  LEFT JOIN LATERAL (
+    SELECT CASE polcmd WHEN '*' THEN 'ALL' WHEN 'r' THEN 'SELECT' WHEN 'a' THEN 'INSERT' WHEN 'w' THEN 'UPDATE' ELSE 'DELETE' END
+           || ' TO ' || (SELECT string_agg(coalesce(rolname, 'PUBLIC'), ', ') FROM unnest(polroles) AS role LEFT JOIN pg_roles ON oid = role)
+    FROM pg_policy WHERE polrelid = to_regclass(relation) AND polname = name
+  ) AS standing (definition) ON true
+  WHERE (SELECT here FROM supabase) AND (policies.definition LIKE '%service_role' OR (SELECT here FROM admins))
+    AND NOT EXISTS (SELECT FROM pg_policy WHERE polrelid = to_regclass(relation) AND polname NOT IN (SELECT p.name FROM policies AS p))
+)
+SELECT item, expected, actual, CASE WHEN actual IS DISTINCT FROM expected THEN mended_by END AS mended_by
+FROM promises;

@@ -1,0 +1,61 @@
+-- 20250220_slots_flags: what it promises, what stands, and who mends what differs (NULL: it is in the way).
+--
+--   psql "$DATABASE_URL" -f db/verify/20250220_slots_flags.sql     or: invoke verify
+--
+-- Reads the catalogs only.
+WITH promises (item, expected, actual, mended_by) AS (
+  -- columns, in full
+  SELECT 'slots.' || promised.name, promised.form, standing.form AS actual,
+         CASE WHEN standing.form IS NULL OR promised.name = 'must_keep' AND standing.form = 'boolean NOT NULL' THEN '20250220_slots_flags' END
+  FROM (VALUES ('must_keep', 'boolean NOT NULL DEFAULT false'), ('min_chars', 'integer')) AS promised (name, form)
+  LEFT JOIN LATERAL (
+    SELECT format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END || coalesce(' DEFAULT ' || pg_get_expr(adbin, adrelid), '')
+    FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
+    WHERE attrelid = to_regclass('slots') AND attname = promised.name AND NOT attisdropped
+  ) AS standing (form) ON true
+  UNION ALL
+  -- comments: any will do
+  SELECT concat_ws('.', documented.relation, documented.name) || ' comment', 'present',
+         CASE WHEN coalesce(col_description(to_regclass(documented.relation), a.attnum),
+                            CASE WHEN documented.name IS NULL THEN obj_description(to_regclass(documented.relation), 'pg_class') END) <> ''
+              THEN 'present' END,
+         '20250220_slots_flags'
+  FROM (VALUES ('slots', 'must_keep'), ('slots', 'min_chars')) AS documented (relation, name)
+  LEFT JOIN pg_attribute AS a ON a.attrelid = to_regclass(documented.relation) AND a.attname = documented.name AND NOT a.attisdropped
+  UNION ALL
+  -- indexes
+  SELECT format('%s index %s', documented.relation, documented.name), documented.definition, standing.definition,
+         CASE WHEN to_regclass(documented.relation) IS NULL THEN '20250220_slots_flags online'
+              WHEN standing.definition IS NULL OR standing.definition = documented.definition || ' INVALID' THEN '20250220_slots_flags online' END
+  FROM (VALUES
+      ('idx_slots_must_keep', 'slots', 'btree (must_keep) WHERE must_keep')
+    ) AS documented (name, relation, definition)
+  LEFT JOIN LATERAL (
+    SELECT CASE WHEN i.indrelid = t.oid
+                THEN CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END
+                     || replace(regexp_replace(substring(pg_get_indexdef(i.indexrelid) FROM ' USING (.*)$'), ' WITH \([^)]*\)', ''),
+                                ' WHERE (must_keep = true)', ' WHERE must_keep')
+                     || CASE WHEN i.indisvalid THEN '' ELSE ' INVALID' END
+                ELSE coalesce('an index on ' || i.indrelid::regclass, 'not an index') END
+    FROM pg_class AS t
+    JOIN pg_class AS n ON n.relnamespace = t.relnamespace AND n.relname = documented.name
+    LEFT JOIN pg_index AS i ON i.indexrelid = n.oid
+    WHERE t.oid = to_regclass(documented.relation)
+  ) AS standing (definition) ON true
+  UNION ALL
+  -- the trigger that gives critical slots their defaults, and its function (the md5 is that of its source)
+  SELECT 'slots trigger trigger_slots_critical_defaults',
+         'AFTER INSERT ON slots FOR EACH ROW WHEN (NOT new.must_keep AND new.min_chars IS NULL) EXECUTE FUNCTION set_critical_slot_defaults()',
+         (SELECT regexp_replace(pg_get_triggerdef(oid, true), '^CREATE (CONSTRAINT )?TRIGGER \S+ ', '') || CASE WHEN tgenabled = 'D' THEN ', disabled' ELSE '' END
+          FROM pg_trigger WHERE tgrelid = to_regclass('slots') AND tgname = 'trigger_slots_critical_defaults'),
+         '20250220_slots_flags'
+  UNION ALL
+  SELECT 'slots function set_critical_slot_defaults()', 'SECURITY DEFINER, source e507583c15a6ae609b6203591c303448',
+         (SELECT CASE WHEN prosecdef THEN 'SECURITY DEFINER' ELSE 'SECURITY INVOKER' END || ', source ' || md5(prosrc)
+          FROM pg_proc
+          WHERE proname = 'set_critical_slot_defaults' AND pronargs = 0
+            AND pronamespace = (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('slots'))),
+         '20250220_slots_flags'
+)
+SELECT item, expected, actual, CASE WHEN actual IS DISTINCT FROM expected THEN mended_by END AS mended_by
+FROM promises;

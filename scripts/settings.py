@@ -1,0 +1,330 @@
+"""Where the recipes go and how patient they are: read from the environment, else from .env, else the default.
+
+A URL is taken as people paste it, but never by a guess, and no part of a password gets out: not in a message, not in a
+repr, not through libpq's own errors, which quote what they could not parse.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote, quote_plus, unquote
+
+import psycopg
+from dotenv.parser import Binding, parse_stream
+from dotenv.variables import parse_variables
+from psycopg import pq
+from psycopg.conninfo import conninfo_to_dict
+
+from scripts.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class Target:
+    """A database to connect to, with what may be said about it aloud."""
+
+    conninfo: dict[str, str] = field(repr=False)  # for psycopg.connect(**conninfo)
+    display: str  # the URL with *** for the password
+    search_path: str | None  # to be set in each transaction: transaction poolers refuse it as a startup option
+    notes: tuple[str, ...]  # what was ignored or corrected in the URL
+    secrets: tuple[str, ...] = field(repr=False)  # for mask()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting, with its default."""
+
+    target: Target | None  # None: the embedded server
+    source: str  # where the target came from, to be printed
+    notes: tuple[str, ...] = ()  # what was ignored in .env; what was ignored in the URL is the target's
+    lock_timeout_ms: int = 2_000  # LOCK_TIMEOUT; others use 0.5 s (pgroll) to 10 s (strong_migrations)
+    lock_wait_s: float = 60  # LOCK_WAIT; as long as dbmate waits for a database
+    connect_timeout_s: int = 10  # CONNECT_TIMEOUT; a guess: far servers need about 1 s, libpq's own default is for ever
+
+
+class _Url(NamedTuple):
+    """The parts of a URL, as typed."""
+
+    login: str
+    hosts: str
+    dbname: str
+    parameters: list[tuple[str, str]]
+
+
+_Given = Mapping[str, tuple[str, str]]  # setting → its value, where that was read
+
+_UNIT_MS = {"us": 0.001, "ms": 1, "s": 1_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}  # PostgreSQL's units
+_LONGEST_MS = 2**31 - 1  # PostgreSQL's limit for lock_timeout
+_SHORTEST_SECRET = 4  # masking "a" wherever it stands would destroy the message; `display` masks by position
+
+_LIBPQ = pq.Conninfo.parse(b"")  # every parameter that this libpq knows; unlike get_defaults() it reads no environment
+_KNOWN = {option.keyword.decode() for option in _LIBPQ}
+_SECRET = {option.keyword.decode() for option in _LIBPQ if option.dispchar == b"*"}
+_SECRET |= {"scram_client_key", "scram_server_key"}  # not marked by libpq, but as good as the password
+_OURS = {"schema", "search_path"}
+_SSLMODE_OF_SSL = {"true": "require", "1": "require", "false": "prefer", "0": "prefer"}  # other drivers say ssl=…
+
+_BLANKS = " \t\r\n\f\v\u00a0\u200b\ufeff"
+_QUOTES = "\"'`\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb"  # straight and typographic
+_WRAPPINGS = {
+    "the quotes around it": re.compile(f"[{_QUOTES}](.*)[{_QUOTES}]", re.S),
+    '"DATABASE_URL=" in front of it': re.compile(r"(?:export\s+)?DATABASE_URL\s*=(.*)", re.S),
+    '"psql" in front of it': re.compile(r"psql\s(.*)", re.S),
+}
+_POSTGRES = re.compile(r"postgres(?:ql)?(\+\w+)?://(.*)", re.I)
+_OTHER_SCHEME = re.compile(r"(sqlite|jdbc|[a-z][a-z0-9+.-]*(?=://)):", re.I)
+_HOST = r"(?:\[[\w:.%]+\]|[\w.~%-]*)(?::\d{1,5})?"
+_AFTER_LOGIN = re.compile(rf"(?P<hosts>{_HOST}(?:,{_HOST})*)(?:/(?P<dbname>[^@?]*|[^/?]*))?(?:\?(?P<query>.*))?")
+_PARAMETER = re.compile(r"([\w.-]+)=(.*)")
+_BARE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_SEARCH_PATH_OPTION = re.compile(r"(?<!\S)(?<!\\\s)(?:-c\s*|--)search[_-]path=((?:\\.|[^\s\\])*)\s*", re.I)
+
+_URL_FORM = "postgresql://USER:PASSWORD@HOST:PORT/DBNAME"
+_ENCODING_HELP = (
+    f"Write {_URL_FORM}, user and password percent-encoded (@ is %40, : %3A, / %2F, ? %3F, # %23, % %25), as by\n"
+    "python3 -c 'import getpass, urllib.parse as u; print(u.quote(getpass.getpass(), safe=\"\"))'"
+)
+
+
+def load(root: Path, environ: Mapping[str, str]) -> Settings:
+    """Read every setting; the environment wins over <root>/.env."""
+    values, notes = parse_env_file(_read_env_file(root / ".env"), environ)
+    given = {name: (value, ".env") for name, value in values.items()}
+    given |= {name: (value, f"environment variable {name}") for name, value in environ.items()}
+    target, source = _choose_target(given, in_ci=_is_true(environ.get("CI", "")))
+    lock_timeout_ms = _duration_ms(given, "LOCK_TIMEOUT", Settings.lock_timeout_ms, plain="ms", least_ms=1)
+    lock_wait_ms = _duration_ms(given, "LOCK_WAIT", Settings.lock_wait_s * 1000, plain="s", least_ms=0)
+    connect_ms = _duration_ms(given, "CONNECT_TIMEOUT", Settings.connect_timeout_s * 1000, plain="s", least_ms=1000)
+    return Settings(target, source, notes, round(lock_timeout_ms), lock_wait_ms / 1000, math.ceil(connect_ms / 1000))
+
+
+def _is_true(text: str) -> bool:
+    return text.strip().lower() not in {"", "0", "false", "no", "off"}
+
+
+def _read_env_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        remedy = "Make it a file that you may read, or move it away and set DATABASE_URL in the environment."
+        raise SettingsError(".env cannot be read.", where=f"{path}: {error.strerror}", remedy=remedy) from None
+    except UnicodeDecodeError:
+        raise SettingsError(".env is not UTF-8.", where=str(path), remedy="Save it as UTF-8.") from None
+
+
+def parse_env_file(text: str, environ: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Read .env as python-dotenv does; the notes say what python-dotenv would pass over in silence."""
+    bindings = list(parse_stream(StringIO(text)))
+    broken = [binding for binding in bindings if binding.error]
+    if "DATABASE_URL" not in environ:
+        _refuse_broken_url(broken)
+    notes = [f"ignored in .env: line {_line(binding)}, which is not of the form NAME=VALUE" for binding in broken]
+    url_lines = [str(_line(binding)) for binding in bindings if binding.key == "DATABASE_URL"]
+    if len(url_lines) > 1:
+        notes.append(f"ignored in .env: every DATABASE_URL but the last one (lines {', '.join(url_lines)})")
+    values: dict[str, str] = {}
+    for binding in bindings:
+        if binding.key:
+            atoms = parse_variables(binding.value or "")
+            values[binding.key] = "".join(atom.resolve({**values, **environ}) for atom in atoms)
+    return values, tuple(notes)
+
+
+def _refuse_broken_url(broken: Iterable[Binding]) -> None:
+    """Ignoring such a line would send the recipes to the embedded server."""
+    for binding in broken:
+        if re.search(r"^\s*(export\s+)?DATABASE_URL\b", binding.original.string, re.M):
+            remedy = "Is a closing quote missing, or does something follow it?"
+            raise SettingsError("DATABASE_URL in .env cannot be read.", where=f"line {_line(binding)}", remedy=remedy)
+
+
+def _line(binding: Binding) -> int:
+    text = binding.original.string  # begins with the blank lines above the binding
+    return binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
+
+
+def _choose_target(given: _Given, *, in_ci: bool) -> tuple[Target | None, str]:
+    if "DATABASE_URL" not in given and in_ci:
+        remedy = "Set DATABASE_URL, or DATABASE_URL=embedded if you want the embedded server here."
+        raise SettingsError("CI is set, and DATABASE_URL is not.", where="environment and .env", remedy=remedy)
+    if "DATABASE_URL" not in given:
+        return None, "embedded server (no DATABASE_URL in the environment or .env)"
+    text, source = given["DATABASE_URL"]
+    if text.strip(_BLANKS + _QUOTES).lower() == "embedded":
+        return None, f"embedded server (asked for by {source})"
+    return parse_target(text, source), source
+
+
+def _duration_ms(given: _Given, name: str, default_ms: float, *, plain: str, least_ms: float) -> float:
+    """Read "2s", "1.5 min", or a number without a unit, which is of the unit `plain`; empty is the default."""
+    text, source = given.get(name, ("", ""))
+    if not (text := text.strip(_BLANKS + _QUOTES)):
+        return default_ms
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text)
+    duration_ms = float(match[1]) * _UNIT_MS.get(match[2] or plain, math.nan) if match else math.nan
+    if not least_ms <= duration_ms <= _LONGEST_MS:
+        units = f"{', '.join(_UNIT_MS)}; none means {plain}"
+        remedy = f"Write a number with a unit ({units}), from {least_ms} ms to {_LONGEST_MS} ms."
+        raise SettingsError(f"{name} is not a duration, or out of range.", where=source, remedy=remedy)
+    return duration_ms
+
+
+def parse_target(text: str, source: str = "DATABASE_URL") -> Target:
+    """Understand a pasted URL, or libpq's keyword form."""
+    text, notes = _unwrap(text)
+    if not text.strip(_QUOTES):
+        remedy = f"Set it to {_URL_FORM}, or unset it to use the embedded server."
+        raise SettingsError("DATABASE_URL is set, but empty.", where=source, remedy=remedy)
+    if not text.isprintable():
+        remedy = "It must stand on one line; write such a character percent-encoded."
+        raise SettingsError("DATABASE_URL holds a line break or an invisible character.", where=source, remedy=remedy)
+    if match := _POSTGRES.fullmatch(text):
+        driver = [f"ignored in DATABASE_URL: {match[1]} in the scheme"] if match[1] else []
+        return _target_of_url(match[2], source, [*notes, *driver])
+    if re.match(r"\w+\s*=", text):
+        return _target_of_conninfo(_ask_libpq(text, source), notes)
+    scheme = _OTHER_SCHEME.match(text)
+    found = f"begins with {scheme[1]}:" if scheme else "is neither a URL nor libpq's keyword form (host=… dbname=…)"
+    raise SettingsError(f"DATABASE_URL {found}.", where=source, remedy=f"Only PostgreSQL will do: {_URL_FORM}")
+
+
+def _unwrap(text: str) -> tuple[str, list[str]]:
+    """Take off what was pasted along with the URL."""
+    bare = text.strip(_BLANKS)
+    notes = ["ignored in DATABASE_URL: blanks around it"] if bare != text else []
+    for what, wrapping in _WRAPPINGS.items():
+        if match := wrapping.fullmatch(bare):
+            inner, inner_notes = _unwrap(match[1])
+            return inner, list(dict.fromkeys([*notes, f"ignored in DATABASE_URL: {what}", *inner_notes]))
+    return bare, notes
+
+
+def _target_of_url(rest: str, source: str, notes: list[str]) -> Target:
+    url = _split_url(rest)
+    if url is None:
+        raise SettingsError("DATABASE_URL cannot be taken apart without a guess.", where=source, remedy=_ENCODING_HELP)
+    typed_secrets = [url.login.partition(":")[2], *(value for name, value in url.parameters if name in _SECRET)]
+    search_paths = [_as_search_path(name, unquote(value)) for name, value in url.parameters if name in _OURS]
+    conninfo = _ask_libpq(_normalize(url), source)
+    return _target_of_conninfo(conninfo, [*notes, *_notes_on_url(url)], typed_secrets, search_paths)
+
+
+def _split_url(rest: str) -> _Url | None:
+    """Split what follows the scheme: the login ends at the first @ (or none) that leaves something well-formed.
+
+    So "u:p@ss/word@host/db" is understood as meant, where libpq would go to a host "ss". In "u:p@ss/word@host" the last
+    part may be a host as well as a database's name; guessing wrong would send the password to a stranger: None.
+    """
+    for start in (0, *(at.end() for at in re.finditer("@", rest))):
+        match = _AFTER_LOGIN.fullmatch(rest, start)
+        parameters = _split_query(match["query"] or "") if match else None
+        if match and parameters is not None:
+            dbname = match["dbname"] or ""
+            return None if "@" in dbname else _Url(rest[: max(start - 1, 0)], match["hosts"], dbname, parameters)
+    return None
+
+
+def _split_query(query: str) -> list[tuple[str, str]] | None:
+    """Split into names and values; None where this is no query but, say, the end of a password with a ? in it."""
+    pieces = [_PARAMETER.fullmatch(piece) for piece in query.split("&") if piece]
+    if not all(piece and ("@" not in piece[2] or piece[1] in _KNOWN | _OURS) for piece in pieces):
+        return None
+    return [_as_sslmode(piece[1], piece[2]) for piece in pieces if piece]
+
+
+def _as_sslmode(name: str, value: str) -> tuple[str, str]:
+    """Translate ssl=…, because to drop it as unknown would be to connect without TLS in silence."""
+    return ("sslmode", _SSLMODE_OF_SSL.get(value.lower(), value)) if name == "ssl" else (name, value)
+
+
+def _as_search_path(name: str, value: str) -> str:
+    """Take ?search_path= as it is; ?schema= is one name, to be quoted where SQL would fold or split it."""
+    plain = name == "search_path" or re.fullmatch(r"[a-z_][a-z0-9_$]*|", value)
+    return value if plain else '"' + value.replace('"', '""') + '"'
+
+
+def _normalize(url: _Url) -> str:
+    """Write the URL as libpq wants it, without the parameters that libpq does not know."""
+    login = ":".join(_percent_encode(part) for part in url.login.split(":", 1))
+    query = "&".join(f"{name}={_percent_encode(value)}" for name, value in url.parameters if name in _KNOWN)
+    return f"postgresql://{login}@{url.hosts}/{_percent_encode(url.dbname)}?{query}"
+
+
+def _percent_encode(part: str) -> str:
+    """Encode what is not encoded yet; a % that begins no code stands for itself."""
+    return quote(_BARE_PERCENT.sub("%25", part), safe="%")
+
+
+def _notes_on_url(url: _Url) -> list[str]:
+    notes = []
+    if re.search(r"[@/?#\s]", url.login) or _BARE_PERCENT.search(url.login):
+        notes.append("corrected in DATABASE_URL: user or password hold characters that must be percent-encoded")
+    unknown = dict.fromkeys(name for name, _ in url.parameters if name not in _KNOWN | _OURS)
+    # In ?password=a&b=c the name "b" may be the rest of a password with a raw & in it.
+    speakable = not any(name in _SECRET for name, _ in url.parameters)
+    if unknown:
+        names = ", ".join(unknown) if speakable else f"{len(unknown)} in number"
+        notes.append(f"ignored in DATABASE_URL: parameters that libpq does not know ({names})")
+    return notes
+
+
+def _ask_libpq(conninfo: str, source: str) -> dict[str, str]:
+    try:
+        return {name: str(value) for name, value in conninfo_to_dict(conninfo).items()}
+    except (psycopg.Error, UnicodeDecodeError):  # the messages of both quote what they are about
+        by_hand = "Write host=… port=… dbname=… user=… password=…, values with blanks in single quotes."
+        remedy = _ENCODING_HELP if "://" in conninfo else by_hand
+        raise SettingsError("libpq cannot parse DATABASE_URL.", where=source, remedy=remedy) from None
+
+
+def _target_of_conninfo(
+    conninfo: dict[str, str], notes: Iterable[str], typed_secrets: Iterable[str] = (), search_paths: Iterable[str] = ()
+) -> Target:
+    options = conninfo.pop("options", "")
+    option_paths = [re.sub(r"\\(.)", r"\1", path) for path in _SEARCH_PATH_OPTION.findall(options)]
+    search_path = next(filter(None, reversed([*option_paths, *search_paths])), None)  # the last one wins, as in libpq
+    if other_options := _SEARCH_PATH_OPTION.sub("", options).strip():
+        conninfo["options"] = other_options
+    secrets = dict.fromkeys([*typed_secrets, *(value for name, value in conninfo.items() if name in _SECRET)])
+    secrets.pop("", None)
+    return Target(conninfo, _display(conninfo), search_path, tuple(notes), tuple(secrets))
+
+
+def _display(conninfo: Mapping[str, str]) -> str:
+    shown = {name: "***" if name in _SECRET else quote(value, safe="/,:") for name, value in conninfo.items()}
+    login = quote(conninfo.get("user", ""), safe="") + (":***" if "password" in conninfo else "")
+    address = _address(conninfo)
+    placed = {"user", "password", "dbname"} | ({"host", "port"} if address is not None else set())
+    url = f"postgresql://{login}{'@' if login else ''}{address or ''}/{shown.get('dbname', '')}"
+    query = "&".join(f"{name}={value}" for name, value in shown.items() if name not in placed)
+    return f"{url}?{query}" if query else url
+
+
+def _address(conninfo: Mapping[str, str]) -> str | None:
+    """Return HOST:PORT,… or None where only ?host=…&port=… can say it: sockets; ports that do not pair with hosts."""
+    hosts, ports = conninfo.get("host", "").split(","), conninfo.get("port", "").split(",")
+    ports = ports * len(hosts) if len(ports) == 1 else ports
+    if len(hosts) != len(ports) or any(host.startswith(("/", "@")) for host in hosts):
+        return None
+    named = [f"[{host}]" if ":" in host else quote(host) for host in hosts]
+    return ",".join(f"{host}:{port}" if port else host for host, port in zip(named, ports, strict=True))
+
+
+def mask(text: str, secrets: Iterable[str]) -> str:
+    """Replace every secret by ***, in each way in which it may be written."""
+    forms = {form for secret in secrets if len(secret) >= _SHORTEST_SECRET for form in _written_forms(secret)}
+    # One pass, longest first: a secret within another must not leave the other's rest behind.
+    pattern = "|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True))
+    return re.sub(pattern, "***", text) if pattern else text
+
+
+def _written_forms(secret: str) -> set[str]:
+    encoded = {quote(secret, safe=""), quote(secret), quote_plus(secret)}
+    return {secret} | encoded | {re.sub("%..", lambda code: code[0].lower(), form) for form in encoded}

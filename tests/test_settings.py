@@ -1,0 +1,503 @@
+"""Settings: what is read from where, what a pasted URL is taken for, and that no password gets out."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from scripts.errors import SettingsError
+from scripts.settings import Settings, Target, load, mask, parse_target
+
+URL = "postgresql://app:s3cret@db.example.com:5432/game"
+PERCENT_NOTE = "corrected in DATABASE_URL: user or password hold characters that must be percent-encoded"
+
+
+def everything_printable(error: SettingsError) -> str:
+    return "\n".join([*traceback.format_exception(error), repr(error), error.where, error.remedy])
+
+
+def write_env(root: Path, content: str | bytes) -> Path:
+    (root / ".env").write_bytes(content.encode() if isinstance(content, str) else content)
+    return root
+
+
+def target_of(settings: Settings) -> Target:
+    assert settings.target is not None
+    return settings.target
+
+
+# Which source wins
+
+
+def test_environment_wins_over_env_file(tmp_path: Path) -> None:
+    write_env(tmp_path, "DATABASE_URL=postgresql://file/x\nLOCK_TIMEOUT=1s\nLOCK_WAIT=5s\n")
+    settings = load(tmp_path, {"DATABASE_URL": URL, "LOCK_WAIT": "7s"})
+    assert settings.source == "environment variable DATABASE_URL"
+    assert target_of(settings).conninfo["host"] == "db.example.com"
+    assert (settings.lock_timeout_ms, settings.lock_wait_s) == (1000, 7)
+
+
+def test_env_file_wins_over_embedded(tmp_path: Path) -> None:
+    settings = load(write_env(tmp_path, f"DATABASE_URL={URL}\n"), {})
+    assert settings.source == ".env"
+    assert target_of(settings).conninfo["user"] == "app"
+
+
+def test_nothing_set_means_embedded_and_defaults(tmp_path: Path) -> None:
+    settings = load(tmp_path, {})
+    assert settings == Settings(None, "embedded server (no DATABASE_URL in the environment or .env)")
+    assert (settings.lock_timeout_ms, settings.lock_wait_s, settings.connect_timeout_s) == (2000, 60, 10)
+
+
+@pytest.mark.parametrize("name", ["embedded", " Embedded\n", '"embedded"'])
+def test_embedded_by_name_beats_ci_and_env_file(tmp_path: Path, name: str) -> None:
+    settings = load(write_env(tmp_path, f"DATABASE_URL={URL}\n"), {"DATABASE_URL": name, "CI": "true"})
+    assert settings.target is None
+    assert settings.source == "embedded server (asked for by environment variable DATABASE_URL)"
+
+
+@pytest.mark.parametrize("ci", ["true", "1", "yes", "woodpecker"])
+def test_ci_without_url_is_refused(tmp_path: Path, ci: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path, {"CI": ci})
+    assert caught.value.exit_code == 3
+    assert "DATABASE_URL=embedded" in caught.value.remedy
+
+
+@pytest.mark.parametrize("ci", ["", " ", "false", "0", "No", "off"])
+def test_ci_set_to_false_is_no_ci(tmp_path: Path, ci: str) -> None:
+    assert load(tmp_path, {"CI": ci}).target is None
+
+
+@pytest.mark.parametrize("empty", ["", "  ", "''", '""', ' "  " ', "“”", "'", "DATABASE_URL="])
+def test_set_but_empty_in_environment_is_refused(tmp_path: Path, empty: str) -> None:
+    with pytest.raises(SettingsError, match="empty") as caught:
+        load(write_env(tmp_path, f"DATABASE_URL={URL}"), {"DATABASE_URL": empty})
+    assert caught.value.where == "environment variable DATABASE_URL"
+
+
+@pytest.mark.parametrize("line", ["DATABASE_URL=", "DATABASE_URL", "DATABASE_URL=''", "DATABASE_URL=${UNSET}"])
+def test_set_but_empty_in_env_file_is_refused(tmp_path: Path, line: str) -> None:
+    with pytest.raises(SettingsError, match="empty") as caught:
+        load(write_env(tmp_path, line), {})
+    assert caught.value.where == ".env"
+
+
+# The file .env
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"\ufeffDATABASE_URL={URL}\n",
+        f"# a comment\r\n\r\nDATABASE_URL={URL}\r\n",
+        f"export DATABASE_URL={URL}",
+        f"DATABASE_URL = '{URL}'  # mine\n",
+        f'DATABASE_URL="{URL}"\n',
+        "PW=s3cret\nDATABASE_URL=postgresql://app:${PW}@db.example.com:5432/game",
+    ],
+    ids=["BOM", "CRLF", "export", "single quotes", "double quotes", "variable"],
+)
+def test_env_file_as_editors_write_it(tmp_path: Path, content: str) -> None:
+    settings = load(write_env(tmp_path, content), {})
+    assert (settings.target, settings.notes) == (parse_target(URL), ())
+    assert target_of(settings).conninfo == parse_target(URL).conninfo
+
+
+def test_environment_wins_in_variables_of_env_file(tmp_path: Path) -> None:
+    write_env(tmp_path, "HOST=file\nDATABASE_URL=postgresql://${HOST}/${NAME:-game}")
+    assert target_of(load(tmp_path, {"HOST": "outer"})).display == "postgresql://outer/game"
+
+
+def test_last_of_two_urls_in_env_file_wins_with_a_note(tmp_path: Path) -> None:
+    settings = load(write_env(tmp_path, f"DATABASE_URL=postgresql://old/x\n\n\nDATABASE_URL={URL}\n"), {})
+    assert target_of(settings).conninfo["dbname"] == "game"
+    assert settings.notes == ("ignored in .env: every DATABASE_URL but the last one (lines 1, 4)",)
+
+
+def test_unreadable_line_is_noted_by_its_number_only(tmp_path: Path) -> None:
+    settings = load(write_env(tmp_path, f"A=1\n\n\n'QXZJ hidden\nDATABASE_URL={URL}\n"), {})
+    assert settings.notes == ("ignored in .env: line 4, which is not of the form NAME=VALUE",)
+    assert target_of(settings).conninfo["user"] == "app"
+
+
+def test_unreadable_url_line_does_not_lead_to_the_embedded_server(tmp_path: Path) -> None:
+    write_env(tmp_path, '\nexport DATABASE_URL="postgresql://app:QXZJ@h/db\n')
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path, {})
+    assert caught.value.where == "line 2"
+    assert "QXZJ" not in everything_printable(caught.value)
+    assert target_of(load(tmp_path, {"DATABASE_URL": URL})).conninfo["user"] == "app"
+
+
+def test_env_that_is_a_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".env").mkdir()
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path, {})
+    assert str(tmp_path / ".env") in caught.value.where
+    assert caught.value.remedy
+
+
+def test_env_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **_: object) -> str:  # root may read a file of mode 0 all the same
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path, {})
+    assert caught.value.where == f"{tmp_path / '.env'}: Permission denied"
+
+
+def test_env_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    write_env(tmp_path, URL.encode("utf-16"))  # what ">" of Windows PowerShell writes
+    with pytest.raises(SettingsError, match="UTF-8") as caught:
+        load(tmp_path, {})
+    assert caught.value.where == str(tmp_path / ".env")
+
+
+# Durations
+
+
+@pytest.mark.parametrize(
+    ("text", "expected_ms"),
+    [("2s", 2000), ("500ms", 500), ("750", 750), (" 1.5 s ", 1500), ("1min", 60_000), ("'3s'", 3000), ("", 2000)],
+)
+def test_lock_timeout_reads_as_in_postgresql(tmp_path: Path, text: str, expected_ms: int) -> None:
+    assert load(tmp_path, {"LOCK_TIMEOUT": text}).lock_timeout_ms == expected_ms
+
+
+@pytest.mark.parametrize(("text", "expected_s"), [("60s", 60), ("2min", 120), ("30", 30), ("0", 0), ("250ms", 0.25)])
+def test_lock_wait_in_seconds(tmp_path: Path, text: str, expected_s: float) -> None:
+    assert load(tmp_path, {"LOCK_WAIT": text}).lock_wait_s == expected_s
+
+
+@pytest.mark.parametrize(("text", "expected_s"), [("5", 5), ("1500ms", 2), ("1min", 60)])
+def test_connect_timeout_in_whole_seconds(tmp_path: Path, text: str, expected_s: int) -> None:
+    assert load(tmp_path, {"CONNECT_TIMEOUT": text}).connect_timeout_s == expected_s
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("LOCK_TIMEOUT", text) for text in ("soon", "2 sec", "-1", "0", "1us", "nan", "1e3", "9" * 400, "25d")),
+        ("LOCK_WAIT", "-1s"),
+        ("CONNECT_TIMEOUT", "0"),
+        ("CONNECT_TIMEOUT", "500ms"),
+    ],
+)
+def test_bad_duration_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{name} ") as caught:
+        load(tmp_path, {name: text})
+    assert (caught.value.exit_code, caught.value.where) == (3, f"environment variable {name}")
+
+
+def test_env_example_states_the_defaults(tmp_path: Path) -> None:
+    text = Path(__file__).parents[1].joinpath(".env.example").read_text(encoding="utf-8")
+    assert load(write_env(tmp_path, text), {}) == load(tmp_path / "nowhere", {})
+    uncommented = re.sub(r"^# (?=[A-Z_]+=)", "", text, flags=re.M)
+    settings = load(write_env(tmp_path, uncommented), {})
+    assert settings == Settings(settings.target, ".env")
+    assert re.findall(r"^[A-Z_]+(?==)", uncommented, re.M) == [
+        "DATABASE_URL",
+        "LOCK_TIMEOUT",
+        "LOCK_WAIT",
+        "CONNECT_TIMEOUT",
+    ]
+
+
+# URLs as people paste them
+
+
+@pytest.mark.parametrize(
+    ("pasted", "noted"),
+    [
+        (URL, []),
+        (URL.replace("postgresql:", "postgres:"), []),
+        (f"  {URL}\n", ["blanks around it"]),
+        (f"\ufeff{URL}\u200b", ["blanks around it"]),
+        (f"'{URL}'", ["the quotes around it"]),
+        (f'"{URL}"', ["the quotes around it"]),
+        (f"“{URL}”", ["the quotes around it"]),
+        (f"DATABASE_URL={URL}", ['"DATABASE_URL=" in front of it']),
+        (f"export DATABASE_URL='{URL}'", ['"DATABASE_URL=" in front of it', "the quotes around it"]),
+        (f"psql '{URL}'", ['"psql" in front of it', "the quotes around it"]),
+        (URL.replace("postgresql:", "postgresql+psycopg2:"), ["+psycopg2 in the scheme"]),
+        (URL.replace("postgresql:", "postgres+asyncpg:"), ["+asyncpg in the scheme"]),
+        (
+            f"{URL}?pgbouncer=true&connection_limit=1&pool_timeout=s3cret",
+            ["parameters that libpq does not know (pgbouncer, connection_limit, pool_timeout)"],
+        ),
+    ],
+)
+def test_pasted_url_is_understood_with_notes(pasted: str, noted: list[str]) -> None:
+    target = parse_target(pasted)
+    assert target.conninfo == {
+        "user": "app",
+        "password": "s3cret",
+        "host": "db.example.com",
+        "port": "5432",
+        "dbname": "game",
+    }
+    assert target.display == "postgresql://app:***@db.example.com:5432/game"
+    assert list(target.notes) == [f"ignored in DATABASE_URL: {what}" for what in noted]
+
+
+@pytest.mark.parametrize(
+    "password",
+    ["p@ss", "a/b", "p@ss/word", "12/34", "wh?t", "wh@t?x=1", "a#b", "a:b", "100%", "50%zz", "a b", "[x]", "@"],
+)
+def test_raw_password_is_taken_as_meant(password: str) -> None:
+    target = parse_target(f"postgresql://app:{password}@db.example.com:5432/game?sslmode=require")
+    assert target.conninfo["password"] == password
+    assert target.display == "postgresql://app:***@db.example.com:5432/game?sslmode=require"
+    assert target.notes == (() if password in {"a:b", "[x]"} else (PERCENT_NOTE,))
+
+
+def test_raw_at_sign_in_user_name() -> None:
+    target = parse_target("postgresql://app@server:s3cret@server.postgres.database.azure.com/game")
+    assert target.conninfo["user"] == "app@server"
+    assert target.display == "postgresql://app%40server:***@server.postgres.database.azure.com/game"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://app:QX@ZJ/XQ@db",  # the database XQ@db on the host ZJ, or the host db?
+        "postgresql://app:QXZJ",
+        "postgresql://app:QX%00ZJ@db/game",
+        "postgresql://app:QX%abZJ@db/game",  # not UTF-8
+        "postgresql://app:QXZJ@[::1/game",
+        "postgresql://app:QXZJ@db:port/game",
+        "postgresql://app:QXZJ@db/game?QXZJ",
+        "postgresql://app:QX\nZJ@db/game",
+        "postgresql://app:QXZJ\udcff@db/game",
+        "postgresql:/app:QXZJ@db/game",
+        "app:QXZJ@db/game",
+        "host=db password='QXZJ",
+        "host=db password=QX QXZJ=1",
+        "host=db password=QX QXZJ",
+        "psql -h db -W QXZJ",
+        "QXZJ",
+    ],
+)
+def test_what_would_be_a_guess_is_refused_without_quoting(url: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_target(url, ".env")
+    assert caught.value.where == ".env"
+    assert caught.value.remedy
+    assert not re.search("QX|ZJ|XQ", everything_printable(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("url", "scheme"),
+    [
+        ("mysql://app:QXZJ@db/game", "mysql:"),
+        ("https://example.com/QXZJ", "https:"),
+        ("sqlite:game.db", "sqlite:"),
+        ("jdbc:postgresql://db/game?password=QXZJ", "jdbc:"),
+    ],
+)
+def test_other_scheme_is_named(url: str, scheme: str) -> None:
+    with pytest.raises(SettingsError, match=f"begins with {scheme}") as caught:
+        parse_target(url)
+    assert "postgresql://" in caught.value.remedy
+    assert "QXZJ" not in everything_printable(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "conninfo", "display"),
+    [
+        ("postgresql://", {}, "postgresql:///"),
+        ("postgresql://app@db", {"user": "app", "host": "db"}, "postgresql://app@db/"),
+        ("postgresql://app:@db/x", {"user": "app", "host": "db", "dbname": "x"}, "postgresql://app@db/x"),
+        ("postgresql://[::1]:1/x", {"host": "::1", "port": "1", "dbname": "x"}, "postgresql://[::1]:1/x"),
+        ("postgresql://a:1,b:2/x", {"host": "a,b", "port": "1,2", "dbname": "x"}, "postgresql://a:1,b:2/x"),
+        ("postgresql://a,b/x?port=9", {"host": "a,b", "port": "9", "dbname": "x"}, "postgresql://a:9,b:9/x"),
+        (
+            "postgresql:///x?host=a,b,c&port=1,2",
+            {"host": "a,b,c", "port": "1,2", "dbname": "x"},
+            "postgresql:///x?host=a,b,c&port=1,2",
+        ),
+        (
+            "postgresql://app@%2Frun%2Fpg/x?port=5433",
+            {"user": "app", "host": "/run/pg", "port": "5433", "dbname": "x"},
+            "postgresql://app@/x?host=/run/pg&port=5433",
+        ),
+        ("postgresql:///x?host=/run/pg", {"host": "/run/pg", "dbname": "x"}, "postgresql:///x?host=/run/pg"),
+        ("postgresql://db/x?user=a@b", {"user": "a@b", "host": "db", "dbname": "x"}, "postgresql://a%40b@db/x"),
+        (
+            "postgresql://db/x?application_name=mine&connect_timeout=3",
+            {"host": "db", "dbname": "x", "application_name": "mine", "connect_timeout": "3"},
+            "postgresql://db/x?connect_timeout=3&application_name=mine",
+        ),
+        ("postgresql://db/?service=mine", {"host": "db", "service": "mine"}, "postgresql://db/?service=mine"),
+        (
+            "host=db user=app password='a b' sslpassword=tls",
+            {"host": "db", "user": "app", "password": "a b", "sslpassword": "tls"},
+            "postgresql://app:***@db/?sslpassword=***",
+        ),
+    ],
+)
+def test_what_libpq_knows_passes(url: str, conninfo: dict[str, str], display: str) -> None:
+    target = parse_target(url)
+    assert (target.conninfo, target.display, target.notes) == (conninfo, display, ())
+
+
+@pytest.mark.parametrize(
+    ("ssl", "sslmode"), [("true", "require"), ("1", "require"), ("verify-full", "verify-full"), ("false", "prefer")]
+)
+def test_ssl_of_other_drivers_becomes_sslmode(ssl: str, sslmode: str) -> None:
+    assert parse_target(f"{URL}?ssl={ssl}").conninfo["sslmode"] == sslmode
+
+
+@pytest.mark.parametrize(
+    ("query", "search_path", "options"),
+    [
+        ("schema=app", "app", None),
+        ("schema=My%22App", '"My""App"', None),
+        ("search_path=app,public", "app,public", None),
+        ("options=-c%20search_path%3Dapp", "app", None),
+        ("options=-csearch_path=app", "app", None),
+        ("options=--search-path=app,%5C%20public", "app, public", None),
+        ("options=-c geqo=off -c search_path=app -c jit=off", "app", "-c geqo=off -c jit=off"),
+        ("options=endpoint%3Dep-cool-1", None, "endpoint=ep-cool-1"),
+        ("options=-c my.search_path=x", None, "-c my.search_path=x"),
+        ("options=-c%20search_path%3Dold&search_path=new", "new", None),
+        ("schema=", None, None),
+    ],
+)
+def test_search_path_is_taken_out(query: str, search_path: str | None, options: str | None) -> None:
+    target = parse_target(f"{URL}?{query}")
+    assert (target.search_path, target.conninfo.get("options")) == (search_path, options)
+    assert target.conninfo.keys() - {"options"} == parse_target(URL).conninfo.keys()
+    assert target.notes == ()
+
+
+# Secrets
+
+
+def test_secrets_as_typed_and_as_meant() -> None:
+    target = parse_target("postgresql://app:p%40ss@db/x?sslpassword=t%2fls&passfile=/x")
+    assert set(target.secrets) == {"p%40ss", "p@ss", "t%2fls", "t/ls"}
+    assert target.display == "postgresql://app:***@db/x?passfile=/x&sslpassword=***"
+
+
+def test_no_secret_no_mask() -> None:
+    assert parse_target("postgresql://app:@db/x?sslpassword=").secrets == ()
+    assert mask("nothing to hide", ()) == "nothing to hide"
+
+
+def test_rest_of_a_password_is_not_taken_for_a_parameter_name() -> None:
+    target = parse_target("postgresql://app@db/x?password=QX&ZJQX=1")
+    assert target.notes == ("ignored in DATABASE_URL: parameters that libpq does not know (1 in number)",)
+
+
+def test_mask_knows_every_spelling() -> None:
+    secret = "Ü p@s/s"
+    for spelling in (secret, "%C3%9C%20p%40s%2Fs", "%c3%9c%20p%40s%2fs", "%C3%9C%20p%40s/s", "%C3%9C+p%40s%2Fs"):
+        assert mask(f"<{spelling}>", [secret]) == "<***>"
+
+
+def test_mask_takes_the_longest_first() -> None:
+    assert mask("swordfish sword", ["sword", "swordfish"]) == "*** ***"
+
+
+def test_mask_leaves_short_secrets_to_the_display() -> None:
+    assert mask("a table of abc", ["a", "abc"]) == "a table of abc"
+    assert parse_target("postgresql://app:a@data/a").display == "postgresql://app:***@data/a"
+
+
+# Properties
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
+hosts = st.from_regex(r"[a-z0-9]([a-z0-9.-]{0,20}[a-z0-9])?", fullmatch=True) | st.ip_addresses(v=6).map(str)
+ports = st.integers(1, 65535).map(str)
+
+# Nothing else in these tests' URLs or in the messages holds one of these letters next to another.
+LETTERS = "QXZJ"
+odd_passwords = st.text(st.sampled_from([*LETTERS, *"@:/?#%&=+'\" é"]), min_size=4).map(lambda text: f"QX{text}ZJ")
+
+
+def leaks(password: str, said: str) -> list[str]:
+    pieces = (password[i : i + 4] for i in range(len(password) - 3))
+    return [piece for piece in pieces if set(LETTERS) & set(piece) and piece in said]
+
+
+@given(user=texts, password=texts, host=hosts, port=ports, dbname=texts)
+@example(user="a:b", password="p@ss/w?rd#%41&=", host="::1", port="1", dbname="a/b?c")
+def test_encoded_url_parses_back(user: str, password: str, host: str, port: str, dbname: str) -> None:
+    address = f"[{host}]" if ":" in host else host
+    user_code, password_code, dbname_code = (quote(part, safe="") for part in (user, password, dbname))
+    target = parse_target(f"postgresql://{user_code}:{password_code}@{address}:{port}/{dbname_code}")
+    expected = {"user": user, "password": password, "host": host, "port": port, "dbname": dbname}
+    assert (target.conninfo, target.notes, target.search_path) == (expected, (), None)
+    assert target.display == f"postgresql://{user_code}:***@{address}:{port}/{quote(dbname, safe='/,:')}"
+
+
+@given(user=texts, host=hosts, dbname=texts, query=st.sampled_from(["", "?sslmode=require&x=1", "?port=9"]))
+def test_display_without_password_leads_to_the_same_target(user: str, host: str, dbname: str, query: str) -> None:
+    address = f"[{host}]" if ":" in host else host
+    target = parse_target(f"postgresql://{quote(user, safe='')}@{address}/{quote(dbname, safe='')}{query}")
+    assert parse_target(target.display).conninfo == target.conninfo
+
+
+@given(password=odd_passwords, encode=st.booleans())
+def test_nothing_printable_holds_the_password(password: str, encode: bool) -> None:
+    typed = quote(password, safe="") if encode else password
+    text = f"postgresql://app:{typed}@db.example.com:5432/game?sslmode=require&pgbouncer=true"
+    settings = load(Path("/nonexistent"), {"DATABASE_URL": text})
+    target = target_of(settings)
+    assert target.conninfo["password"] == password
+    said = " ".join([repr(settings), repr(target), target.display, *target.notes, settings.source])
+    assert not leaks(password, said)
+    assert not leaks(typed, said)
+    assert mask(f"{password} {typed}", target.secrets) == "*** ***"
+
+
+@given(password=odd_passwords)
+def test_nothing_printable_holds_a_password_from_the_keyword_form(password: str) -> None:
+    quoted = re.sub(r"(['\\])", r"\\\1", password)
+    target = parse_target(f"host=db user=app password='{quoted}'")
+    assert target.conninfo["password"] == password
+    assert not leaks(password, f"{target!r} {target.display} {target.notes}")
+
+
+# {code} stands where a raw @ would make another, equally good URL.
+MANGLED = {
+    "cut off within the password": "postgresql://app:{code}",
+    "no scheme": "app:{typed}@db.example.com/game",
+    "one slash": "postgresql:/app:{typed}@db.example.com/game",
+    "other scheme": "mysql://app:{typed}@db.example.com/game",
+    "quoted on one side": "'postgresql://app:{typed}@db.example.com/game",
+    "no quote at the end": "host=db.example.com password='{typed}",
+    "no quotes": "host=db.example.com password={typed}",
+    "port is a word": "postgresql://app:{typed}@db.example.com:port/game",
+    "broken bracket": "postgresql://app:{typed}@[::1/game",
+    "two lines": "postgresql://app:{typed}\n@db.example.com/game",
+    "bad code": "postgresql://app:{typed}%ff@db.example.com/game",
+    "zero": "postgresql://app:{typed}%00@db.example.com/game",
+    "two passwords": "postgresql://app:{code}@db.example.com/game?password={code}&sslmode",
+    "psql with options": "psql -h db.example.com -W {typed}",
+    "the password alone": "{typed}",
+}
+
+
+@pytest.mark.parametrize("shape", MANGLED.values(), ids=MANGLED.keys())
+@given(password=odd_passwords, encode=st.booleans())
+def test_no_error_holds_the_password(shape: str, password: str, encode: bool) -> None:
+    typed = quote(password, safe="") if encode else password
+    assume(not re.search("[a-z]://", typed, re.I))  # would be a scheme
+    try:
+        target = parse_target(shape.format(typed=typed, code=quote(password, safe="")))
+    except SettingsError as error:
+        said = everything_printable(error)
+    else:
+        said = repr(target)
+    assert not leaks(password, said)
+    assert not leaks(typed, said)

@@ -8,7 +8,7 @@ from typing import ClassVar
 class RecipeError(Exception):
     """A failure that was foreseen: printed as a message, never as a traceback.
 
-    what: what is wrong, one sentence; where: what it concerns (lines of detail); remedy: the command or edit that helps.
+    what: what is wrong, one sentence; where: what it concerns, in lines; remedy: the command or edit that helps.
     """
 
     exit_code: ClassVar[int] = 1

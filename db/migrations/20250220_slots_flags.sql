@@ -5,7 +5,7 @@
 -- Atomic part  adds must_keep and min_chars to slots with their comments, gives the critical slots their defaults
 --              (five look-ups by key) and keeps a trigger that does so for critical slots that come later. ACCESS
 --              EXCLUSIVE on slots for an instant, whatever its size: the defaults are catalog changes.
--- Online part  CREATE INDEX CONCURRENTLY idx_slots_must_keep.
+-- Online part  CREATE INDEX CONCURRENTLY idx_slots_must_keep, unless the table is empty.
 -- Run again    changes nothing (what operators chose stays as it is), and where nothing is missing locks nothing.
 
 DO $migration$
@@ -18,7 +18,7 @@ DECLARE
       ('world', 'tone', false, 180),
       ('npc', 'persona', false, 140)
     ) AS critical (type, name, must_keep, min_chars)$values$;
-  body CONSTANT text := replace($body$
+  body CONSTANT text := replace(replace($body$
 DECLARE
   defaults record;
 BEGIN
@@ -31,7 +31,7 @@ BEGIN
   END IF;
   RETURN NULL;
 END
-$body$, '{critical}', critical);
+$body$, '{critical}', critical), E'\r', '');
   slots CONSTANT oid := to_regclass('slots');
   home CONSTANT regnamespace := (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('slots'));
   owner CONSTANT regrole := (SELECT relowner FROM pg_class WHERE oid = to_regclass('slots'));
@@ -105,6 +105,10 @@ BEGIN
     GET DIAGNOSTICS rows_changed = ROW_COUNT;
     PERFORM set_config('enable_seqscan', 'on', true);
     RAISE NOTICE '% critical slots given their defaults', rows_changed;
+    -- A table without a page has nothing to scan, and nobody else is in it: the index needs no online part.
+    IF pg_relation_size(slots) = 0 AND to_regclass(format('%s.idx_slots_must_keep', home)) IS NULL THEN
+      CREATE INDEX idx_slots_must_keep ON slots (must_keep) WHERE must_keep;
+    END IF;
   END IF;
 
   -- The trigger runs as the owner of slots, so that whoever may insert a slot need not be allowed to update it.

@@ -51,7 +51,7 @@ WITH promises (item, expected, actual, mended_by) AS (
          '20250220_slots_flags'
   UNION ALL
   SELECT 'slots function set_critical_slot_defaults()', 'SECURITY DEFINER, source e507583c15a6ae609b6203591c303448',
-         (SELECT CASE WHEN prosecdef THEN 'SECURITY DEFINER' ELSE 'SECURITY INVOKER' END || ', source ' || md5(prosrc)
+         (SELECT CASE WHEN prosecdef THEN 'SECURITY DEFINER' ELSE 'SECURITY INVOKER' END || ', source ' || md5(replace(prosrc, E'\r', ''))
           FROM pg_proc
           WHERE proname = 'set_critical_slot_defaults' AND pronargs = 0
             AND pronamespace = (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('slots'))),

@@ -1,0 +1,126 @@
+"""One connection, and messages of many statements over it: the only module that talks to PostgreSQL.
+
+A message travels by the simple query protocol (PostgreSQL manual, "Protocol Flow", "Multiple Statements in a Simple
+Query"): its statements run in order, after an error the rest is skipped. So the round trips are counted by messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+import psycopg
+from psycopg import generators, pq, sql
+from psycopg.conninfo import make_conninfo
+from psycopg.errors import Diagnostic, error_from_result
+
+from scripts.errors import UnreachableError
+from scripts.settings import Settings, Target, mask
+
+Row = tuple[str | None, ...]
+Rows = list[Row]
+
+OLDEST_VERSION = 140000  # CREATE OR REPLACE TRIGGER and string_to_table came with PostgreSQL 14
+
+
+class StatementError(Exception):
+    """A statement of a message failed; what came before it in the message was run, what came after was not."""
+
+    def __init__(self, index: int, cause: psycopg.Error) -> None:
+        super().__init__(str(cause))
+        self.index, self.cause = index, cause
+
+
+class Database:
+    """A connection to the target. Raises UnreachableError where there is none to be had."""
+
+    def __init__(self, target: Target, settings: Settings) -> None:
+        self.target = target
+        self.lock_timeout_ms = settings.lock_timeout_ms
+        defaults = {"application_name": "budget-engine-recipes", "connect_timeout": str(settings.connect_timeout_s)}
+        try:
+            self._connection = psycopg.connect(
+                make_conninfo(**(defaults | target.conninfo)), autocommit=True, prepare_threshold=None
+            )
+        except psycopg.Error as error:
+            _refuse(target, str(error))
+        if self._connection.info.server_version < OLDEST_VERSION:
+            version = self._connection.info.parameter_status("server_version")
+            self.close()
+            _refuse(target, f"the server is PostgreSQL {version}", "PostgreSQL 14 or newer is needed.")
+
+    @property
+    def backend_pid(self) -> int:
+        """Process id of the server process that we logged in to (a pooler's, if there is one)."""
+        return self._connection.info.backend_pid
+
+    @property
+    def transaction_settings(self) -> str:
+        """SELECT list that makes our settings hold for this transaction: through a pooler the next may be elsewhere."""
+        settings = {"lock_timeout": f"{self.lock_timeout_ms}ms"}
+        if self.target.search_path is not None:
+            settings["search_path"] = self.target.search_path
+        return ", ".join(
+            sql.SQL("set_config({}, {}, true)").format(name, value).as_string() for name, value in settings.items()
+        )
+
+    @contextmanager
+    def notices(self, handler: Callable[[Diagnostic], None]) -> Iterator[None]:
+        """Call the handler with each notice as it arrives."""
+        self._connection.add_notice_handler(handler)
+        try:
+            yield
+        finally:
+            self._connection.remove_notice_handler(handler)
+
+    def run(self, statements: Sequence[str], on_done: Callable[[int], None] = lambda index: None) -> list[Rows]:
+        """Send the statements as one message; return the rows of each; tell on_done as each is done.
+
+        Raises StatementError, after rolling back a transaction that the message left open.
+        """
+        rows: list[Rows] = []
+        failure: StatementError | None = None
+        for result in self._exchange(";\n".join(statements)):
+            if result.status == pq.ExecStatus.FATAL_ERROR:
+                failure = StatementError(len(rows), error_from_result(result))
+            else:
+                on_done(len(rows))
+                rows.append(_rows(result))
+        if failure is not None:
+            if self._connection.pgconn.transaction_status == pq.TransactionStatus.INERROR:
+                self.run(["ROLLBACK"])
+            raise failure
+        return rows
+
+    def close(self) -> None:
+        """End the session."""
+        self._connection.close()
+
+    def __enter__(self) -> Database:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _exchange(self, message: str) -> Iterator[pq.abc.PGresult]:
+        self._connection.pgconn.send_query(message.encode())
+        self._connection.wait(generators.send(self._connection.pgconn))
+        while (result := self._connection.wait(generators.fetch(self._connection.pgconn))) is not None:
+            yield result
+
+
+def _rows(result: pq.abc.PGresult) -> Rows:
+    def text(row: int, column: int) -> str | None:
+        value = result.get_value(row, column)
+        return None if value is None else value.decode()
+
+    return [tuple(text(row, column) for column in range(result.nfields)) for row in range(result.ntuples)]
+
+
+def _refuse(target: Target, reason: str, remedy: str = "") -> NoReturn:
+    raise UnreachableError(
+        f"cannot use {target.display}",
+        where=mask(reason.strip(), target.secrets),
+        remedy=remedy or "Check host, port, user, password and database in DATABASE_URL, and that the server runs.",
+    )

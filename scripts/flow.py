@@ -1,0 +1,239 @@
+"""The flow: from a task to its report. Here settings, database, survey, plan, runner and report meet."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from psycopg.conninfo import make_conninfo
+
+from scripts import chain, embedded, errors, plan, report, runner, survey
+from scripts.chain import ROOT, Step
+from scripts.database import Database
+from scripts.settings import Settings, Target, load, mask, parse_target
+
+POLL_S = (
+    0.05,
+    0.5,
+)  # pause between two looks while another run is at work: shortest, longest; random, to fall out of step
+
+
+class Console:
+    """Where the report goes: stdout, errors to stderr, never with a secret in it."""
+
+    def __init__(self) -> None:
+        self.secrets: tuple[str, ...] = ()  # known once there is a target
+
+    def say(self, *lines: str) -> None:
+        """Print the lines at once: a pipe would otherwise keep them back until the end."""
+        for line in lines:
+            print(mask(line, self.secrets), flush=True)
+
+    def complain(self, error: errors.RecipeError) -> None:
+        """Print an error to stderr."""
+        for line in report.error(error):
+            print(mask(line, self.secrets), file=sys.stderr, flush=True)
+
+    def step(self, label: str, what: str) -> None:
+        """Print what happened to a step."""
+        self.say(report.step(label, what))
+
+
+CONSOLE = Console()
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turn a RecipeError, or Ctrl-C, into its message and its exit code."""
+    try:
+        yield
+    except errors.RecipeError as error:
+        CONSOLE.complain(error)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        stopped = errors.StoppedError("interrupted; the step that was running left no trace")
+        CONSOLE.complain(stopped)
+        raise SystemExit(stopped.exit_code) from None
+
+
+@reported()
+def run(task: str | None, *, dry: bool = False) -> None:
+    """Bring the steps of a task (None: the whole chain) to where their promises stand, or (dry) say what that takes."""
+    given, where = _announced(dry=dry)
+    everything = chain.load()
+    wanted = [step for step in everything if task in (None, step.task)]
+    with Database(where, given) as database:
+        before = survey.read(database, everything)
+        CONSOLE.say(report.server(before.server, before.items))
+        todo = _plan(wanted, before)
+        _refuse_what_cannot_be(before.server, todo)
+        if dry:
+            CONSOLE.say(*report.steps(todo), "nothing was changed (--dry)")
+            return
+        after = _Work(database, given, everything, wanted).carry_out(before)
+    CONSOLE.say(f"{'done' if todo.to_do else 'nothing to do'}: {report.summary(_items(wanted, after))}")
+    _judge(_plan(wanted, after))
+
+
+@reported()
+def verify() -> None:
+    """Compare every promise of the chain with what stands."""
+    given, where = _announced()
+    everything = chain.load()
+    with Database(where, given) as database:
+        found = survey.read(database, everything)
+    CONSOLE.say(report.server(found.server, found.items))
+    todo = _plan(everything, found)
+    CONSOLE.say(*report.steps(todo), report.summary(found.items))
+    _judge(todo)
+
+
+@reported()
+def start() -> None:
+    """Start the embedded server, whatever DATABASE_URL says."""
+    cluster = embedded.locate(ROOT)
+    CONSOLE.say(f"running   {embedded.start(cluster)}", f"data      {cluster.data}")
+
+
+@reported()
+def stop() -> None:
+    """Stop the embedded server."""
+    cluster = embedded.locate(ROOT)
+    CONSOLE.say(f"stopped; its data stays in {cluster.data}" if embedded.stop(cluster) else "was not running")
+
+
+@reported()
+def url() -> None:
+    """Print the URL in use (its password masked) on stdout, all else on stderr."""
+    given = load(ROOT, os.environ)
+    if given.target is None:
+        print(embedded.locate(ROOT).url)
+    else:
+        print(given.target.display)
+    print(f"from {given.source}", file=sys.stderr)
+
+
+@reported()
+def psql() -> None:
+    """Become a psql on the database in use."""
+    _, where = _announced()
+    password = where.conninfo.get("password")
+    conninfo = {name: value for name, value in where.conninfo.items() if name != "password"}
+    environment = dict(os.environ)
+    if password is not None:
+        environment["PGPASSWORD"] = password  # not as an argument: everybody may read those
+    if where.search_path is not None:
+        environment["PGOPTIONS"] = (
+            f"{environment.get('PGOPTIONS', '')} -c search_path={where.search_path.replace(' ', chr(92) + ' ')}"
+        )
+    program = shutil.which("psql") or str(embedded.locate(ROOT).binaries / "psql")
+    os.execve(program, [program, make_conninfo(**conninfo)], environment)  # noqa: S606
+
+
+def _announced(*, dry: bool = False) -> tuple[Settings, Target]:
+    """Find the database in use, start it where it is the embedded one, and say first of all which it is."""
+    given = load(ROOT, os.environ)
+    where = given.target or _embedded_target(dry=dry)
+    CONSOLE.secrets = where.secrets
+    CONSOLE.say(*report.target(where, given))
+    return given, where
+
+
+def _embedded_target(*, dry: bool) -> Target:
+    cluster = embedded.locate(ROOT)
+    if dry and not embedded.running(cluster):
+        raise errors.UnreachableError(
+            "the embedded server is not running, and --dry starts nothing",
+            where=f"its data: {cluster.data}",
+            remedy="Start it (invoke db.start), or run the task without --dry.",
+        )
+    return parse_target(embedded.start(cluster))
+
+
+def _plan(wanted: Sequence[Step], found: survey.Survey) -> plan.Plan:
+    return plan.make([step.stem for step in wanted], found.items)
+
+
+def _items(wanted: Sequence[Step], found: survey.Survey) -> list[survey.Item]:
+    stems = {step.stem for step in wanted}
+    return [item for item in found.items if item.stem in stems]
+
+
+def _refuse_what_cannot_be(server: survey.Server, todo: plan.Plan) -> None:
+    """Raise, before anything is changed, where the plan cannot be carried out as a whole."""
+    if server.schema is None:
+        raise errors.StepFailedError(
+            "no schema of the search_path exists, so that there is no place for tables",
+            remedy="Create it (CREATE SCHEMA …), or name another one in DATABASE_URL (?schema=…).",
+        )
+    if todo.in_the_way:
+        _judge(todo)
+    if todo.to_do and server.read_only:
+        raise errors.NotPermittedError(
+            f"this database takes no writes: {server.read_only}",
+            where="pending: " + ", ".join(chain.label(step.stem) for step in todo.steps if step.atomic or step.online),
+            remedy="Name the primary server in DATABASE_URL, or have default_transaction_read_only lifted.",
+        )
+    if todo.lacking:
+        raise errors.NotPermittedError(
+            f"role {server.role} lacks a right",
+            where="\n".join(todo.lacking),
+            remedy=f"Have it granted to {server.role}, or log in as the owner. Nothing was changed.",
+        )
+
+
+def _judge(found: plan.Plan) -> None:
+    """Raise where something that the plan's steps promise does not stand."""
+    if found.in_the_way:
+        raise errors.InTheWayError(
+            f"{len(found.in_the_way)} {'thing is' if len(found.in_the_way) == 1 else 'things are'} in the way",
+            where="\n".join(report.difference(item) for item in report.outermost(found.in_the_way)),
+            remedy="Rename or move what stands there (ALTER TABLE … RENAME …; nothing needs to be dropped), then run\n"
+            'the task again. Nothing was changed. See README.md, "In the way".',
+        )
+    if found.missing:
+        raise errors.MissingError(
+            "something promised is missing",
+            where="\n".join(report.difference(item) for item in report.outermost(found.missing)),
+            remedy="Run invoke setup; where rows refuse a key, mend the rows first.",
+        )
+
+
+class _Work:
+    """Carrying out the plan of one task against one database, looking again after each round."""
+
+    def __init__(self, database: Database, given: Settings, everything: Sequence[Step], wanted: Sequence[Step]) -> None:
+        self.database, self.given, self.everything, self.wanted = database, given, everything, wanted
+        self.give_up_at = time.monotonic() + given.lock_wait_s
+
+    def carry_out(self, found: survey.Survey) -> survey.Survey:
+        """Run all atomic parts, then all online parts; where another run is at work, wait for what it leaves to do."""
+        while (todo := _plan(self.wanted, found)).to_do:
+            outcome = self._one_round(todo, found.server.pooled)
+            if outcome is runner.Outcome.BUSY:
+                self._pause()
+            after = survey.read(self.database, self.everything)
+            if outcome is runner.Outcome.RAN and after.items == found.items:
+                return after  # what is left, the rows refuse
+            found = after
+        return found
+
+    def _one_round(self, todo: plan.Plan, pooled: bool) -> runner.Outcome:
+        steps = [step for step in self.wanted if step.stem in (todo.atomic or todo.online)]
+        if todo.atomic:
+            return runner.run_atomic(self.database, steps, self.everything, CONSOLE.step)
+        patience_s = None if pooled else self.given.lock_wait_s
+        return runner.run_online(self.database, steps, self.everything, patience_s, CONSOLE.step)
+
+    def _pause(self) -> None:
+        if time.monotonic() > self.give_up_at:
+            raise errors.LockTimeoutError(
+                f"another run has been at work in this database for {self.given.lock_wait_s:g} s",
+                remedy="Run the task again when it is done; LOCK_WAIT sets how long to wait.",
+            )
+        time.sleep(random.uniform(*POLL_S))  # noqa: S311

@@ -1,0 +1,86 @@
+"""The plan: what the survey's items say is to be done, computed without a connection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from scripts.survey import ONLINE, Item
+
+
+class State(Enum):
+    """How a step stands."""
+
+    DONE = "done"
+    PENDING = "pending"
+    IN_THE_WAY = "in the way"
+    NOT_NEEDED = "not needed"
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one step has to do: its atomic part, its online part, and the items that are the reasons."""
+
+    stem: str
+    state: State
+    atomic: bool
+    online: bool
+    reasons: tuple[Item, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a task has to do, in the documented order."""
+
+    steps: tuple[StepPlan, ...]
+
+    @property
+    def atomic(self) -> tuple[str, ...]:
+        """Stems whose atomic part is to run."""
+        return tuple(step.stem for step in self.steps if step.atomic)
+
+    @property
+    def online(self) -> tuple[str, ...]:
+        """Stems whose online part is to run."""
+        return tuple(step.stem for step in self.steps if step.online)
+
+    @property
+    def in_the_way(self) -> tuple[Item, ...]:
+        """Items that no step mends."""
+        return tuple(item for step in self.steps for item in step.reasons if item.in_the_way)
+
+    @property
+    def lacking(self) -> tuple[str, ...]:
+        """Rights that the role lacks for what is to be done, each once."""
+        return tuple(dict.fromkeys(item.lacking for step in self.steps for item in step.reasons if item.lacking))
+
+    @property
+    def missing(self) -> tuple[Item, ...]:
+        """Every item that differs, each once."""
+        return tuple(dict.fromkeys(item for step in self.steps for item in step.reasons))
+
+    @property
+    def to_do(self) -> bool:
+        """Whether any step has anything to do."""
+        return any(step.atomic or step.online for step in self.steps)
+
+
+def make(stems: Sequence[str], items: Sequence[Item]) -> Plan:
+    """Plan the steps of these stems (in their order), given the items of the whole chain."""
+    differing = [item for item in items if not item.stands]
+    return Plan(tuple(_plan_step(stem, differing) for stem in stems))
+
+
+def _plan_step(stem: str, differing: Sequence[Item]) -> StepPlan:
+    atomic = [item for item in differing if item.mended_by == stem]
+    online = [item for item in differing if item.mended_by == stem + ONLINE]
+    obstacles = [item for item in differing if item.stem == stem and item.in_the_way]
+    elsewhere = [item for item in differing if item.stem == stem and not item.in_the_way]
+    if obstacles:
+        state = State.IN_THE_WAY
+    elif atomic or online:
+        state = State.PENDING
+    else:
+        state = State.NOT_NEEDED if elsewhere else State.DONE
+    return StepPlan(stem, state, bool(atomic), bool(online), (*obstacles, *atomic, *online))

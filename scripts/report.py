@@ -1,0 +1,95 @@
+"""The report: what a person reads, made of plain values. No connection, no terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from scripts.chain import label
+from scripts.errors import RecipeError
+from scripts.plan import Plan, State
+from scripts.settings import Settings, Target
+from scripts.survey import ONLINE, Item, Server
+
+_WIDTH = 30  # the longest label, fix_prompt_snapshots_turn_id, and a little air
+
+
+def target(target: Target, settings: Settings) -> list[str]:
+    """Which database this is about, where its URL came from, and what of it was ignored."""
+    notes = [f"note      {note}" for note in (*settings.notes, *target.notes)]
+    return [f"target    {target.display}", f"from      {settings.source}", *notes]
+
+
+def server(server: Server, items: Sequence[Item]) -> str:
+    """Who answers there."""
+    via = ", through a pooler" if server.pooled else ""
+    return (
+        f"server    PostgreSQL {server.version}{via}; role {server.role}, database {server.database}, "
+        f"schema {server.schema}; {_row_security(items)}"
+    )
+
+
+def _row_security(items: Sequence[Item]) -> str:
+    # The verifications ask for row-level security on Supabase only, for admins' policies only where profiles exists.
+    names = [item.name for item in items]
+    if "slots row-level security" not in names:
+        return "plain PostgreSQL"
+    return "Supabase" if any("_admin" in name for name in names) else "Supabase, without admin policies"
+
+
+def step(label: str, what: str) -> str:
+    """One thing that happened to a step; the lines of a longer one stay together."""
+    return f"{label:<{_WIDTH}}" + what.replace("\n", "\n" + " " * _WIDTH)
+
+
+def steps(plan: Plan) -> list[str]:
+    """How each step stands, with what differs."""
+    lines = []
+    for planned in plan.steps:
+        parts = [name for name, due in (("atomic part", planned.atomic), ("online part", planned.online)) if due]
+        what = planned.state.value
+        if planned.state is State.PENDING:
+            what += f" ({' and '.join(parts)})"
+        lines.append(step(label(planned.stem), what))
+        lines += [step("", difference(item)) for item in outermost(planned.reasons)]
+    return lines
+
+
+def difference(item: Item) -> str:
+    """Say what stands, what is promised, and who mends it."""
+    return f"{item.name}: {item.actual or 'missing'}, promised: {item.expected} ({_remedy(item)})"
+
+
+def _remedy(item: Item) -> str:
+    if item.mended_by is None:
+        return "in the way"
+    stem = item.mended_by.removesuffix(ONLINE)
+    return f"{label(stem)} mends it" + (" online" if item.mended_by.endswith(ONLINE) else "")
+
+
+def outermost(items: Iterable[Item]) -> list[Item]:
+    """Leave out what is part of a table or column that differs as a whole: one line says it all."""
+    items = list(items)
+    broken = {item.name for item in items if item.name.isidentifier() or item.actual is None}
+    return [item for item in items if not broken & set(_containers(item.name))]
+
+
+def _containers(name: str) -> tuple[str, ...]:
+    """Names of the table, and of the column, that an item is part of."""
+    column = name.partition(" ")[0]
+    table = column.partition(".")[0]
+    return tuple(container for container in (table, column) if container != name)
+
+
+def summary(items: Sequence[Item]) -> str:
+    """How many promises stand."""
+    return f"{sum(item.stands for item in items)} of {len(items)} promises stand"
+
+
+def error(error: RecipeError) -> list[str]:
+    """Say what is wrong, what it concerns, and what helps."""
+    remedy = error.remedy.replace("\n", "\n              ")
+    return [
+        f"error: {error.what}",
+        *(f"  {line}" for line in error.where.splitlines()),
+        *([f"  what to do: {remedy}"] if remedy else []),
+    ]

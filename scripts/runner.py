@@ -1,0 +1,313 @@
+"""The runner: carries out a plan, each step in a transaction of its own, all of them in one message.
+
+A step is BEGIN, our settings, the advisory lock, its DO block, its verification, its line in the diary, COMMIT. After
+an error the server skips the rest: the steps before it stand, it and those after it left no trace. Then the online
+parts: each statement that a migration's online SELECT returns, alone, outside any transaction.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import psycopg
+from psycopg import sql
+from psycopg.errors import Diagnostic
+
+from scripts import errors
+from scripts.chain import Step, version
+from scripts.database import Database, StatementError
+
+Say = Callable[[str, str], None]  # (label of the step, what happened to it)
+
+# One runner at a time in a database. Advisory locks have no names, only numbers: these are the letters "budget".
+ADVISORY_LOCK = int.from_bytes(b"budget", "big")
+
+_BUSY = "TB004"  # raised by the guard
+_GUARD = f"""DO $guard$
+BEGIN
+  IF NOT pg_try_advisory_xact_lock({ADVISORY_LOCK}) THEN
+    RAISE EXCEPTION USING ERRCODE = '{_BUSY}', MESSAGE = 'another run is at work in this database';
+  END IF;
+END
+$guard$"""
+
+_VERIFICATION = """DO $verification$
+DECLARE
+  broken text;
+  obstructed boolean;
+BEGIN
+  SELECT string_agg(format('%s is %s, promised: %s', item, coalesce(actual, 'missing'), expected), E'\\n'),
+         bool_or(mended_by IS NULL)
+    INTO broken, obstructed
+    FROM (
+{promises}
+    ) AS promise
+   WHERE actual IS DISTINCT FROM expected AND (mended_by = {stem} OR mended_by IS NULL AND own);
+  IF broken IS NOT NULL THEN
+    RAISE EXCEPTION USING ERRCODE = CASE WHEN obstructed THEN 'TB002' ELSE 'TB003' END,
+      MESSAGE = 'the step ran, but what it promises does not stand', DETAIL = broken;
+  END IF;
+END
+$verification$"""
+
+# Where another run got there first, the step's transaction wrote nothing, and the diary says nothing.
+_DIARY = """DO $diary$
+BEGIN
+  IF {part} = 'atomic' AND pg_current_xact_id_if_assigned() IS NULL THEN
+    RETURN;
+  END IF;
+  IF NOT EXISTS (SELECT FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
+                 WHERE nspname = 'budget_engine' AND relname = 'diary') THEN
+    CREATE SCHEMA IF NOT EXISTS budget_engine;
+    CREATE TABLE budget_engine.diary (
+      id           bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT diary_pkey PRIMARY KEY,
+      step         text        NOT NULL,
+      part         text        NOT NULL CONSTRAINT diary_part_check CHECK (part IN ('atomic', 'online')),
+      schema_name  text        NOT NULL DEFAULT current_schema(),
+      finished_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+      duration     interval    NOT NULL,
+      role_name    text        NOT NULL DEFAULT session_user,
+      checksum     text        NOT NULL,
+      version      text        NOT NULL
+    );
+    COMMENT ON SCHEMA budget_engine IS 'Bookkeeping of the Budget Engine & Telemetry recipes';
+    COMMENT ON TABLE budget_engine.diary IS 'Who ran which step when: for people to read, nothing decides by it';
+    COMMENT ON COLUMN budget_engine.diary.checksum IS 'SHA-256 of the migration with LF line ends';
+    COMMENT ON COLUMN budget_engine.diary.version IS 'Version of the recipes';
+  END IF;
+  INSERT INTO budget_engine.diary (step, part, duration, checksum, version)
+  VALUES ({stem}, {part}, coalesce({duration}::interval, clock_timestamp() - now()), {checksum}, {version});
+EXCEPTION WHEN insufficient_privilege THEN
+  RAISE NOTICE 'not written into the diary: %', SQLERRM;
+END
+$diary$"""
+
+_BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
+
+_HOLDERS = """
+SELECT DISTINCT ON (xact_start, pid)
+       format('pid %s (role %s, application %s) is %s, its transaction open for %s s, holding %s on %s: %s',
+              pid, usename, quote_literal(application_name), state,
+              round(extract(epoch FROM clock_timestamp() - xact_start)), mode, relation::regclass,
+              left(regexp_replace(query, '\\s+', ' ', 'g'), 80))
+FROM pg_locks JOIN pg_stat_activity USING (pid)
+WHERE locktype = 'relation' AND granted AND pid <> pg_backend_pid()
+  AND pg_locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND relation IN (SELECT to_regclass(substring(item FROM '^[a-z_]+')) FROM (
+{promises}
+      ) AS promise)
+  AND xact_start < clock_timestamp() - {at_least}::interval
+ORDER BY xact_start, pid"""
+
+
+class Part(Enum):
+    """What a statement of a step's transaction is there for."""
+
+    FRAME = "its transaction"
+    GUARD = "the lock against other runs"
+    MIGRATION = "its migration"
+    VERIFICATION = "its verification"
+    DIARY = "its line in the diary"
+    COMMIT = "its commit"
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One statement of the message."""
+
+    step: Step
+    part: Part
+    sql: str
+
+
+class Outcome(Enum):
+    """How a round went; a round that failed raises."""
+
+    RAN = "ran"
+    BUSY = "another run is at work on the same"
+
+
+def script(steps: Sequence[Step], chain: Sequence[Step], transaction_settings: str) -> list[Statement]:
+    """Write the message that carries out the atomic parts of the steps; chain: every step, for their verifications."""
+    return [
+        Statement(step, part, text)
+        for step in steps
+        for part, text in (
+            (Part.FRAME, _BEGIN),
+            (Part.FRAME, f"SELECT {transaction_settings}"),
+            (Part.GUARD, _GUARD),
+            (Part.MIGRATION, step.atomic),
+            (Part.VERIFICATION, _verification(step, chain)),
+            (Part.DIARY, _diary(step, "atomic", None)),
+            (Part.COMMIT, "COMMIT"),
+        )
+    ]
+
+
+def run_atomic(database: Database, steps: Sequence[Step], chain: Sequence[Step], say: Say) -> Outcome:
+    """Carry out the atomic parts of the steps in one message; BUSY where another run holds the lock.
+
+    Raises the RecipeError that the server's error stands for.
+    """
+    statements = script(steps, chain, database.transaction_settings)
+    current, started = 0, time.monotonic()
+
+    def on_done(index: int) -> None:
+        nonlocal current, started
+        if statements[index].part is Part.COMMIT:
+            say(statements[index].step.label, f"done, {_elapsed(started)}")
+            started = time.monotonic()
+        current = min(index + 1, len(statements) - 1)
+
+    try:
+        with database.notices(lambda notice: say(statements[current].step.label, notice.message_primary or "")):
+            database.run([statement.sql for statement in statements], on_done)
+    except StatementError as error:
+        if error.cause.sqlstate == _BUSY:
+            return Outcome.BUSY
+        raise _failure(database, chain, statements[: error.index + 1], error.cause) from error
+    return Outcome.RAN
+
+
+def run_online(
+    database: Database, steps: Sequence[Step], chain: Sequence[Step], patience_s: float | None, say: Say
+) -> Outcome:
+    """Carry out the online parts of the steps; BUSY where another session is building what is missing.
+
+    patience_s: how long a statement may wait for locks; None, through a pooler: as long as the role's settings allow.
+    A statement that the rows themselves refuse (a key that is not unique, a reference to nothing) is said and passed
+    over: its item stays missing. Every other failure raises the RecipeError that it stands for.
+    """
+    if patience_s is not None:
+        # The role's own limits are meant for queries. Through a pooler a SET would stay with somebody else's session.
+        database.run(["SET statement_timeout = 0", f"SET lock_timeout = {round(patience_s * 1000)}"])
+    outcome = Outcome.BUSY
+    for step in steps:
+        started = time.monotonic()
+        statements = _online_statements(database, step)
+        for statement in statements:
+            if _run_alone(database, step, chain, statement, say) is Outcome.BUSY:
+                return Outcome.BUSY
+        if statements:
+            outcome = Outcome.RAN
+            diary = _diary(step, "online", f"{time.monotonic() - started} s")
+            database.run([_BEGIN, f"SELECT {database.transaction_settings}", diary, "COMMIT"])
+    return outcome
+
+
+def _online_statements(database: Database, step: Step) -> list[str]:
+    _, _, *answers, _ = database.run([_BEGIN, f"SELECT {database.transaction_settings}", *step.online, "COMMIT"])
+    return [statement for rows in answers for (statement,) in rows if statement is not None]
+
+
+def _run_alone(database: Database, step: Step, chain: Sequence[Step], statement: str, say: Say) -> Outcome:
+    started = time.monotonic()
+    try:
+        database.run([statement])
+    except StatementError as error:
+        if isinstance(error.cause, psycopg.errors.DeadlockDetected):
+            return Outcome.BUSY  # two builds on one table wait for each other; the other one goes on
+        if not isinstance(error.cause, psycopg.errors.IntegrityError):
+            raise _failure(database, chain, [Statement(step, Part.MIGRATION, statement)], error.cause) from error
+        say(
+            step.label,
+            f"{statement}: refused by the rows: {_message(error.cause)}\n{error.cause.diag.message_detail or ''}",
+        )
+    else:
+        say(step.label, f"{statement}: done, {_elapsed(started)}")
+    return Outcome.RAN
+
+
+def _elapsed(since: float) -> str:
+    return f"{(time.monotonic() - since) * 1000:.0f} ms"
+
+
+def _verification(step: Step, chain: Sequence[Step]) -> str:
+    # An item that this step mends may belong to another one: turn_id to the fix, parent_id to slots_templates.
+    promises = "\nUNION ALL\n".join(
+        f"SELECT {str(other is step).lower()} AS own, v.* FROM (\n{other.verification}\n) AS v"
+        for other in chain
+        if other is step or step.stem in other.verification
+    )
+    return _VERIFICATION.format(promises=promises, stem=_literal(step.stem))
+
+
+def _diary(step: Step, part: str, duration: str | None) -> str:
+    values = {"stem": step.stem, "part": part, "duration": duration, "checksum": step.checksum, "version": version()}
+    return _DIARY.format(**{name: _literal(value) for name, value in values.items()})
+
+
+def _literal(value: str | None) -> str:
+    return sql.Literal(value).as_string()
+
+
+def _failure(
+    database: Database, chain: Sequence[Step], statements: Sequence[Statement], cause: psycopg.Error
+) -> errors.RecipeError:
+    """Say what the server's error stands for; statements: those that were run, the failed one last."""
+    failed = statements[-1]
+    kind = _KINDS.get(cause.sqlstate or _CONNECTION_FAILURE, errors.StepFailedError)
+    done = [statement.step.label for statement in statements[:-1] if statement.part is Part.COMMIT]
+    where = [
+        _place(failed, cause.diag),
+        cause.diag.message_detail or "",
+        *(_holders(database, chain) if kind is errors.LockTimeoutError else []),
+        f"{failed.step.label} left no trace; done before it: {', '.join(done) or 'nothing'}",
+    ]
+    return kind(
+        f"{failed.step.label} failed in {failed.part.value}: {_message(cause)}",
+        where="\n".join(line for line in where if line),
+        remedy=cause.diag.message_hint or _REMEDIES.get(kind, ""),
+    )
+
+
+_CONNECTION_FAILURE = "08006"  # also our name for an error that the server did not send
+
+_KINDS: dict[str, type[errors.RecipeError]] = {
+    "TB001": errors.StepFailedError,  # a prerequisite is missing
+    "TB002": errors.InTheWayError,
+    "TB003": errors.StepFailedError,  # a promise is not kept
+    "55P03": errors.LockTimeoutError,  # lock_not_available
+    "40P01": errors.LockTimeoutError,  # deadlock_detected
+    "42501": errors.NotPermittedError,  # insufficient_privilege
+    "25006": errors.NotPermittedError,  # read_only_sql_transaction
+    "57P01": errors.UnreachableError,  # admin_shutdown
+    "57P02": errors.UnreachableError,  # crash_shutdown
+    _CONNECTION_FAILURE: errors.UnreachableError,
+}
+
+_REMEDIES: dict[type[errors.RecipeError], str] = {
+    errors.LockTimeoutError: "End what holds the lock, or set a longer LOCK_TIMEOUT, then run the task again.",
+    errors.NotPermittedError: "Log in as the owner of the tables, or have the right granted, then run the task again.",
+    errors.UnreachableError: "The connection was lost; run the task again: it goes on where it was.",
+}
+
+
+def _message(cause: psycopg.Error) -> str:
+    return cause.diag.message_primary or str(cause).strip()
+
+
+def _place(failed: Statement, diag: Diagnostic) -> str:
+    """File and line of the failure, and the statement, from the context that PL/pgSQL reports."""
+    if failed.part is not Part.MIGRATION:
+        return ""
+    context = diag.context or ""
+    line = re.search(r"inline_code_block line (\d+)", context)
+    statement = re.search(r'SQL statement "(.*?)"\s*\n?PL/pgSQL', context, re.S)
+    place = failed.step.file
+    if line and failed.sql == failed.step.atomic:
+        place += f", line {failed.step.atomic_line + int(line[1]) - 1}"
+    return place + (f": {' '.join(statement[1].split())}" if statement else "")
+
+
+def _holders(database: Database, chain: Sequence[Step]) -> list[str]:
+    """Who has had locks on the chain's tables for longer than we waited."""
+    promises = "\nUNION ALL\n".join(f"SELECT item FROM (\n{step.verification}\n) AS v" for step in chain)
+    query = _HOLDERS.format(promises=promises, at_least=_literal(f"{database.lock_timeout_ms} ms"))
+    return [
+        str(row[0]) for row in database.run([_BEGIN, f"SELECT {database.transaction_settings}", query, "COMMIT"])[2]
+    ]

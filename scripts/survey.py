@@ -1,0 +1,124 @@
+"""The survey: what stands, read from the catalogs by all the verifications in one query."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from psycopg import sql
+
+from scripts.chain import Step
+from scripts.database import Database
+
+ONLINE = " online"  # behind a stem in mended_by: its online part mends the item
+
+
+@dataclass(frozen=True)
+class Item:
+    """One promise of one step, and what stands in its place.
+
+    mended_by: a stem, a stem + ONLINE, or None (it stands, or is in the way); lacking: the right that this role lacks
+    to mend it, or None.
+    """
+
+    stem: str
+    name: str
+    expected: str
+    actual: str | None
+    mended_by: str | None = None
+    lacking: str | None = None
+
+    @property
+    def stands(self) -> bool:
+        """Whether the promise is kept."""
+        return self.actual == self.expected
+
+    @property
+    def in_the_way(self) -> bool:
+        """Whether something stands there that no step mends."""
+        return not self.stands and self.mended_by is None
+
+
+@dataclass(frozen=True)
+class Server:
+    """What the server says of itself, this session and the place where new tables go."""
+
+    version: str
+    role: str
+    database: str
+    schema: str | None  # first schema of the search_path that exists; None: no such schema
+    read_only: str | None  # why nothing can be written, or None
+    pooled: bool  # a pooler stands between: whoever answers is not whom we logged in to
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What stands at one moment."""
+
+    server: Server
+    items: tuple[Item, ...]
+
+
+_SERVER = """
+SELECT current_setting('server_version'), current_user, current_database(), current_schema(),
+       CASE WHEN pg_is_in_recovery() THEN 'the server is a standby'
+            WHEN current_setting('default_transaction_read_only')::boolean THEN 'default_transaction_read_only is on'
+       END,
+       pg_backend_pid()"""
+
+# An item is led by the name of its table: the right to mend it is CREATE where the table is missing, else ownership.
+_ITEMS = """
+SELECT stem, item, expected, actual, mended_by,
+       CASE WHEN actual IS NOT DISTINCT FROM expected OR mended_by IS NULL THEN NULL
+            WHEN (home.oid IS NULL OR item LIKE '% index %' OR item LIKE '% function %')
+                 AND NOT has_schema_privilege(place.oid, 'CREATE')
+              THEN 'CREATE on schema ' || place.nspname
+            WHEN NOT pg_has_role(home.relowner, 'USAGE')
+              THEN format('ownership of table %s (it belongs to %s)', home.relname, home.relowner::regrole)
+            WHEN NOT has_table_privilege(target.oid, 'REFERENCES')
+              THEN format('REFERENCES on table %s (it belongs to %s)', target.relname, target.relowner::regrole) END
+FROM (
+{items}
+) AS promise
+LEFT JOIN pg_class AS home ON home.oid = to_regclass(substring(item FROM '^[a-z_]+'))
+LEFT JOIN pg_namespace AS place
+       ON place.oid = home.relnamespace OR home.oid IS NULL AND place.nspname = current_schema()
+LEFT JOIN pg_class AS target ON target.oid = to_regclass(substring(expected FROM 'REFERENCES ([a-z_]+)'))
+ORDER BY chain_position, item_position"""
+
+
+def read(database: Database, steps: Sequence[Step]) -> Survey:
+    """Ask once for everything that the steps promise: one message, one round trip, no lock on any user's table."""
+    _, server, _, items, _ = database.run(
+        [
+            "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY",
+            _SERVER,
+            # The settings of a transaction; compiling so large a query would take longer than running it.
+            f"SELECT {database.transaction_settings}, set_config('jit', 'off', true)",
+            _ITEMS.format(items=_union(steps)),
+            "COMMIT",
+        ]
+    )
+    return Survey(_server(server[0], database), tuple(_item(row) for row in items))
+
+
+def _union(steps: Sequence[Step]) -> str:
+    return "\nUNION ALL\n".join(
+        f"SELECT {position} AS chain_position, row_number() OVER () AS item_position, {_literal(step.stem)} AS stem,\n"
+        f"       v.* FROM (\n{step.verification}\n) AS v"
+        for position, step in enumerate(steps)
+    )
+
+
+def _literal(text: str) -> str:
+    return sql.Literal(text).as_string()
+
+
+def _item(row: tuple[str | None, ...]) -> Item:
+    stem, name, expected, actual, mended_by, lacking = row
+    return Item(str(stem), str(name), str(expected), actual, mended_by, lacking)  # the first three are never NULL
+
+
+def _server(row: tuple[str | None, ...], database: Database) -> Server:
+    version, role, name, schema, read_only, pid = row
+    return Server(str(version).split()[0], str(role), str(name), schema, read_only, pid != str(database.backend_pid))

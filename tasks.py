@@ -1,0 +1,116 @@
+"""The menu: what can be asked of this project. Each task is one call; the work is done in scripts/."""
+
+from __future__ import annotations
+
+import sys
+
+from invoke.collection import Collection
+from invoke.context import Context
+from invoke.tasks import task
+
+# Imported inside the tasks: `invoke --list` needs no database driver, and `invoke lint` no server.
+
+
+@task
+def setup(c: Context) -> None:
+    """Bring the database to the schema: prereqs, fix where needed, slots-flags, budget-report, turn-metrics, verify."""
+    from scripts import flow
+
+    flow.run(None, dry=c.config.run.dry)
+
+
+@task
+def prereqs(c: Context) -> None:
+    """Create the core schema, slots and templates, prompt snapshots: each only where missing."""
+    from scripts import flow
+
+    flow.run("prereqs", dry=c.config.run.dry)
+
+
+@task
+def fix(c: Context) -> None:
+    """Make prompt_snapshots.turn_id bigint, only where it is uuid; the uuid values are kept."""
+    from scripts import flow
+
+    flow.run("fix", dry=c.config.run.dry)
+
+
+@task
+def slots_flags(c: Context) -> None:
+    """Add slots.must_keep and slots.min_chars, with the defaults of the critical slots."""
+    from scripts import flow
+
+    flow.run("slots-flags", dry=c.config.run.dry)
+
+
+@task
+def budget_report(c: Context) -> None:
+    """Add prompt_snapshots.budget_report."""
+    from scripts import flow
+
+    flow.run("budget-report", dry=c.config.run.dry)
+
+
+@task
+def turn_metrics(c: Context) -> None:
+    """Create the table turn_metrics."""
+    from scripts import flow
+
+    flow.run("turn-metrics", dry=c.config.run.dry)
+
+
+@task
+def verify(_: Context) -> None:
+    """Compare every promise with what stands; changes nothing."""
+    from scripts import flow
+
+    flow.verify()
+
+
+@task
+def start(_: Context) -> None:
+    """Start the embedded server (tasks that need it do so by themselves)."""
+    from scripts import flow
+
+    flow.start()
+
+
+@task
+def stop(_: Context) -> None:
+    """Stop the embedded server; its data stays."""
+    from scripts import flow
+
+    flow.stop()
+
+
+@task
+def url(_: Context) -> None:
+    """Print the URL in use, its password masked."""
+    from scripts import flow
+
+    flow.url()
+
+
+@task
+def psql(_: Context) -> None:
+    """Open psql on the database in use."""
+    from scripts import flow
+
+    flow.psql()
+
+
+@task(help={"only": "what to pass to pytest instead of the whole suite: a file, -k NAME, …"})
+def test(c: Context, only: str = "") -> None:  # noqa: PT028
+    """Run the tests, on embedded servers of their own."""
+    c.run(f'"{sys.executable}" -m pytest {only}', pty=sys.stdout.isatty())
+
+
+@task
+def lint(c: Context) -> None:
+    """Check style, types and SQL: ruff, mypy --strict, and the SQL's own rules."""
+    for command in ("ruff check", "ruff format --check", "mypy", "pytest tests/test_sql_style.py"):
+        c.run(f'"{sys.executable}" -m {command}')
+
+
+namespace = Collection(setup, prereqs, fix, slots_flags, budget_report, turn_metrics, verify, test, lint)
+namespace.add_collection(Collection("db", start, stop, url, psql))

@@ -1,0 +1,154 @@
+"""One embedded server per test process; one database per test; the recipes run as users run them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import psycopg
+import pytest
+
+from scripts import embedded
+from scripts.chain import ROOT
+
+MIGRATIONS = ROOT / "db" / "migrations"
+VERIFICATIONS = ROOT / "db" / "verify"
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def __str__(self) -> str:
+        return f"exit {self.code}\n{self.out}\n{self.err}"
+
+
+@dataclass(frozen=True)
+class Db:
+    """A database of a test's own, and the ways into it."""
+
+    cluster: embedded.Cluster
+    name: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        """Its URL, as superuser."""
+        return self.url_as("postgres")
+
+    def url_as(self, role: str) -> str:
+        """Its URL for another role (trust authentication: any role may come in)."""
+        return f"postgresql://{role}@/{self.name}?host={quote(str(self.cluster.sockets), safe='')}"
+
+    def connect(self, role: str = "postgres", *, autocommit: bool = True) -> psycopg.Connection[tuple[Any, ...]]:
+        """Open a connection of its own, to see what others see or to hold what they want."""
+        return psycopg.connect(self.url_as(role), autocommit=autocommit)
+
+    def execute(self, sql: str) -> None:
+        """Run SQL, several statements in one transaction."""
+        with self.connect() as connection:
+            connection.execute(sql)  # type: ignore[call-overload]
+
+    def rows(self, sql: str) -> list[tuple[Any, ...]]:
+        """Return the rows of a query."""
+        with self.connect() as connection:
+            return connection.execute(sql).fetchall()  # type: ignore[call-overload,no-any-return]
+
+    def value(self, sql: str) -> Any:
+        """Return the first column of the first row."""
+        return self.rows(sql)[0][0]
+
+    def invoke(self, *words: str, role: str = "postgres", env: Mapping[str, str] | None = None) -> Run:
+        """Run `invoke WORDS…` on this database, as users do: a process of its own."""
+        environment = clean_environment() | {"DATABASE_URL": self.url_as(role)} | self.environment | dict(env or {})
+        return run([sys.executable, "-m", "invoke", *words], environment)
+
+    def psql(self, *arguments: str, role: str = "postgres") -> Run:
+        """Run psql with ON_ERROR_STOP; its exit code is 3 where a statement failed."""
+        program = str(self.cluster.binaries / "psql")
+        return run([program, self.url_as(role), "-XqAt", "-v", "ON_ERROR_STOP=1", *arguments], clean_environment())
+
+    def migrate(self, *stems: str) -> None:
+        """Run migrations by hand, each with psql; a failure fails the test."""
+        for stem in stems:
+            done = self.psql("-f", str(MIGRATIONS / f"{stem}.sql"))
+            assert done.code == 0, f"{stem}: {done}"
+
+    def verification(self, stem: str) -> list[tuple[Any, ...]]:
+        """Return (item, expected, actual, mended_by) of one verification."""
+        return self.rows((VERIFICATIONS / f"{stem}.sql").read_text())
+
+    def differing(self) -> dict[str, tuple[str, str | None, str | None]]:
+        """Return item → (expected, actual, mended_by) of every promise of the chain that does not stand."""
+        stems = sorted(path.stem for path in VERIFICATIONS.glob("*.sql"))
+        items = [item for stem in stems for item in self.verification(stem)]
+        return {name: (expected, actual, by) for name, expected, actual, by in items if expected != actual}
+
+    def dump(self, *, data: bool = False) -> str:
+        """Return the schema (and rows) as pg_dump writes it, the diary left out: equal dumps, equal databases."""
+        program = str(self.cluster.binaries / "pg_dump")
+        words = [program, self.url, "--restrict-key=test", "--exclude-schema=budget_engine"]
+        done = run(words if data else [*words, "--schema-only"], clean_environment())
+        assert done.code == 0, done
+        return re.sub(r"^-- (Dumped|Started|Completed).*\n", "", done.out, flags=re.M)
+
+
+def clean_environment() -> dict[str, str]:
+    """Our environment without what would lead a recipe, or libpq, elsewhere."""
+    ours = {"DATABASE_URL", "CI", "LOCK_TIMEOUT", "LOCK_WAIT", "CONNECT_TIMEOUT"}
+    return {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("PG")}
+
+
+def run(command: list[str], environment: Mapping[str, str], timeout: float = 120) -> Run:
+    """Run a command in the project's folder."""
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[embedded.Cluster]:
+    """The server of this test process; it need not survive a power cut, so that fsync may be off."""
+    home = Path(tempfile.mkdtemp(prefix="budget-engine-tests-"))
+    home.chmod(0o755)  # as root the server runs as another user, who must be able to reach its data
+    cluster = embedded.locate(home)
+    url = embedded.start(cluster)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("ALTER SYSTEM SET fsync = off")
+        connection.execute("SELECT pg_reload_conf()")
+    yield cluster
+    embedded.stop(cluster)
+    shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture
+def db(cluster: embedded.Cluster) -> Iterator[Db]:
+    """An empty database, dropped after the test."""
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(cluster.url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE template0")  # type: ignore[call-overload]
+        yield Db(cluster, name)
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")  # type: ignore[call-overload]
+
+
+def pytest_report_header() -> str:
+    """Say which PostgreSQL the tests run on."""
+    binaries = embedded.locate(ROOT).binaries
+    return subprocess.run(
+        [binaries / "postgres", "--version"], capture_output=True, text=True, check=True
+    ).stdout.strip()

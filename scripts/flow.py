@@ -17,10 +17,8 @@ from scripts.chain import ROOT, Step
 from scripts.database import Database
 from scripts.settings import Settings, Target, load, mask, parse_target
 
-POLL_S = (
-    0.05,
-    0.5,
-)  # pause between two looks while another run is at work: shortest, longest; random, to fall out of step
+# Pause between two looks while another run is at work: shortest, longest; random, so that many fall out of step.
+POLL_S = (0.05, 0.5)
 
 
 class Console:

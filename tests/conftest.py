@@ -61,12 +61,12 @@ class Db:
     def execute(self, sql: str) -> None:
         """Run SQL, several statements in one transaction."""
         with self.connect() as connection:
-            connection.execute(sql)  # type: ignore[call-overload]
+            connection.execute(sql)
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
         """Return the rows of a query."""
         with self.connect() as connection:
-            return connection.execute(sql).fetchall()  # type: ignore[call-overload,no-any-return]
+            return connection.execute(sql).fetchall()
 
     def value(self, sql: str) -> Any:
         """Return the first column of the first row."""
@@ -141,9 +141,9 @@ def db(cluster: embedded.Cluster) -> Iterator[Db]:
     """An empty database, dropped after the test."""
     name = f"test_{uuid.uuid4().hex}"
     with psycopg.connect(cluster.url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE template0")  # type: ignore[call-overload]
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE template0")
         yield Db(cluster, name)
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")  # type: ignore[call-overload]
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def pytest_report_header() -> str:

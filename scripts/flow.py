@@ -189,10 +189,10 @@ def _judge(found: plan.Plan) -> None:
     """Raise where something that the plan's steps promise does not stand."""
     if found.in_the_way:
         raise errors.InTheWayError(
-            f"{len(found.in_the_way)} {'thing is' if len(found.in_the_way) == 1 else 'things are'} in the way",
-            where="\n".join(report.difference(item) for item in report.outermost(found.in_the_way)),
-            remedy="Rename or move what stands there (ALTER TABLE … RENAME …; nothing needs to be dropped), then run\n"
-            'the task again. Nothing was changed. See README.md, "In the way".',
+            "something stands in the way, and no step may touch it",
+            where="\n".join(report.obstacles(found.in_the_way)),
+            remedy="Rename or move what stands there (nothing needs to be dropped), then run the task again.\n"
+            'README.md, "In the way", has the command for each case.',
         )
     if found.missing:
         raise errors.MissingError(
@@ -208,6 +208,7 @@ class _Work:
     def __init__(self, database: Database, given: Settings, everything: Sequence[Step], wanted: Sequence[Step]) -> None:
         self.database, self.given, self.everything, self.wanted = database, given, everything, wanted
         self.give_up_at = time.monotonic() + given.lock_wait_s
+        self.online: runner.Online | None = None
 
     def carry_out(self, found: survey.Survey) -> survey.Survey:
         """Run all atomic parts, then all online parts; where another run is at work, wait for what it leaves to do."""
@@ -225,8 +226,10 @@ class _Work:
         steps = [step for step in self.wanted if step.stem in (todo.atomic or todo.online)]
         if todo.atomic:
             return runner.run_atomic(self.database, steps, self.everything, CONSOLE.step)
-        patience_s = None if pooled else self.given.lock_wait_s
-        return runner.run_online(self.database, steps, self.everything, patience_s, CONSOLE.step)
+        if self.online is None:
+            patience_s = None if pooled else self.given.lock_wait_s
+            self.online = runner.Online(self.database, self.everything, patience_s, CONSOLE.step)
+        return self.online.run(steps)
 
     def _pause(self) -> None:
         if time.monotonic() > self.give_up_at:

@@ -59,6 +59,24 @@ def difference(item: Item) -> str:
     return f"{item.name}: {item.actual or 'missing'}, promised: {item.expected} ({_remedy(item)})"
 
 
+def obstacles(items: Sequence[Item]) -> list[str]:
+    """Say what is in the way; a table that lacks columns is said in one line, with their names."""
+    shown = outermost(items)
+    lacking: dict[str, list[str]] = {}
+    for item in shown:
+        table, is_column, column = item.name.partition(".")
+        if is_column and item.actual is None:
+            lacking.setdefault(table, []).append(column)
+    return [
+        *(f"{table} stands without {', '.join(columns)}" for table, columns in lacking.items()),
+        *(
+            f"{item.name}: {item.actual or 'missing'}, promised: {item.expected}"
+            for item in shown
+            if item.actual is not None or item.table not in lacking
+        ),
+    ]
+
+
 def _remedy(item: Item) -> str:
     if item.mended_by is None:
         return "in the way"
@@ -67,10 +85,10 @@ def _remedy(item: Item) -> str:
 
 
 def outermost(items: Iterable[Item]) -> list[Item]:
-    """Leave out what is part of a table or column that differs as a whole: one line says it all."""
+    """Leave out what is part of a table or column that is missing or of the wrong kind: one line says it all."""
     items = list(items)
     broken = {item.name for item in items if item.name.isidentifier() or item.actual is None}
-    return [item for item in items if not broken & set(_containers(item.name))]
+    return [item for item in items if broken.isdisjoint(_containers(item.name))]
 
 
 def _containers(name: str) -> tuple[str, ...]:

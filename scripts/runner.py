@@ -80,11 +80,15 @@ BEGIN
     COMMENT ON COLUMN budget_engine.diary.version IS 'Version of the recipes';
   END IF;
   INSERT INTO budget_engine.diary (step, part, duration, checksum, version)
-  VALUES ({stem}, {part}, coalesce({duration}::interval, clock_timestamp() - now()), {checksum}, {version});
+  VALUES ({stem}, {part}, coalesce({duration}::interval,
+          clock_timestamp() - current_setting('budget_engine.started_at')::timestamptz), {checksum}, {version});
 EXCEPTION WHEN insufficient_privilege THEN
   RAISE NOTICE 'not written into the diary: %', SQLERRM;
 END
 $diary$"""
+
+# Not now(): in a message of many transactions that is the time at which the message came, for all of them.
+_STARTED = "set_config('budget_engine.started_at', clock_timestamp()::text, true)"
 
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 
@@ -138,7 +142,7 @@ def script(steps: Sequence[Step], chain: Sequence[Step], transaction_settings: s
         for step in steps
         for part, text in (
             (Part.FRAME, _BEGIN),
-            (Part.FRAME, f"SELECT {transaction_settings}"),
+            (Part.FRAME, f"SELECT {transaction_settings}, {_STARTED}"),
             (Part.GUARD, _GUARD),
             (Part.MIGRATION, step.atomic),
             (Part.VERIFICATION, _verification(step, chain)),
@@ -154,13 +158,12 @@ def run_atomic(database: Database, steps: Sequence[Step], chain: Sequence[Step],
     Raises the RecipeError that the server's error stands for.
     """
     statements = script(steps, chain, database.transaction_settings)
-    current, started = 0, time.monotonic()
+    current = 0
 
     def on_done(index: int) -> None:
-        nonlocal current, started
+        nonlocal current
         if statements[index].part is Part.COMMIT:
-            say(statements[index].step.label, f"done, {_elapsed(started)}")
-            started = time.monotonic()
+            say(statements[index].step.label, "done")
         current = min(index + 1, len(statements) - 1)
 
     try:
@@ -173,57 +176,62 @@ def run_atomic(database: Database, steps: Sequence[Step], chain: Sequence[Step],
     return Outcome.RAN
 
 
-def run_online(
-    database: Database, steps: Sequence[Step], chain: Sequence[Step], patience_s: float | None, say: Say
-) -> Outcome:
-    """Carry out the online parts of the steps; BUSY where another session is building what is missing.
+class Online:
+    """The online parts of one task's steps, round after round.
 
-    patience_s: how long a statement may wait for locks; None, through a pooler: as long as the role's settings allow.
-    A statement that the rows themselves refuse (a key that is not unique, a reference to nothing) is said and passed
-    over: its item stays missing. Every other failure raises the RecipeError that it stands for.
+    patience_s: how long a statement may wait for locks (seconds); None, through a pooler: as long as the role's settings
+    allow.
     """
-    if patience_s is not None:
-        # The role's own limits are meant for queries. Through a pooler a SET would stay with somebody else's session.
-        database.run(["SET statement_timeout = 0", f"SET lock_timeout = {round(patience_s * 1000)}"])
-    outcome = Outcome.BUSY
-    for step in steps:
-        started = time.monotonic()
-        statements = _online_statements(database, step)
-        for statement in statements:
-            if _run_alone(database, step, chain, statement, say) is Outcome.BUSY:
-                return Outcome.BUSY
-        if statements:
+
+    def __init__(self, database: Database, chain: Sequence[Step], patience_s: float | None, say: Say) -> None:
+        self.database, self.chain, self.say = database, chain, say
+        self.refused: set[str] = set()
+        if patience_s is not None:
+            # The role's own limits are meant for queries. Through a pooler a SET would stay with somebody else's session.
+            database.run(["SET statement_timeout = 0", f"SET lock_timeout = {round(patience_s * 1000)}"])
+
+    def run(self, steps: Sequence[Step]) -> Outcome:
+        """Carry out what is missing; BUSY where another session is building it.
+
+        A statement that the rows themselves refuse (a key that is not unique, a reference to nothing) is said, and passed
+        over from then on: its item stays missing. Every other failure raises the RecipeError that it stands for.
+        """
+        outcome = Outcome.BUSY
+        for step in steps:
+            started = time.monotonic()
+            statements = self._statements(step)
+            if not statements:
+                continue
             outcome = Outcome.RAN
-            diary = _diary(step, "online", f"{time.monotonic() - started} s")
-            database.run([_BEGIN, f"SELECT {database.transaction_settings}", diary, "COMMIT"])
-    return outcome
+            outcomes = [self._run_alone(step, statement) for statement in statements if statement not in self.refused]
+            if Outcome.BUSY in outcomes:
+                return Outcome.BUSY
+            if outcomes and not self.refused.issuperset(statements):
+                diary = _diary(step, "online", f"{time.monotonic() - started} s")
+                self.database.run([_BEGIN, f"SELECT {self.database.transaction_settings}", diary, "COMMIT"])
+        return outcome
 
+    def _statements(self, step: Step) -> list[str]:
+        settings = f"SELECT {self.database.transaction_settings}"
+        _, _, *answers, _ = self.database.run([_BEGIN, settings, *step.online, "COMMIT"])
+        return [statement for rows in answers for (statement,) in rows if statement is not None]
 
-def _online_statements(database: Database, step: Step) -> list[str]:
-    _, _, *answers, _ = database.run([_BEGIN, f"SELECT {database.transaction_settings}", *step.online, "COMMIT"])
-    return [statement for rows in answers for (statement,) in rows if statement is not None]
-
-
-def _run_alone(database: Database, step: Step, chain: Sequence[Step], statement: str, say: Say) -> Outcome:
-    started = time.monotonic()
-    try:
-        database.run([statement])
-    except StatementError as error:
-        if isinstance(error.cause, psycopg.errors.DeadlockDetected):
-            return Outcome.BUSY  # two builds on one table wait for each other; the other one goes on
-        if not isinstance(error.cause, psycopg.errors.IntegrityError):
-            raise _failure(database, chain, [Statement(step, Part.MIGRATION, statement)], error.cause) from error
-        say(
-            step.label,
-            f"{statement}: refused by the rows: {_message(error.cause)}\n{error.cause.diag.message_detail or ''}",
-        )
-    else:
-        say(step.label, f"{statement}: done, {_elapsed(started)}")
-    return Outcome.RAN
-
-
-def _elapsed(since: float) -> str:
-    return f"{(time.monotonic() - since) * 1000:.0f} ms"
+    def _run_alone(self, step: Step, statement: str) -> Outcome:
+        started = time.monotonic()
+        try:
+            self.database.run([statement])
+        except StatementError as error:
+            if isinstance(error.cause, psycopg.errors.DeadlockDetected):
+                return Outcome.BUSY  # two builds on one table waited for each other; the other one goes on
+            if not isinstance(error.cause, psycopg.errors.IntegrityError):
+                run = [Statement(step, Part.MIGRATION, statement)]
+                raise _failure(self.database, self.chain, run, error.cause) from error
+            self.refused.add(statement)
+            reason = f"{_message(error.cause)}\n{error.cause.diag.message_detail or ''}"
+            self.say(step.label, f"{statement}: refused by the rows: {reason}")
+        else:
+            self.say(step.label, f"{statement}: done, {(time.monotonic() - started) * 1000:.0f} ms")
+        return Outcome.RAN
 
 
 def _verification(step: Step, chain: Sequence[Step]) -> str:
@@ -251,15 +259,16 @@ def _failure(
     """Say what the server's error stands for; statements: those that were run, the failed one last."""
     failed = statements[-1]
     kind = _KINDS.get(cause.sqlstate or _CONNECTION_FAILURE, errors.StepFailedError)
+    expected = (cause.sqlstate or "").startswith("TB")  # the message is our own, and says which step
     done = [statement.step.label for statement in statements[:-1] if statement.part is Part.COMMIT]
     where = [
         _place(failed, cause.diag),
         cause.diag.message_detail or "",
         *(_holders(database, chain) if kind is errors.LockTimeoutError else []),
-        f"{failed.step.label} left no trace; done before it: {', '.join(done) or 'nothing'}",
+        f"{failed.step.label} left no trace" + (f"; done before it: {', '.join(done)}" if done else ""),
     ]
     return kind(
-        f"{failed.step.label} failed in {failed.part.value}: {_message(cause)}",
+        _message(cause) if expected else f"{failed.step.label} failed in {failed.part.value}: {_message(cause)}",
         where="\n".join(line for line in where if line),
         remedy=cause.diag.message_hint or _REMEDIES.get(kind, ""),
     )

@@ -29,6 +29,11 @@ class Item:
     lacking: str | None = None
 
     @property
+    def table(self) -> str:
+        """The table that the item belongs to: its name leads the item's."""
+        return self.name.partition(" ")[0].partition(".")[0]
+
+    @property
     def stands(self) -> bool:
         """Whether the promise is kept."""
         return self.actual == self.expected

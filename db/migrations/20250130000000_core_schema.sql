@@ -53,12 +53,13 @@ BEGIN
       MESSAGE = 'a table of the core schema stands in another form: it is in the way',
       DETAIL = obstacles,
       HINT = 'Rename or move what stands there (ALTER TABLE … RENAME TO, or SET SCHEMA), then run '
-             'db/migrations/20250130000000_core_schema.sql (invoke prereqs) again. Nothing was changed.';
+             'db/migrations/20250130000000_core_schema.sql (invoke prereqs) again. This step changed nothing.';
   END IF;
 
+  -- Primary keys are left to PostgreSQL to name (worlds_pkey): where a table that was renamed has that name, it takes another.
   IF to_regclass('worlds') IS NULL THEN
     CREATE TABLE worlds (
-      id          text        CONSTRAINT worlds_pkey PRIMARY KEY,
+      id          text PRIMARY KEY,
       version     text        NOT NULL DEFAULT '1.0.0',
       status      text        NOT NULL DEFAULT 'active'
         CONSTRAINT worlds_status_check CHECK (status IN ('draft', 'active', 'archived')),
@@ -72,7 +73,7 @@ BEGIN
 
   IF to_regclass('rulesets') IS NULL THEN
     CREATE TABLE rulesets (
-      id          text        CONSTRAINT rulesets_pkey PRIMARY KEY,
+      id          text PRIMARY KEY,
       version     text        NOT NULL DEFAULT '1.0.0',
       status      text        NOT NULL DEFAULT 'active'
         CONSTRAINT rulesets_status_check CHECK (status IN ('draft', 'active', 'archived')),
@@ -86,8 +87,8 @@ BEGIN
 
   IF to_regclass('entry_points') IS NULL THEN
     CREATE TABLE entry_points (
-      id                text        CONSTRAINT entry_points_pkey PRIMARY KEY,
-      slug              text        NOT NULL CONSTRAINT entry_points_slug_key UNIQUE,
+      id                text PRIMARY KEY,
+      slug              text        NOT NULL UNIQUE,
       type              text        NOT NULL
         CONSTRAINT entry_points_type_check CHECK (type IN ('adventure', 'scenario', 'sandbox', 'quest')),
       world_id          text        NOT NULL
@@ -144,7 +145,7 @@ BEGIN
 
   IF to_regclass('prompt_segments') IS NULL THEN
     CREATE TABLE prompt_segments (
-      id          bigserial   CONSTRAINT prompt_segments_pkey PRIMARY KEY,
+      id          bigserial PRIMARY KEY,
       scope       text        NOT NULL
         CONSTRAINT prompt_segments_scope_check CHECK (scope IN (
           'core', 'ruleset', 'world', 'entry', 'entry_start', 'npc', 'game_state', 'player', 'rng', 'input')),
@@ -164,7 +165,7 @@ BEGIN
 
   IF to_regclass('games') IS NULL THEN
     CREATE TABLE games (
-      id                uuid        DEFAULT gen_random_uuid() CONSTRAINT games_pkey PRIMARY KEY,
+      id                uuid        DEFAULT gen_random_uuid() PRIMARY KEY,
       entry_point_id    text        NOT NULL
         CONSTRAINT games_entry_point_id_fkey REFERENCES entry_points (id) ON DELETE RESTRICT,
       entry_point_type  text        NOT NULL,
@@ -189,7 +190,7 @@ BEGIN
 
   IF to_regclass('turns') IS NULL THEN
     CREATE TABLE turns (
-      id           bigserial   CONSTRAINT turns_pkey PRIMARY KEY,
+      id           bigserial PRIMARY KEY,
       game_id      uuid        NOT NULL CONSTRAINT turns_game_id_fkey REFERENCES games (id) ON DELETE CASCADE,
       idx          int         NOT NULL,
       role         text        NOT NULL CONSTRAINT turns_role_check CHECK (role IN ('system', 'narrator', 'player')),

@@ -57,7 +57,7 @@ BEGIN
       MESSAGE = 'another table named prompt_snapshots is in the way',
       DETAIL = obstacles,
       HINT = 'Rename or move what stands there (ALTER TABLE prompt_snapshots RENAME TO …), then run '
-             'db/migrations/20250213_prompt_snapshots.sql (invoke prereqs) again. Nothing was changed.';
+             'db/migrations/20250213_prompt_snapshots.sql (invoke prereqs) again. This step changed nothing.';
   END IF;
 
   IF to_regclass('prompt_snapshots') IS NULL THEN
@@ -66,7 +66,7 @@ BEGIN
         MESSAGE = format('prompt_snapshots needs the table %s, which does not exist',
                          CASE WHEN to_regclass('games') IS NULL THEN 'games' ELSE 'turns' END),
         DETAIL = 'Its foreign keys point to games (id) and turns (id).',
-        HINT = 'Run db/migrations/20250130000000_core_schema.sql first (invoke prereqs). Nothing was changed.';
+        HINT = 'Run db/migrations/20250130000000_core_schema.sql first (invoke prereqs). This step changed nothing.';
     END IF;
     SELECT string_agg(format('%s.id is %s, promised: %s', needed.relation, format_type(a.atttypid, a.atttypmod), needed.type), E'\n')
       INTO obstacles
@@ -78,12 +78,12 @@ BEGIN
         MESSAGE = 'the core schema stands in an older form: it is in the way',
         DETAIL = obstacles,
         HINT = 'Rename or move the older tables (ALTER TABLE … SET SCHEMA), then run '
-               'db/migrations/20250130000000_core_schema.sql (invoke prereqs). Nothing was changed.';
+               'db/migrations/20250130000000_core_schema.sql (invoke prereqs). This step changed nothing.';
     END IF;
 
     -- turn_id belongs to the fix and parent_id to slots_templates; a new table has both from the start.
     CREATE TABLE prompt_snapshots (
-      id                      uuid        DEFAULT gen_random_uuid() CONSTRAINT prompt_snapshots_pkey PRIMARY KEY,
+      id                      uuid        DEFAULT gen_random_uuid() PRIMARY KEY,
       snapshot_id             uuid        NOT NULL DEFAULT gen_random_uuid()
         CONSTRAINT uk_prompt_snapshots_snapshot_id UNIQUE,
       templates_version       text,

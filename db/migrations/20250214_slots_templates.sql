@@ -73,12 +73,12 @@ BEGIN
       MESSAGE = 'a table of the prerequisites stands in another form: it is in the way',
       DETAIL = obstacles,
       HINT = 'Rename or move what stands there (ALTER TABLE … RENAME TO …), then run '
-             'db/migrations/20250214_slots_templates.sql (invoke prereqs) again. Nothing was changed.';
+             'db/migrations/20250214_slots_templates.sql (invoke prereqs) again. This step changed nothing.';
   END IF;
 
   IF to_regclass('slots') IS NULL THEN
     CREATE TABLE slots (
-      id           uuid        DEFAULT gen_random_uuid() CONSTRAINT slots_pkey PRIMARY KEY,
+      id           uuid        DEFAULT gen_random_uuid() PRIMARY KEY,
       type         text        NOT NULL
         CONSTRAINT slots_type_check CHECK (type IN ('world', 'ruleset', 'npc', 'scenario', 'module', 'ux')),
       name         text        NOT NULL,
@@ -98,7 +98,7 @@ BEGIN
 
   IF to_regclass('templates') IS NULL THEN
     CREATE TABLE templates (
-      id          uuid        DEFAULT gen_random_uuid() CONSTRAINT templates_pkey PRIMARY KEY,
+      id          uuid        DEFAULT gen_random_uuid() PRIMARY KEY,
       type        text        NOT NULL
         CONSTRAINT templates_type_check CHECK (type IN ('world', 'ruleset', 'npc', 'scenario', 'module', 'ux')),
       slot        text        NOT NULL,

@@ -49,7 +49,7 @@ BEGIN
     RAISE EXCEPTION USING ERRCODE = 'TB001',
       MESSAGE = 'slots_flags needs the table slots, which does not exist',
       DETAIL = 'It adds the columns must_keep and min_chars to it.',
-      HINT = 'Run db/migrations/20250214_slots_templates.sql first (invoke prereqs). Nothing was changed.';
+      HINT = 'Run db/migrations/20250214_slots_templates.sql first (invoke prereqs). This step changed nothing.';
   END IF;
   SELECT string_agg(format('slots.%s is %s, promised: %s', promised.name, coalesce(standing.form, 'missing'), promised.form), E'\n')
     INTO obstacles
@@ -69,7 +69,7 @@ BEGIN
       MESSAGE = 'a column of slots stands in another form: it is in the way',
       DETAIL = obstacles,
       HINT = 'Rename the column (ALTER TABLE slots RENAME COLUMN …), or bring it to the promised form, then run '
-             'db/migrations/20250220_slots_flags.sql (invoke slots-flags) again. Nothing was changed.';
+             'db/migrations/20250220_slots_flags.sql (invoke slots-flags) again. This step changed nothing.';
   END IF;
 
   new_must_keep := NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = slots AND attname = 'must_keep');

@@ -19,7 +19,7 @@ BEGIN
     RAISE EXCEPTION USING ERRCODE = 'TB001',
       MESSAGE = 'budget_report needs the table prompt_snapshots, which does not exist',
       DETAIL = 'It adds the column budget_report to it.',
-      HINT = 'Run db/migrations/20250213_prompt_snapshots.sql first (invoke prereqs). Nothing was changed.';
+      HINT = 'Run db/migrations/20250213_prompt_snapshots.sql first (invoke prereqs). This step changed nothing.';
   END IF;
   SELECT string_agg(format('prompt_snapshots.%s is %s, promised: %s', promised.name, coalesce(standing.form, 'missing'), promised.form), E'\n')
     INTO obstacles
@@ -35,7 +35,7 @@ BEGIN
       MESSAGE = 'prompt_snapshots, or its column budget_report, stands in another form: it is in the way',
       DETAIL = obstacles,
       HINT = 'Rename what stands there (ALTER TABLE prompt_snapshots RENAME …), then run '
-             'db/migrations/20250221_budget_report.sql (invoke budget-report) again. Nothing was changed.';
+             'db/migrations/20250221_budget_report.sql (invoke budget-report) again. This step changed nothing.';
   END IF;
 
   IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = snapshots AND attname = 'budget_report') THEN

@@ -34,8 +34,8 @@ BEGIN
     RAISE EXCEPTION USING ERRCODE = 'TB001',
       MESSAGE = format('the fix needs the table %s, which does not exist', CASE WHEN snapshots IS NULL THEN 'prompt_snapshots' ELSE 'turns' END),
       DETAIL = 'It makes prompt_snapshots.turn_id a bigint that points to turns (id).',
-      HINT = CASE WHEN turns IS NULL THEN 'Run db/migrations/20250130000000_core_schema.sql first (invoke prereqs). Nothing was changed.'
-                  ELSE 'Run db/migrations/20250213_prompt_snapshots.sql instead (invoke prereqs): a new table needs no fix. Nothing was changed.' END;
+      HINT = CASE WHEN turns IS NULL THEN 'Run db/migrations/20250130000000_core_schema.sql first (invoke prereqs). This step changed nothing.'
+                  ELSE 'Run db/migrations/20250213_prompt_snapshots.sql instead (invoke prereqs): a new table needs no fix. This step changed nothing.' END;
   END IF;
   SELECT quote_ident(nspname), quote_ident(nspname) || '.prompt_snapshots' INTO home, target
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE c.oid = snapshots;
@@ -56,7 +56,7 @@ BEGIN
     RAISE EXCEPTION USING ERRCODE = 'TB002',
       MESSAGE = 'prompt_snapshots or turns stands in a form that the fix does not know: it is in the way',
       DETAIL = obstacles,
-      HINT = 'Rename or move what stands there, then run db/migrations/20250222_fix_prompt_snapshots_turn_id.sql (invoke fix) again. Nothing was changed.';
+      HINT = 'Rename or move what stands there, then run db/migrations/20250222_fix_prompt_snapshots_turn_id.sql (invoke fix) again. This step changed nothing.';
   END IF;
 
   IF turn_id.atttypid = 'uuid'::regtype THEN
@@ -81,7 +81,7 @@ BEGIN
         MESSAGE = 'objects hang on the uuid column prompt_snapshots.turn_id: they are in the way of the fix',
         DETAIL = obstacles,
         HINT = 'Drop them (and create them again afterwards, on turn_id or on the kept column), then run '
-               'db/migrations/20250222_fix_prompt_snapshots_turn_id.sql (invoke fix) again. Nothing was changed.';
+               'db/migrations/20250222_fix_prompt_snapshots_turn_id.sql (invoke fix) again. This step changed nothing.';
     END IF;
 
     SELECT min(name COLLATE "C") INTO kept
@@ -102,8 +102,8 @@ BEGIN
       format('ALTER TABLE %s RENAME CONSTRAINT prompt_snapshots_turn_id_fkey TO %I;', target, 'prompt_snapshots_' || undo_kept || '_fkey'),
       format('ALTER INDEX IF EXISTS %s.idx_prompt_snapshots_turn_id RENAME TO %I;', home, 'idx_prompt_snapshots_' || undo_kept),
       format('ALTER TABLE %s RENAME COLUMN %I TO turn_id;', target, kept),
-      format('ALTER INDEX %s.%I RENAME TO %I;', home, 'idx_prompt_snapshots_' || kept, old_index),
-      format('ALTER TABLE %s ALTER COLUMN turn_id SET DEFAULT ' || replace(old_default, '%', '%%') || ';', target),
+      CASE WHEN old_index IS NOT NULL THEN format('ALTER INDEX %s.%I RENAME TO %I;', home, 'idx_prompt_snapshots_' || kept, old_index) END,
+      'ALTER TABLE ' || target || ' ALTER COLUMN turn_id SET DEFAULT ' || old_default || ';',
       CASE WHEN turn_id.attnotnull THEN format('ALTER TABLE %s ALTER COLUMN turn_id SET NOT NULL;  -- rows written since have none', target) END,
       format('COMMENT ON COLUMN %s.turn_id IS %s;', target, coalesce(quote_literal(old_comment), 'NULL')),
       'COMMIT;');
@@ -139,7 +139,7 @@ BEGIN
         MESSAGE = 'another foreign key stands on prompt_snapshots.turn_id: it is in the way',
         DETAIL = obstacles || E'\npromised: FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE SET NULL',
         HINT = 'Drop it (ALTER TABLE prompt_snapshots DROP CONSTRAINT …), then run '
-               'db/migrations/20250222_fix_prompt_snapshots_turn_id.sql (invoke fix) again. Nothing was changed.';
+               'db/migrations/20250222_fix_prompt_snapshots_turn_id.sql (invoke fix) again. This step changed nothing.';
     END IF;
     IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = snapshots AND contype = 'f' AND conkey = ARRAY[turn_id.attnum]) THEN
       EXECUTE format('ALTER TABLE %s ADD CONSTRAINT prompt_snapshots_turn_id_fkey

@@ -38,7 +38,7 @@ BEGIN
     RAISE EXCEPTION USING ERRCODE = 'TB001',
       MESSAGE = 'turn_metrics needs the table turns, which does not exist',
       DETAIL = 'Each of its rows belongs to a turn: turn_id points to turns (id).',
-      HINT = 'Run db/migrations/20250130000000_core_schema.sql first (invoke prereqs). Nothing was changed.';
+      HINT = 'Run db/migrations/20250130000000_core_schema.sql first (invoke prereqs). This step changed nothing.';
   END IF;
   IF turns_id_type IS DISTINCT FROM 'bigint' THEN
     obstacles := format('turns.id is %s, promised: bigint', coalesce(turns_id_type, 'missing'));
@@ -79,12 +79,12 @@ BEGIN
       MESSAGE = 'turn_metrics or turns stands in another form: it is in the way',
       DETAIL = obstacles,
       HINT = 'Rename or move what stands there (ALTER TABLE … RENAME TO …), then run '
-             'db/migrations/20250222_turn_metrics.sql (invoke turn-metrics) again. Nothing was changed.';
+             'db/migrations/20250222_turn_metrics.sql (invoke turn-metrics) again. This step changed nothing.';
   END IF;
 
   IF metrics IS NULL THEN
     CREATE TABLE turn_metrics (
-      turn_id              bigint      CONSTRAINT turn_metrics_pkey PRIMARY KEY
+      turn_id              bigint PRIMARY KEY
         CONSTRAINT turn_metrics_turn_id_fkey REFERENCES turns (id) ON DELETE CASCADE,
       story_id             uuid        NOT NULL,
       created_at           timestamptz NOT NULL DEFAULT now(),

@@ -6,11 +6,12 @@
 WITH promises (item, expected, actual, mended_by) AS (
   -- tables
   SELECT relation, 'table',
-         CASE c.relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view'
-                        WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' WHEN 'S' THEN 'sequence' WHEN 'i' THEN 'index' WHEN 'c' THEN 'type' END,
-         CASE WHEN c.oid IS NULL THEN '20250130000000_core_schema' END
+         (SELECT CASE relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view'
+                              WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' WHEN 'S' THEN 'sequence'
+                              WHEN 'i' THEN 'index' WHEN 'c' THEN 'type' END
+          FROM pg_class WHERE oid = to_regclass(documented.relation)),
+         CASE WHEN to_regclass(documented.relation) IS NULL THEN '20250130000000_core_schema' END
   FROM (VALUES ('worlds'), ('rulesets'), ('entry_points'), ('prompt_segments'), ('games'), ('turns')) AS documented (relation)
-  LEFT JOIN pg_class AS c ON c.oid = to_regclass(documented.relation)
   UNION ALL
   -- columns: type and NOT NULL (!)
   SELECT documented.relation || '.' || split_part(spec, ' ', 1),
@@ -58,7 +59,7 @@ WITH promises (item, expected, actual, mended_by) AS (
   UNION ALL
   -- indexes
   SELECT format('%s index %s', documented.relation, documented.name), documented.definition, standing.definition,
-         CASE WHEN to_regclass(documented.relation) IS NULL THEN '20250130000000_core_schema'
+         CASE WHEN standing.definition IS NULL AND to_regclass(documented.relation) IS NULL THEN '20250130000000_core_schema'
               WHEN standing.definition IS NULL OR standing.definition = documented.definition || ' INVALID' THEN '20250130000000_core_schema online' END
   FROM (VALUES
       ('idx_entry_points_type', 'entry_points', 'btree (type)'),
@@ -74,16 +75,17 @@ WITH promises (item, expected, actual, mended_by) AS (
       ('idx_games_world', 'games', 'btree (world_id)')
     ) AS documented (name, relation, definition)
   LEFT JOIN LATERAL (
-    SELECT CASE WHEN i.indrelid = t.oid
+    SELECT CASE WHEN i.indrelid = to_regclass(documented.relation)
                 THEN CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END
                      || replace(regexp_replace(substring(pg_get_indexdef(i.indexrelid) FROM ' USING (.*)$'), ' WITH \([^)]*\)', ''),
                                 ' WHERE (must_keep = true)', ' WHERE must_keep')
                      || CASE WHEN i.indisvalid THEN '' ELSE ' INVALID' END
                 ELSE coalesce('an index on ' || i.indrelid::regclass, 'not an index') END
-    FROM pg_class AS t
-    JOIN pg_class AS n ON n.relnamespace = t.relnamespace AND n.relname = documented.name
+    FROM pg_class AS n
     LEFT JOIN pg_index AS i ON i.indexrelid = n.oid
-    WHERE t.oid = to_regclass(documented.relation)
+    WHERE n.relname = documented.name  -- beside the table, or where it will be
+      AND n.relnamespace = coalesce((SELECT relnamespace FROM pg_class WHERE oid = to_regclass(documented.relation)),
+                                    quote_ident(current_schema())::regnamespace)
   ) AS standing (definition) ON true
   UNION ALL
   -- Supabase: of the core tables, those that the chain created (they bear its policy) keep their row-level security

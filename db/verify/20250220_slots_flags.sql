@@ -25,22 +25,23 @@ WITH promises (item, expected, actual, mended_by) AS (
   UNION ALL
   -- indexes
   SELECT format('%s index %s', documented.relation, documented.name), documented.definition, standing.definition,
-         CASE WHEN to_regclass(documented.relation) IS NULL THEN '20250220_slots_flags online'
+         CASE WHEN standing.definition IS NULL AND to_regclass(documented.relation) IS NULL THEN '20250220_slots_flags online'
               WHEN standing.definition IS NULL OR standing.definition = documented.definition || ' INVALID' THEN '20250220_slots_flags online' END
   FROM (VALUES
       ('idx_slots_must_keep', 'slots', 'btree (must_keep) WHERE must_keep')
     ) AS documented (name, relation, definition)
   LEFT JOIN LATERAL (
-    SELECT CASE WHEN i.indrelid = t.oid
+    SELECT CASE WHEN i.indrelid = to_regclass(documented.relation)
                 THEN CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END
                      || replace(regexp_replace(substring(pg_get_indexdef(i.indexrelid) FROM ' USING (.*)$'), ' WITH \([^)]*\)', ''),
                                 ' WHERE (must_keep = true)', ' WHERE must_keep')
                      || CASE WHEN i.indisvalid THEN '' ELSE ' INVALID' END
                 ELSE coalesce('an index on ' || i.indrelid::regclass, 'not an index') END
-    FROM pg_class AS t
-    JOIN pg_class AS n ON n.relnamespace = t.relnamespace AND n.relname = documented.name
+    FROM pg_class AS n
     LEFT JOIN pg_index AS i ON i.indexrelid = n.oid
-    WHERE t.oid = to_regclass(documented.relation)
+    WHERE n.relname = documented.name  -- beside the table, or where it will be
+      AND n.relnamespace = coalesce((SELECT relnamespace FROM pg_class WHERE oid = to_regclass(documented.relation)),
+                                    quote_ident(current_schema())::regnamespace)
   ) AS standing (definition) ON true
   UNION ALL
   -- the trigger that gives critical slots their defaults, and its function (the md5 is that of its source)

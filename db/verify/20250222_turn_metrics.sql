@@ -19,11 +19,12 @@ WITH supabase (here) AS (
 ), promises (item, expected, actual, mended_by) AS (
   -- tables
   SELECT relation, 'table',
-         CASE c.relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view'
-                        WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' WHEN 'S' THEN 'sequence' WHEN 'i' THEN 'index' WHEN 'c' THEN 'type' END,
-         CASE WHEN c.oid IS NULL THEN '20250222_turn_metrics' END
+         (SELECT CASE relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view'
+                              WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' WHEN 'S' THEN 'sequence'
+                              WHEN 'i' THEN 'index' WHEN 'c' THEN 'type' END
+          FROM pg_class WHERE oid = to_regclass(documented.relation)),
+         CASE WHEN to_regclass(documented.relation) IS NULL THEN '20250222_turn_metrics' END
   FROM (VALUES ('turn_metrics')) AS documented (relation)
-  LEFT JOIN pg_class AS c ON c.oid = to_regclass(documented.relation)
   UNION ALL
   -- columns, in full
   SELECT 'turn_metrics.' || promised.name, promised.form || promised.otherwise, standing.form || standing.otherwise,
@@ -72,23 +73,24 @@ WITH supabase (here) AS (
   UNION ALL
   -- indexes
   SELECT format('%s index %s', documented.relation, documented.name), documented.definition, standing.definition,
-         CASE WHEN to_regclass(documented.relation) IS NULL THEN '20250222_turn_metrics'
+         CASE WHEN standing.definition IS NULL AND to_regclass(documented.relation) IS NULL THEN '20250222_turn_metrics'
               WHEN standing.definition IS NULL OR standing.definition = documented.definition || ' INVALID' THEN '20250222_turn_metrics online' END
   FROM (VALUES
       ('idx_turn_metrics_story_created', 'turn_metrics', 'btree (story_id, created_at DESC)'),
       ('idx_turn_metrics_created', 'turn_metrics', 'btree (created_at DESC)')
     ) AS documented (name, relation, definition)
   LEFT JOIN LATERAL (
-    SELECT CASE WHEN i.indrelid = t.oid
+    SELECT CASE WHEN i.indrelid = to_regclass(documented.relation)
                 THEN CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END
                      || replace(regexp_replace(substring(pg_get_indexdef(i.indexrelid) FROM ' USING (.*)$'), ' WITH \([^)]*\)', ''),
                                 ' WHERE (must_keep = true)', ' WHERE must_keep')
                      || CASE WHEN i.indisvalid THEN '' ELSE ' INVALID' END
                 ELSE coalesce('an index on ' || i.indrelid::regclass, 'not an index') END
-    FROM pg_class AS t
-    JOIN pg_class AS n ON n.relnamespace = t.relnamespace AND n.relname = documented.name
+    FROM pg_class AS n
     LEFT JOIN pg_index AS i ON i.indexrelid = n.oid
-    WHERE t.oid = to_regclass(documented.relation)
+    WHERE n.relname = documented.name  -- beside the table, or where it will be
+      AND n.relnamespace = coalesce((SELECT relnamespace FROM pg_class WHERE oid = to_regclass(documented.relation)),
+                                    quote_ident(current_schema())::regnamespace)
   ) AS standing (definition) ON true
   UNION ALL
   -- comments: any will do

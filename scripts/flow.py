@@ -191,7 +191,8 @@ def _judge(found: plan.Plan) -> None:
         raise errors.InTheWayError(
             "something stands in the way, and no step may touch it",
             where="\n".join(report.obstacles(found.in_the_way)),
-            remedy="Rename or move what stands there (nothing needs to be dropped), then run the task again.\n"
+            remedy="Move it out of the way: CREATE SCHEMA attic; ALTER TABLE … SET SCHEMA attic (indexes go along), or\n"
+            "ALTER TABLE … RENAME COLUMN …; then run the task again. Nothing needs to be dropped.\n"
             'README.md, "In the way", has the command for each case.',
         )
     if found.missing:

@@ -72,7 +72,7 @@ BEGIN
     RAISE EXCEPTION USING ERRCODE = 'TB002',
       MESSAGE = 'a table of the prerequisites stands in another form: it is in the way',
       DETAIL = obstacles,
-      HINT = 'Rename or move what stands there (ALTER TABLE … RENAME TO …), then run '
+      HINT = 'Move what stands there out of the way (CREATE SCHEMA attic; ALTER TABLE … SET SCHEMA attic takes its indexes along), then run '
              'db/migrations/20250214_slots_templates.sql (invoke prereqs) again. This step changed nothing.';
   END IF;
 

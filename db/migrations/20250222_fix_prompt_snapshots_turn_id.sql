@@ -56,7 +56,7 @@ BEGIN
     RAISE EXCEPTION USING ERRCODE = 'TB002',
       MESSAGE = 'prompt_snapshots or turns stands in a form that the fix does not know: it is in the way',
       DETAIL = obstacles,
-      HINT = 'Rename or move what stands there, then run db/migrations/20250222_fix_prompt_snapshots_turn_id.sql (invoke fix) again. This step changed nothing.';
+      HINT = 'Move what stands there out of the way (CREATE SCHEMA attic; ALTER TABLE … SET SCHEMA attic takes its indexes along), then run db/migrations/20250222_fix_prompt_snapshots_turn_id.sql (invoke fix) again. This step changed nothing.';
   END IF;
 
   IF turn_id.atttypid = 'uuid'::regtype THEN

@@ -39,12 +39,14 @@ WITH promises (item, expected, actual, mended_by) AS (
             AND ARRAY(SELECT attname::text FROM pg_attribute
                       WHERE attrelid = indrelid AND attnum = ANY ((indkey::int2[])[0:indnkeyatts - 1]) ORDER BY 1)
                 = ARRAY(SELECT name FROM unnest(documented.columns) AS name ORDER BY 1)),
-         CASE WHEN to_regclass(documented.relation) IS NULL THEN '20250130000000_core_schema'
-              WHEN documented.relation = 'turns' AND documented.kind = 'UNIQUE' AND NOT EXISTS (  -- its documented name must be free
-                     SELECT FROM pg_class LEFT JOIN pg_index ON indexrelid = oid
+         CASE WHEN documented.relation = 'turns' AND documented.kind = 'UNIQUE' AND EXISTS (  -- the name it would get is taken
+                     SELECT FROM pg_class LEFT JOIN pg_index ON indexrelid = oid AND indrelid = to_regclass('turns')
                      WHERE relname = 'idx_turns_game_idx' AND coalesce(indisvalid, true)
-                       AND relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('turns')))
-                THEN '20250130000000_core_schema online' END
+                       AND relnamespace = coalesce((SELECT relnamespace FROM pg_class WHERE oid = to_regclass('turns')),
+                                                   quote_ident(current_schema())::regnamespace))
+                THEN NULL
+              WHEN to_regclass(documented.relation) IS NULL THEN '20250130000000_core_schema'
+              WHEN documented.relation = 'turns' AND documented.kind = 'UNIQUE' THEN '20250130000000_core_schema online' END
   FROM (VALUES
       ('worlds', 'id', 'PRIMARY KEY'),
       ('rulesets', 'id', 'PRIMARY KEY'),

@@ -28,7 +28,8 @@ class StatementError(Exception):
     """A statement of a message failed; what came before it in the message was run, what came after was not."""
 
     def __init__(self, index: int, cause: psycopg.Error) -> None:
-        super().__init__(str(cause))
+        self.message = cause.diag.message_primary or str(cause).strip()
+        super().__init__(self.message)
         self.index, self.cause = index, cause
 
 
@@ -81,12 +82,15 @@ class Database:
         """
         rows: list[Rows] = []
         failure: StatementError | None = None
-        for result in self._exchange(";\n".join(statements)):
-            if result.status == pq.ExecStatus.FATAL_ERROR:
-                failure = StatementError(len(rows), error_from_result(result))
-            else:
-                on_done(len(rows))
-                rows.append(_rows(result))
+        try:
+            for result in self._exchange(";\n".join(statements)):
+                if result.status == pq.ExecStatus.FATAL_ERROR:
+                    failure = StatementError(len(rows), error_from_result(result))
+                else:
+                    on_done(len(rows))
+                    rows.append(_rows(result))
+        except psycopg.OperationalError as error:  # the connection is gone
+            failure = failure or StatementError(len(rows), error)
         if failure is not None:
             if self._connection.pgconn.transaction_status == pq.TransactionStatus.INERROR:
                 self.run(["ROLLBACK"])

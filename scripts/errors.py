@@ -8,14 +8,16 @@ from typing import ClassVar
 class RecipeError(Exception):
     """A failure that was foreseen: printed as a message, never as a traceback.
 
-    what: what is wrong, one sentence; where: what it concerns, in lines; remedy: the command or edit that helps.
+    what: what is wrong, one sentence; where: what it concerns, in lines; remedy: the command or edit that helps (empty:
+    the one that the class has for all its cases).
     """
 
     exit_code: ClassVar[int] = 1
+    usual_remedy: ClassVar[str] = ""
 
     def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
         super().__init__(what)
-        self.what, self.where, self.remedy = what, where, remedy
+        self.what, self.where, self.remedy = what, where, remedy or self.usual_remedy
 
 
 class StepFailedError(RecipeError):
@@ -32,6 +34,7 @@ class UnreachableError(RecipeError):
     """The server cannot be reached, refuses the login, is too old, or (embedded) cannot be started."""
 
     exit_code = 4
+    usual_remedy = "Run the task again: what was committed stands, and it goes on from there."
 
 
 class MissingError(RecipeError):
@@ -50,15 +53,37 @@ class LockTimeoutError(RecipeError):
     """Gave up waiting for a lock."""
 
     exit_code = 7
+    usual_remedy = "End what holds the lock, or set a longer LOCK_TIMEOUT, then run the task again."
 
 
 class NotPermittedError(RecipeError):
     """The role lacks a right, or the server takes no writes."""
 
     exit_code = 8
+    usual_remedy = "Log in as the owner of the tables, or have the right granted, then run the task again."
 
 
 class StoppedError(RecipeError):
     """The user pressed Ctrl-C."""
 
     exit_code = 130
+
+
+_BY_SQLSTATE: dict[str | None, type[RecipeError]] = {
+    "TB001": StepFailedError,  # ours: a prerequisite is missing
+    "TB002": InTheWayError,  # ours
+    "TB003": StepFailedError,  # ours: a promise is not kept
+    "55P03": LockTimeoutError,  # lock_not_available
+    "40P01": LockTimeoutError,  # deadlock_detected
+    "42501": NotPermittedError,  # insufficient_privilege
+    "25006": NotPermittedError,  # read_only_sql_transaction
+    "57P01": UnreachableError,  # admin_shutdown
+    "57P02": UnreachableError,  # crash_shutdown
+    "53300": UnreachableError,  # too_many_connections
+    None: UnreachableError,  # not the server's: the connection is gone
+}
+
+
+def for_sqlstate(sqlstate: str | None) -> type[RecipeError]:
+    """Return the error that a SQLSTATE stands for (PostgreSQL manual, appendix A); None: the server did not send one."""
+    return _BY_SQLSTATE.get(sqlstate, StepFailedError)

@@ -14,7 +14,7 @@ from psycopg.conninfo import make_conninfo
 
 from scripts import chain, embedded, errors, plan, report, runner, survey
 from scripts.chain import ROOT, Step
-from scripts.database import Database
+from scripts.database import Database, StatementError
 from scripts.settings import Settings, Target, load, mask, parse_target
 
 # Pause between two looks while another run is at work: shortest, longest; random, so that many fall out of step.
@@ -53,6 +53,10 @@ def reported() -> Iterator[None]:
     except errors.RecipeError as error:
         CONSOLE.complain(error)
         raise SystemExit(error.exit_code) from None
+    except StatementError as error:  # of a statement that belongs to no step: the survey, say
+        failure = errors.for_sqlstate(error.cause.sqlstate)(error.message, where=error.cause.diag.message_detail or "")
+        CONSOLE.complain(failure)
+        raise SystemExit(failure.exit_code) from None
     except KeyboardInterrupt:
         stopped = errors.StoppedError("interrupted; the step that was running left no trace")
         CONSOLE.complain(stopped)

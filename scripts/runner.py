@@ -172,7 +172,7 @@ def run_atomic(database: Database, steps: Sequence[Step], chain: Sequence[Step],
     except StatementError as error:
         if error.cause.sqlstate == _BUSY:
             return Outcome.BUSY
-        raise _failure(database, chain, statements[: error.index + 1], error.cause) from error
+        raise _failure(database, chain, statements[: error.index + 1], error) from error
     return Outcome.RAN
 
 
@@ -225,9 +225,9 @@ class Online:
                 return Outcome.BUSY  # two builds on one table waited for each other; the other one goes on
             if not isinstance(error.cause, psycopg.errors.IntegrityError):
                 run = [Statement(step, Part.MIGRATION, statement)]
-                raise _failure(self.database, self.chain, run, error.cause) from error
+                raise _failure(self.database, self.chain, run, error) from error
             self.refused.add(statement)
-            reason = f"{_message(error.cause)}\n{error.cause.diag.message_detail or ''}"
+            reason = f"{error.message}\n{error.cause.diag.message_detail or ''}"
             self.say(step.label, f"{statement}: refused by the rows: {reason}")
         else:
             self.say(step.label, f"{statement}: done, {(time.monotonic() - started) * 1000:.0f} ms")
@@ -254,11 +254,11 @@ def _literal(value: str | None) -> str:
 
 
 def _failure(
-    database: Database, chain: Sequence[Step], statements: Sequence[Statement], cause: psycopg.Error
+    database: Database, chain: Sequence[Step], statements: Sequence[Statement], error: StatementError
 ) -> errors.RecipeError:
     """Say what the server's error stands for; statements: those that were run, the failed one last."""
-    failed = statements[-1]
-    kind = _KINDS.get(cause.sqlstate or _CONNECTION_FAILURE, errors.StepFailedError)
+    failed, cause = statements[-1], error.cause
+    kind = errors.for_sqlstate(cause.sqlstate)
     expected = (cause.sqlstate or "").startswith("TB")  # the message is our own, and says which step
     done = [statement.step.label for statement in statements[:-1] if statement.part is Part.COMMIT]
     where = [
@@ -268,36 +268,10 @@ def _failure(
         f"{failed.step.label} left no trace" + (f"; done before it: {', '.join(done)}" if done else ""),
     ]
     return kind(
-        _message(cause) if expected else f"{failed.step.label} failed in {failed.part.value}: {_message(cause)}",
+        error.message if expected else f"{failed.step.label} failed in {failed.part.value}: {error.message}",
         where="\n".join(line for line in where if line),
-        remedy=cause.diag.message_hint or _REMEDIES.get(kind, ""),
+        remedy=cause.diag.message_hint or "",
     )
-
-
-_CONNECTION_FAILURE = "08006"  # also our name for an error that the server did not send
-
-_KINDS: dict[str, type[errors.RecipeError]] = {
-    "TB001": errors.StepFailedError,  # a prerequisite is missing
-    "TB002": errors.InTheWayError,
-    "TB003": errors.StepFailedError,  # a promise is not kept
-    "55P03": errors.LockTimeoutError,  # lock_not_available
-    "40P01": errors.LockTimeoutError,  # deadlock_detected
-    "42501": errors.NotPermittedError,  # insufficient_privilege
-    "25006": errors.NotPermittedError,  # read_only_sql_transaction
-    "57P01": errors.UnreachableError,  # admin_shutdown
-    "57P02": errors.UnreachableError,  # crash_shutdown
-    _CONNECTION_FAILURE: errors.UnreachableError,
-}
-
-_REMEDIES: dict[type[errors.RecipeError], str] = {
-    errors.LockTimeoutError: "End what holds the lock, or set a longer LOCK_TIMEOUT, then run the task again.",
-    errors.NotPermittedError: "Log in as the owner of the tables, or have the right granted, then run the task again.",
-    errors.UnreachableError: "The connection was lost; run the task again: it goes on where it was.",
-}
-
-
-def _message(cause: psycopg.Error) -> str:
-    return cause.diag.message_primary or str(cause).strip()
 
 
 def _place(failed: Statement, diag: Diagnostic) -> str:

@@ -114,6 +114,7 @@ class Part(Enum):
     FRAME = "its transaction"
     GUARD = "the lock against other runs"
     MIGRATION = "its migration"
+    ONLINE = "its online part"
     VERIFICATION = "its verification"
     DIARY = "its line in the diary"
     COMMIT = "its commit"
@@ -224,7 +225,7 @@ class Online:
             if isinstance(error.cause, psycopg.errors.DeadlockDetected):
                 return Outcome.BUSY  # two builds on one table waited for each other; the other one goes on
             if not isinstance(error.cause, psycopg.errors.IntegrityError):
-                run = [Statement(step, Part.MIGRATION, statement)]
+                run = [Statement(step, Part.ONLINE, statement)]
                 raise _failure(self.database, self.chain, run, error) from error
             self.refused.add(statement)
             reason = f"{error.message}\n{error.cause.diag.message_detail or ''}"
@@ -265,7 +266,8 @@ def _failure(
         _place(failed, cause.diag),
         cause.diag.message_detail or "",
         *(_holders(database, chain) if kind is errors.LockTimeoutError else []),
-        f"{failed.step.label} left no trace" + (f"; done before it: {', '.join(done)}" if done else ""),
+        _aftermath(failed, kind),
+        f"done before it: {', '.join(done)}" if done else "",
     ]
     return kind(
         error.message if expected else f"{failed.step.label} failed in {failed.part.value}: {error.message}",
@@ -274,15 +276,25 @@ def _failure(
     )
 
 
+def _aftermath(failed: Statement, kind: type[errors.RecipeError]) -> str:
+    if failed.part is Part.ONLINE:
+        return "what it left unfinished, an INVALID index perhaps, the next run finishes"
+    if kind is errors.UnreachableError:  # the server has the whole message, and may go on without us
+        return "the next run reads from the catalogs how far it came"
+    return f"{failed.step.label} left no trace"
+
+
 def _place(failed: Statement, diag: Diagnostic) -> str:
     """File and line of the failure, and the statement, from the context that PL/pgSQL reports."""
+    if failed.part is Part.ONLINE:
+        return f"{failed.step.file}: {failed.sql}"
     if failed.part is not Part.MIGRATION:
         return ""
     context = diag.context or ""
     line = re.search(r"inline_code_block line (\d+)", context)
     statement = re.search(r'SQL statement "(.*?)"\s*\n?PL/pgSQL', context, re.S)
     place = failed.step.file
-    if line and failed.sql == failed.step.atomic:
+    if line:
         place += f", line {failed.step.atomic_line + int(line[1]) - 1}"
     return place + (f": {' '.join(statement[1].split())}" if statement else "")
 

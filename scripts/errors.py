@@ -85,5 +85,5 @@ _BY_SQLSTATE: dict[str | None, type[RecipeError]] = {
 
 
 def for_sqlstate(sqlstate: str | None) -> type[RecipeError]:
-    """Return the error that a SQLSTATE stands for (PostgreSQL manual, appendix A); None: the server did not send one."""
+    """Return the error that a SQLSTATE (PostgreSQL manual, appendix A) stands for; None: the server sent none."""
     return _BY_SQLSTATE.get(sqlstate, StepFailedError)

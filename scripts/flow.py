@@ -7,7 +7,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from psycopg.conninfo import make_conninfo
@@ -70,7 +70,7 @@ def run(task: str | None, *, dry: bool = False) -> None:
     everything = chain.load()
     wanted = [step for step in everything if task in (None, step.task)]
     with Database(where, given) as database:
-        before = survey.read(database, everything)
+        before = _look(database, everything, wanted)
         CONSOLE.say(report.server(before.server, before.items))
         todo = _plan(wanted, before)
         _refuse_what_cannot_be(before.server, todo)
@@ -88,7 +88,7 @@ def verify() -> None:
     given, where = _announced()
     everything = chain.load()
     with Database(where, given) as database:
-        found = survey.read(database, everything)
+        found = _look(database, everything, everything, believes=lambda todo: not todo.missing)
     CONSOLE.say(report.server(found.server, found.items))
     todo = _plan(everything, found)
     CONSOLE.say(*report.steps(todo), report.summary(found.items))
@@ -157,6 +157,26 @@ def _embedded_target(*, dry: bool) -> Target:
     return parse_target(embedded.start(cluster))
 
 
+def _look(
+    database: Database,
+    everything: Sequence[Step],
+    wanted: Sequence[Step],
+    believes: Callable[[plan.Plan], bool] = lambda todo: not (todo.in_the_way or todo.lacking),
+) -> survey.Survey:
+    """Survey what stands; look again, until two looks agree, before believing that it cannot be mended.
+
+    While another run commits, a survey may be torn: functions like to_regclass() see the newest catalogs, the joins
+    beside them see those of the moment at which the query began.
+    """
+    found = survey.read(database, everything)
+    while not believes(_plan(wanted, found)):
+        again = survey.read(database, everything)
+        if again.items == found.items:
+            break
+        found = again
+    return found
+
+
 def _plan(wanted: Sequence[Step], found: survey.Survey) -> plan.Plan:
     return plan.make([step.stem for step in wanted], found.items)
 
@@ -195,8 +215,8 @@ def _judge(found: plan.Plan) -> None:
         raise errors.InTheWayError(
             "something stands in the way, and no step may touch it",
             where="\n".join(report.obstacles(found.in_the_way)),
-            remedy="Move it out of the way: CREATE SCHEMA attic; ALTER TABLE … SET SCHEMA attic (indexes go along), or\n"
-            "ALTER TABLE … RENAME COLUMN …; then run the task again. Nothing needs to be dropped.\n"
+            remedy="Move it out of the way: CREATE SCHEMA attic; ALTER TABLE … SET SCHEMA attic (indexes go along),\n"
+            "or ALTER TABLE … RENAME COLUMN …; then run the task again. Nothing needs to be dropped.\n"
             'README.md, "In the way", has the command for each case.',
         )
     if found.missing:
@@ -221,7 +241,7 @@ class _Work:
             outcome = self._one_round(todo, found.server.pooled)
             if outcome is runner.Outcome.BUSY:
                 self._pause()
-            after = survey.read(self.database, self.everything)
+            after = _look(self.database, self.everything, self.wanted)
             if outcome is runner.Outcome.RAN and after.items == found.items:
                 return after  # what is left, the rows refuse
             found = after

@@ -180,22 +180,22 @@ def run_atomic(database: Database, steps: Sequence[Step], chain: Sequence[Step],
 class Online:
     """The online parts of one task's steps, round after round.
 
-    patience_s: how long a statement may wait for locks (seconds); None, through a pooler: as long as the role's settings
-    allow.
+    patience_s: how long a statement may wait for locks (seconds); None, through a pooler: as long as the role's
+    settings allow.
     """
 
     def __init__(self, database: Database, chain: Sequence[Step], patience_s: float | None, say: Say) -> None:
         self.database, self.chain, self.say = database, chain, say
         self.refused: set[str] = set()
         if patience_s is not None:
-            # The role's own limits are meant for queries. Through a pooler a SET would stay with somebody else's session.
+            # The role's own limits are meant for queries. Through a pooler a SET would stay with another's session.
             database.run(["SET statement_timeout = 0", f"SET lock_timeout = {round(patience_s * 1000)}"])
 
     def run(self, steps: Sequence[Step]) -> Outcome:
         """Carry out what is missing; BUSY where another session is building it.
 
-        A statement that the rows themselves refuse (a key that is not unique, a reference to nothing) is said, and passed
-        over from then on: its item stays missing. Every other failure raises the RecipeError that it stands for.
+        A statement that the rows themselves refuse (a key that is not unique, a reference to nothing) is said, and
+        passed over from then on: its item stays missing. Every other failure raises the RecipeError that it stands for.
         """
         outcome = Outcome.BUSY
         for step in steps:
@@ -218,9 +218,15 @@ class Online:
         return [statement for rows in answers for (statement,) in rows if statement is not None]
 
     def _run_alone(self, step: Step, statement: str) -> Outcome:
-        started = time.monotonic()
+        started, skipped = time.monotonic(), []
+
+        def on_notice(notice: Diagnostic) -> None:
+            if notice.sqlstate == "42P07":  # duplicate_table: IF NOT EXISTS found that another run was faster
+                skipped.append(notice)
+
         try:
-            self.database.run([statement])
+            with self.database.notices(on_notice):
+                self.database.run([statement])
         except StatementError as error:
             if isinstance(error.cause, psycopg.errors.DeadlockDetected):
                 return Outcome.BUSY  # two builds on one table waited for each other; the other one goes on
@@ -231,6 +237,8 @@ class Online:
             reason = f"{error.message}\n{error.cause.diag.message_detail or ''}"
             self.say(step.label, f"{statement}: refused by the rows: {reason}")
         else:
+            if skipped:
+                return Outcome.BUSY
             self.say(step.label, f"{statement}: done, {(time.monotonic() - started) * 1000:.0f} ms")
         return Outcome.RAN
 

@@ -16,7 +16,8 @@ _WIDTH = 30  # the longest label, fix_prompt_snapshots_turn_id, and a little air
 def target(target: Target, settings: Settings) -> list[str]:
     """Which database this is about, where its URL came from, and what of it was ignored."""
     notes = [f"note      {note}" for note in (*settings.notes, *target.notes)]
-    return [f"target    {target.display}", f"from      {settings.source}", *notes]
+    shell = ["shell     python3 scripts/inv db.psql"] if settings.target is None else []
+    return [f"target    {target.display}", f"from      {settings.source}", *shell, *notes]
 
 
 def server(server: Server, items: Sequence[Item]) -> str:

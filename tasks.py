@@ -8,10 +8,23 @@ from invoke.collection import Collection
 from invoke.context import Context
 from invoke.tasks import task
 
+from scripts.console import reported
+
 # Imported inside the tasks: `invoke --list` needs no database driver, and `invoke lint` no server.
 
 
+class Verbatim(str):
+    """An alias that keeps its underscore: Invoke turns those of all names into hyphens, unless they are falsy."""
+
+    __slots__ = ()
+
+    def __bool__(self) -> bool:
+        """Say no, so that Invoke does not transform it."""
+        return False
+
+
 @task
+@reported()
 def setup(c: Context) -> None:
     """Bring the database to the schema: prereqs, fix where needed, slots-flags, budget-report, turn-metrics, verify."""
     from scripts import flow
@@ -20,6 +33,7 @@ def setup(c: Context) -> None:
 
 
 @task
+@reported()
 def prereqs(c: Context) -> None:
     """Create the core schema, slots and templates, prompt snapshots: each only where missing."""
     from scripts import flow
@@ -28,6 +42,7 @@ def prereqs(c: Context) -> None:
 
 
 @task
+@reported()
 def fix(c: Context) -> None:
     """Make prompt_snapshots.turn_id bigint, only where it is uuid; the uuid values are kept."""
     from scripts import flow
@@ -35,7 +50,8 @@ def fix(c: Context) -> None:
     flow.run("fix", dry=c.config.run.dry)
 
 
-@task
+@task(aliases=[Verbatim("slots_flags")])
+@reported()
 def slots_flags(c: Context) -> None:
     """Add slots.must_keep and slots.min_chars, with the defaults of the critical slots."""
     from scripts import flow
@@ -43,7 +59,8 @@ def slots_flags(c: Context) -> None:
     flow.run("slots-flags", dry=c.config.run.dry)
 
 
-@task
+@task(aliases=[Verbatim("budget_report")])
+@reported()
 def budget_report(c: Context) -> None:
     """Add prompt_snapshots.budget_report."""
     from scripts import flow
@@ -51,7 +68,8 @@ def budget_report(c: Context) -> None:
     flow.run("budget-report", dry=c.config.run.dry)
 
 
-@task
+@task(aliases=[Verbatim("turn_metrics")])
+@reported()
 def turn_metrics(c: Context) -> None:
     """Create the table turn_metrics."""
     from scripts import flow
@@ -60,6 +78,7 @@ def turn_metrics(c: Context) -> None:
 
 
 @task
+@reported()
 def verify(_: Context) -> None:
     """Compare every promise with what stands; changes nothing."""
     from scripts import flow
@@ -68,6 +87,7 @@ def verify(_: Context) -> None:
 
 
 @task
+@reported()
 def start(_: Context) -> None:
     """Start the embedded server (tasks that need it do so by themselves)."""
     from scripts import flow
@@ -76,6 +96,7 @@ def start(_: Context) -> None:
 
 
 @task
+@reported()
 def stop(_: Context) -> None:
     """Stop the embedded server; its data stays."""
     from scripts import flow
@@ -84,6 +105,7 @@ def stop(_: Context) -> None:
 
 
 @task
+@reported()
 def url(_: Context) -> None:
     """Print the URL in use, its password masked."""
     from scripts import flow
@@ -92,6 +114,7 @@ def url(_: Context) -> None:
 
 
 @task
+@reported()
 def psql(_: Context) -> None:
     """Open psql on the database in use."""
     from scripts import flow

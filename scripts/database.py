@@ -15,22 +15,13 @@ from psycopg import generators, pq, sql
 from psycopg.conninfo import make_conninfo
 from psycopg.errors import Diagnostic, error_from_result
 
-from scripts.errors import UnreachableError
+from scripts.errors import StatementError, UnreachableError
 from scripts.settings import Settings, Target, mask
 
 Row = tuple[str | None, ...]
 Rows = list[Row]
 
 OLDEST_VERSION = 140000  # CREATE OR REPLACE TRIGGER and string_to_table came with PostgreSQL 14
-
-
-class StatementError(Exception):
-    """A statement of a message failed; what came before it in the message was run, what came after was not."""
-
-    def __init__(self, index: int, cause: psycopg.Error) -> None:
-        self.message = cause.diag.message_primary or str(cause).strip()
-        super().__init__(self.message)
-        self.index, self.cause = index, cause
 
 
 class Database:
@@ -85,12 +76,12 @@ class Database:
         try:
             for result in self._exchange(";\n".join(statements)):
                 if result.status == pq.ExecStatus.FATAL_ERROR:
-                    failure = StatementError(len(rows), error_from_result(result))
+                    failure = _refused(len(rows), error_from_result(result))
                 else:
                     on_done(len(rows))
                     rows.append(_rows(result))
         except psycopg.OperationalError as error:  # the connection is gone
-            failure = failure or StatementError(len(rows), error)
+            failure = failure or _refused(len(rows), error)
         if failure is not None:
             if self._connection.pgconn.transaction_status == pq.TransactionStatus.INERROR:
                 self.run(["ROLLBACK"])
@@ -120,6 +111,18 @@ def _rows(result: pq.abc.PGresult) -> Rows:
         return None if value is None else value.decode()
 
     return [tuple(text(row, column) for column in range(result.nfields)) for row in range(result.ntuples)]
+
+
+def _refused(index: int, error: psycopg.Error) -> StatementError:
+    said = error.diag
+    return StatementError(
+        index,
+        error.sqlstate,
+        said.message_primary or str(error).strip(),
+        said.message_detail or "",
+        said.message_hint or "",
+        said.context or "",
+    )
 
 
 def _refuse(target: Target, reason: str, remedy: str = "") -> NoReturn:

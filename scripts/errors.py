@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 
@@ -18,6 +19,15 @@ class RecipeError(Exception):
     def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
         super().__init__(what)
         self.what, self.where, self.remedy = what, where, remedy or self.usual_remedy
+
+    def lines(self) -> list[str]:
+        """Return the message, as it is printed."""
+        remedy = self.remedy.replace("\n", "\n              ")
+        return [
+            f"error: {self.what}",
+            *(f"  {line}" for line in self.where.splitlines()),
+            *([f"  what to do: {remedy}"] if remedy else []),
+        ]
 
 
 class StepFailedError(RecipeError):
@@ -67,6 +77,21 @@ class StoppedError(RecipeError):
     """The user pressed Ctrl-C."""
 
     exit_code = 130
+
+
+@dataclass(eq=False)  # not frozen: contextlib sets the traceback of what passes through it
+class StatementError(Exception):
+    """The server refused a statement of a message; those before it were run, those after it were not.
+
+    index: which one, from 0; sqlstate: None where the connection is gone; context: PL/pgSQL's call stack.
+    """
+
+    index: int
+    sqlstate: str | None
+    message: str
+    detail: str = ""
+    hint: str = ""
+    context: str = ""
 
 
 _BY_SQLSTATE: dict[str | None, type[RecipeError]] = {

@@ -7,63 +7,21 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from psycopg.conninfo import make_conninfo
 
 from scripts import chain, embedded, errors, plan, report, runner, survey
 from scripts.chain import ROOT, Step
-from scripts.database import Database, StatementError
+from scripts.console import CONSOLE
+from scripts.database import Database
 from scripts.settings import Settings, Target, load, mask, parse_target
 
 # Pause between two looks while another run is at work: shortest, longest; random, so that many fall out of step.
 POLL_S = (0.05, 0.5)
 
 
-class Console:
-    """Where the report goes: stdout, errors to stderr, never with a secret in it."""
-
-    def __init__(self) -> None:
-        self.secrets: tuple[str, ...] = ()  # known once there is a target
-
-    def say(self, *lines: str) -> None:
-        """Print the lines at once: a pipe would otherwise keep them back until the end."""
-        for line in lines:
-            print(mask(line, self.secrets), flush=True)
-
-    def complain(self, error: errors.RecipeError) -> None:
-        """Print an error to stderr."""
-        for line in report.error(error):
-            print(mask(line, self.secrets), file=sys.stderr, flush=True)
-
-    def step(self, label: str, what: str) -> None:
-        """Print what happened to a step."""
-        self.say(report.step(label, what))
-
-
-CONSOLE = Console()
-
-
-@contextmanager
-def reported() -> Iterator[None]:
-    """Turn a RecipeError, or Ctrl-C, into its message and its exit code."""
-    try:
-        yield
-    except errors.RecipeError as error:
-        CONSOLE.complain(error)
-        raise SystemExit(error.exit_code) from None
-    except StatementError as error:  # of a statement that belongs to no step: the survey, say
-        failure = errors.for_sqlstate(error.cause.sqlstate)(error.message, where=error.cause.diag.message_detail or "")
-        CONSOLE.complain(failure)
-        raise SystemExit(failure.exit_code) from None
-    except KeyboardInterrupt:
-        stopped = errors.StoppedError("interrupted; the step that was running left no trace")
-        CONSOLE.complain(stopped)
-        raise SystemExit(stopped.exit_code) from None
-
-
-@reported()
 def run(task: str | None, *, dry: bool = False) -> None:
     """Bring the steps of a task (None: the whole chain) to where their promises stand, or (dry) say what that takes."""
     given, where = _announced(dry=dry)
@@ -82,7 +40,6 @@ def run(task: str | None, *, dry: bool = False) -> None:
     _judge(_plan(wanted, after))
 
 
-@reported()
 def verify() -> None:
     """Compare every promise of the chain with what stands."""
     given, where = _announced()
@@ -95,21 +52,18 @@ def verify() -> None:
     _judge(todo)
 
 
-@reported()
 def start() -> None:
     """Start the embedded server, whatever DATABASE_URL says."""
     cluster = embedded.locate(ROOT)
     CONSOLE.say(f"running   {embedded.start(cluster)}", f"data      {cluster.data}")
 
 
-@reported()
 def stop() -> None:
     """Stop the embedded server."""
     cluster = embedded.locate(ROOT)
     CONSOLE.say(f"stopped; its data stays in {cluster.data}" if embedded.stop(cluster) else "was not running")
 
 
-@reported()
 def url() -> None:
     """Print the URL in use (its password masked) on stdout, all else on stderr."""
     given = load(ROOT, os.environ)
@@ -120,7 +74,6 @@ def url() -> None:
     print(f"from {given.source}", file=sys.stderr)
 
 
-@reported()
 def psql() -> None:
     """Become a psql on the database in use."""
     _, where = _announced()
@@ -137,11 +90,15 @@ def psql() -> None:
     os.execve(program, [program, make_conninfo(**conninfo)], environment)  # noqa: S606
 
 
+def _say_step(label: str, what: str) -> None:
+    CONSOLE.say(report.step(label, what))
+
+
 def _announced(*, dry: bool = False) -> tuple[Settings, Target]:
     """Find the database in use, start it where it is the embedded one, and say first of all which it is."""
     given = load(ROOT, os.environ)
     where = given.target or _embedded_target(dry=dry)
-    CONSOLE.secrets = where.secrets
+    CONSOLE.mask = partial(mask, secrets=where.secrets)
     CONSOLE.say(*report.target(where, given))
     return given, where
 
@@ -250,10 +207,10 @@ class _Work:
     def _one_round(self, todo: plan.Plan, pooled: bool) -> runner.Outcome:
         steps = [step for step in self.wanted if step.stem in (todo.atomic or todo.online)]
         if todo.atomic:
-            return runner.run_atomic(self.database, steps, self.everything, CONSOLE.step)
+            return runner.run_atomic(self.database, steps, self.everything, _say_step)
         if self.online is None:
             patience_s = None if pooled else self.given.lock_wait_s
-            self.online = runner.Online(self.database, self.everything, patience_s, CONSOLE.step)
+            self.online = runner.Online(self.database, self.everything, patience_s, _say_step)
         return self.online.run(steps)
 
     def _pause(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from scripts.chain import label
-from scripts.errors import RecipeError
 from scripts.plan import Plan, State
 from scripts.settings import Settings, Target
 from scripts.survey import ONLINE, Item, Server
@@ -102,13 +101,3 @@ def _containers(name: str) -> tuple[str, ...]:
 def summary(items: Sequence[Item]) -> str:
     """How many promises stand."""
     return f"{sum(item.stands for item in items)} of {len(items)} promises stand"
-
-
-def error(error: RecipeError) -> list[str]:
-    """Say what is wrong, what it concerns, and what helps."""
-    remedy = error.remedy.replace("\n", "\n              ")
-    return [
-        f"error: {error.what}",
-        *(f"  {line}" for line in error.where.splitlines()),
-        *([f"  what to do: {remedy}"] if remedy else []),
-    ]

@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-import psycopg
 from psycopg import sql
 from psycopg.errors import Diagnostic
 
 from scripts import errors
 from scripts.chain import Step, version
-from scripts.database import Database, StatementError
+from scripts.database import Database
+from scripts.errors import StatementError
 
 Say = Callable[[str, str], None]  # (label of the step, what happened to it)
 
@@ -27,6 +27,9 @@ Say = Callable[[str, str], None]  # (label of the step, what happened to it)
 ADVISORY_LOCK = int.from_bytes(b"budget", "big")
 
 _BUSY = "TB004"  # raised by the guard
+_DEADLOCK = "40P01"
+_INTEGRITY = "23"  # the class of integrity constraint violations
+_DUPLICATE_TABLE = "42P07"
 _GUARD = f"""DO $guard$
 BEGIN
   IF NOT pg_try_advisory_xact_lock({ADVISORY_LOCK}) THEN
@@ -171,7 +174,7 @@ def run_atomic(database: Database, steps: Sequence[Step], chain: Sequence[Step],
         with database.notices(lambda notice: say(statements[current].step.label, notice.message_primary or "")):
             database.run([statement.sql for statement in statements], on_done)
     except StatementError as error:
-        if error.cause.sqlstate == _BUSY:
+        if error.sqlstate == _BUSY:
             return Outcome.BUSY
         raise _failure(database, chain, statements[: error.index + 1], error) from error
     return Outcome.RAN
@@ -221,20 +224,20 @@ class Online:
         started, skipped = time.monotonic(), []
 
         def on_notice(notice: Diagnostic) -> None:
-            if notice.sqlstate == "42P07":  # duplicate_table: IF NOT EXISTS found that another run was faster
+            if notice.sqlstate == _DUPLICATE_TABLE:  # IF NOT EXISTS found that another run was faster
                 skipped.append(notice)
 
         try:
             with self.database.notices(on_notice):
                 self.database.run([statement])
         except StatementError as error:
-            if isinstance(error.cause, psycopg.errors.DeadlockDetected):
+            if error.sqlstate == _DEADLOCK:
                 return Outcome.BUSY  # two builds on one table waited for each other; the other one goes on
-            if not isinstance(error.cause, psycopg.errors.IntegrityError):
+            if not (error.sqlstate or "").startswith(_INTEGRITY):
                 run = [Statement(step, Part.ONLINE, statement)]
                 raise _failure(self.database, self.chain, run, error) from error
             self.refused.add(statement)
-            reason = f"{error.message}\n{error.cause.diag.message_detail or ''}"
+            reason = f"{error.message}\n{error.detail}"
             self.say(step.label, f"{statement}: refused by the rows: {reason}")
         else:
             if skipped:
@@ -266,13 +269,13 @@ def _failure(
     database: Database, chain: Sequence[Step], statements: Sequence[Statement], error: StatementError
 ) -> errors.RecipeError:
     """Say what the server's error stands for; statements: those that were run, the failed one last."""
-    failed, cause = statements[-1], error.cause
-    kind = errors.for_sqlstate(cause.sqlstate)
-    expected = (cause.sqlstate or "").startswith("TB")  # the message is our own, and says which step
+    failed = statements[-1]
+    kind = errors.for_sqlstate(error.sqlstate)
+    expected = (error.sqlstate or "").startswith("TB")  # the message is our own, and says which step
     done = [statement.step.label for statement in statements[:-1] if statement.part is Part.COMMIT]
     where = [
-        _place(failed, cause.diag),
-        cause.diag.message_detail or "",
+        _place(failed, error.context),
+        error.detail,
         *(_holders(database, chain) if kind is errors.LockTimeoutError else []),
         _aftermath(failed, kind),
         f"done before it: {', '.join(done)}" if done else "",
@@ -280,7 +283,7 @@ def _failure(
     return kind(
         error.message if expected else f"{failed.step.label} failed in {failed.part.value}: {error.message}",
         where="\n".join(line for line in where if line),
-        remedy=cause.diag.message_hint or "",
+        remedy=error.hint,
     )
 
 
@@ -292,13 +295,12 @@ def _aftermath(failed: Statement, kind: type[errors.RecipeError]) -> str:
     return f"{failed.step.label} left no trace"
 
 
-def _place(failed: Statement, diag: Diagnostic) -> str:
+def _place(failed: Statement, context: str) -> str:
     """File and line of the failure, and the statement, from the context that PL/pgSQL reports."""
     if failed.part is Part.ONLINE:
         return f"{failed.step.file}: {failed.sql}"
     if failed.part is not Part.MIGRATION:
         return ""
-    context = diag.context or ""
     line = re.search(r"inline_code_block line (\d+)", context)
     statement = re.search(r'SQL statement "(.*?)"\s*\n?PL/pgSQL', context, re.S)
     place = failed.step.file

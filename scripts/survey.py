@@ -94,12 +94,12 @@ ORDER BY chain_position, item_position"""
 
 def read(database: Database, steps: Sequence[Step]) -> Survey:
     """Ask once for everything that the steps promise: one message, one round trip, no lock on any user's table."""
-    _, server, _, items, _ = database.run(
+    _, _, server, items, _ = database.run(
         [
             "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY",
-            _SERVER,
-            # The settings of a transaction; compiling so large a query would take longer than running it.
+            # Compiling so large a query would take longer than running it.
             f"SELECT {database.transaction_settings}, set_config('jit', 'off', true)",
+            _SERVER,
             _ITEMS.format(items=_union(steps)),
             "COMMIT",
         ]

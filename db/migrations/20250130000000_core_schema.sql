@@ -52,7 +52,7 @@ BEGIN
     RAISE EXCEPTION USING ERRCODE = 'TB002',
       MESSAGE = 'a table of the core schema stands in another form: it is in the way',
       DETAIL = obstacles,
-      HINT = 'Move what stands there out of the way (CREATE SCHEMA attic; ALTER TABLE … SET SCHEMA attic takes its indexes along), then run '
+      HINT = 'Move what stands there out of the way (CREATE SCHEMA attic; ALTER TABLE ... SET SCHEMA attic takes its indexes along), then run '
              'db/migrations/20250130000000_core_schema.sql (invoke prereqs) again. This step changed nothing.';
   END IF;
 

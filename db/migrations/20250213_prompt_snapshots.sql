@@ -56,7 +56,7 @@ BEGIN
     RAISE EXCEPTION USING ERRCODE = 'TB002',
       MESSAGE = 'another table named prompt_snapshots is in the way',
       DETAIL = obstacles,
-      HINT = 'Move what stands there out of the way (CREATE SCHEMA attic; ALTER TABLE … SET SCHEMA attic takes its indexes along), then run '
+      HINT = 'Move what stands there out of the way (CREATE SCHEMA attic; ALTER TABLE ... SET SCHEMA attic takes its indexes along), then run '
              'db/migrations/20250213_prompt_snapshots.sql (invoke prereqs) again. This step changed nothing.';
   END IF;
 
@@ -77,7 +77,7 @@ BEGIN
       RAISE EXCEPTION USING ERRCODE = 'TB002',
         MESSAGE = 'the core schema stands in an older form: it is in the way',
         DETAIL = obstacles,
-        HINT = 'Move the older tables out of the way (CREATE SCHEMA attic; ALTER TABLE … SET SCHEMA attic), then run '
+        HINT = 'Move the older tables out of the way (CREATE SCHEMA attic; ALTER TABLE ... SET SCHEMA attic), then run '
                'db/migrations/20250130000000_core_schema.sql (invoke prereqs). This step changed nothing.';
     END IF;
 

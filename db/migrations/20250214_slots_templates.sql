@@ -67,12 +67,14 @@ BEGIN
     FROM pg_constraint AS f JOIN pg_attribute AS a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum]
     WHERE f.conrelid = to_regclass('prompt_snapshots') AND a.attname = 'parent_id' AND f.contype = 'f'
       AND (f.confrelid <> f.conrelid OR f.confdeltype <> 'n')
+      AND NOT EXISTS (SELECT FROM pg_constraint AS p WHERE p.contype = 'f' AND p.conrelid = f.conrelid AND p.conkey = f.conkey
+                        AND p.confrelid = p.conrelid AND p.confdeltype = 'n')
   ));
   IF obstacles <> '' THEN
     RAISE EXCEPTION USING ERRCODE = 'TB002',
       MESSAGE = 'a table of the prerequisites stands in another form: it is in the way',
       DETAIL = obstacles,
-      HINT = 'Move what stands there out of the way (CREATE SCHEMA attic; ALTER TABLE … SET SCHEMA attic takes its indexes along), then run '
+      HINT = 'Move what stands there out of the way (CREATE SCHEMA attic; ALTER TABLE ... SET SCHEMA attic takes its indexes along), then run '
              'db/migrations/20250214_slots_templates.sql (invoke prereqs) again. This step changed nothing.';
   END IF;
 

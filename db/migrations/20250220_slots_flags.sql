@@ -38,7 +38,7 @@ $body$, '{critical}', critical), E'\r', '');
   new_must_keep boolean;
   new_min_chars boolean;
   rows_changed bigint;
-  grantee text;
+  other text;
   obstacles text;
 BEGIN
   IF current_setting('lock_timeout') = '0' THEN
@@ -57,18 +57,27 @@ BEGIN
                  ('must_keep', 'boolean NOT NULL DEFAULT false'), ('min_chars', 'integer')) AS promised (name, form)
     LEFT JOIN LATERAL (
       SELECT a.attname, format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END
-             || CASE WHEN attname IN ('must_keep', 'min_chars') THEN coalesce(' DEFAULT ' || pg_get_expr(adbin, adrelid), '') ELSE '' END
+             || CASE WHEN attname IN ('must_keep', 'min_chars') THEN coalesce(' DEFAULT ' || CASE WHEN attgenerated = '' THEN pg_get_expr(adbin, 0) ELSE 'generated' END, '') ELSE '' END
       FROM pg_attribute AS a LEFT JOIN pg_attrdef AS d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
       WHERE attrelid = slots AND attname = promised.name AND NOT attisdropped
     ) AS standing (name, form) ON true
    WHERE standing.form IS DISTINCT FROM promised.form
      AND NOT (promised.name IN ('must_keep', 'min_chars') AND standing.name IS NULL)      -- to be added
      AND NOT (promised.name = 'must_keep' AND standing.form = 'boolean NOT NULL');       -- wants only its default
-  IF obstacles IS NOT NULL THEN
+  obstacles := concat_ws(E'\n', obstacles, (
+    SELECT 'trigger_slots_critical_defaults is a constraint trigger'
+    FROM pg_trigger WHERE tgrelid = slots AND tgname = 'trigger_slots_critical_defaults' AND tgconstraint <> 0
+  ), (
+    SELECT 'set_critical_slot_defaults() is not a trigger function'
+    FROM pg_proc
+    WHERE proname = 'set_critical_slot_defaults' AND pronamespace = home AND pronargs = 0
+      AND (prorettype <> 'trigger'::regtype OR prokind <> 'f')
+  ));
+  IF obstacles <> '' THEN
     RAISE EXCEPTION USING ERRCODE = 'TB002',
-      MESSAGE = 'a column of slots stands in another form: it is in the way',
+      MESSAGE = 'a column, the trigger or the function of slots stands in another form: it is in the way',
       DETAIL = obstacles,
-      HINT = 'Rename the column (ALTER TABLE slots RENAME COLUMN …), or bring it to the promised form, then run '
+      HINT = 'Rename the column (ALTER TABLE slots RENAME COLUMN ...), or bring it to the promised form, then run '
              'db/migrations/20250220_slots_flags.sql (invoke slots-flags) again. This step changed nothing.';
   END IF;
 
@@ -111,17 +120,25 @@ BEGIN
     END IF;
   END IF;
 
-  -- The trigger runs as the owner of slots, so that whoever may insert a slot need not be allowed to update it.
-  IF NOT EXISTS (SELECT FROM pg_proc WHERE proname = 'set_critical_slot_defaults' AND pronamespace = home
-                   AND pronargs = 0 AND prosrc = body AND prosecdef) THEN
+  -- The trigger runs as the owner of slots, so that whoever may insert a slot need not be allowed to update it. Hence a
+  -- fixed search_path (pg_temp last: it would be searched first), the table's owner, and nobody else who may call it.
+  IF NOT EXISTS (
+    SELECT FROM pg_proc
+    WHERE proname = 'set_critical_slot_defaults' AND pronamespace = home AND pronargs = 0 AND replace(prosrc, E'\r', '') = body
+      AND prosecdef AND proconfig = ARRAY['search_path=pg_catalog, pg_temp'] AND proowner = owner
+      AND NOT EXISTS (SELECT FROM aclexplode(coalesce(proacl, acldefault('f', proowner))) WHERE grantee <> proowner)
+  ) THEN
     EXECUTE format('CREATE OR REPLACE FUNCTION %s.set_critical_slot_defaults() RETURNS trigger
-                      LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS %L', home, body);
-    IF owner <> current_user::regrole THEN
+                      LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS %L', home, body);
+    IF owner <> (SELECT proowner FROM pg_proc WHERE oid = to_regprocedure(format('%s.set_critical_slot_defaults()', home))) THEN
       EXECUTE format('ALTER FUNCTION %s.set_critical_slot_defaults() OWNER TO %s', home, owner);
     END IF;
-    FOR grantee IN SELECT 'PUBLIC' UNION ALL
-                   SELECT quote_ident(rolname) FROM pg_roles WHERE rolname IN ('anon', 'authenticated', 'service_role') LOOP
-      EXECUTE format('REVOKE ALL ON FUNCTION %s.set_critical_slot_defaults() FROM %s', home, grantee);
+    FOR other IN
+      SELECT DISTINCT CASE acl.grantee WHEN 0 THEN 'PUBLIC' ELSE acl.grantee::regrole::text END
+      FROM pg_proc CROSS JOIN aclexplode(coalesce(proacl, acldefault('f', proowner))) AS acl
+      WHERE pg_proc.oid = to_regprocedure(format('%s.set_critical_slot_defaults()', home)) AND acl.grantee <> proowner
+    LOOP
+      EXECUTE format('REVOKE ALL ON FUNCTION %s.set_critical_slot_defaults() FROM %s', home, other);
     END LOOP;
     EXECUTE format('COMMENT ON FUNCTION %s.set_critical_slot_defaults() IS %L', home,
                    'Gives a new critical slot the must_keep and min_chars that it was inserted without');
@@ -131,8 +148,9 @@ BEGIN
   -- existing row, and reach DO UPDATE through EXCLUDED: the operator's choice would be lost.
   IF NOT EXISTS (
     SELECT FROM pg_trigger
-    WHERE tgrelid = slots AND tgname = 'trigger_slots_critical_defaults' AND tgenabled <> 'D'
-      AND pg_get_triggerdef(oid, true) LIKE '%AFTER INSERT ON % FOR EACH ROW WHEN (NOT new.must_keep AND new.min_chars IS NULL) EXECUTE FUNCTION %set_critical_slot_defaults()'
+    WHERE tgrelid = slots AND tgname = 'trigger_slots_critical_defaults' AND tgenabled IN ('O', 'A')
+      AND tgfoid = to_regprocedure(format('%s.set_critical_slot_defaults()', home))
+      AND pg_get_triggerdef(oid, true) LIKE '% AFTER INSERT ON % FOR EACH ROW WHEN (NOT new.must_keep AND new.min_chars IS NULL) EXECUTE %'
   ) THEN
     EXECUTE format('CREATE OR REPLACE TRIGGER trigger_slots_critical_defaults AFTER INSERT ON slots
                       FOR EACH ROW WHEN (NOT NEW.must_keep AND NEW.min_chars IS NULL)

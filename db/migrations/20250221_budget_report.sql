@@ -34,7 +34,7 @@ BEGIN
     RAISE EXCEPTION USING ERRCODE = 'TB002',
       MESSAGE = 'prompt_snapshots, or its column budget_report, stands in another form: it is in the way',
       DETAIL = obstacles,
-      HINT = 'Move the table out of the way (CREATE SCHEMA attic; ALTER TABLE … SET SCHEMA attic), or rename the column, then run '
+      HINT = 'Move the table out of the way (CREATE SCHEMA attic; ALTER TABLE ... SET SCHEMA attic), or rename the column, then run '
              'db/migrations/20250221_budget_report.sql (invoke budget-report) again. This step changed nothing.';
   END IF;
 

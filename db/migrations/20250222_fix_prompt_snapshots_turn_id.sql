@@ -24,6 +24,7 @@ DECLARE
   old_default text;
   old_comment text;
   undo text;
+  grants text;
   obstacles text;
 BEGIN
   IF current_setting('lock_timeout') = '0' THEN
@@ -56,7 +57,7 @@ BEGIN
     RAISE EXCEPTION USING ERRCODE = 'TB002',
       MESSAGE = 'prompt_snapshots or turns stands in a form that the fix does not know: it is in the way',
       DETAIL = obstacles,
-      HINT = 'Move what stands there out of the way (CREATE SCHEMA attic; ALTER TABLE … SET SCHEMA attic takes its indexes along), then run db/migrations/20250222_fix_prompt_snapshots_turn_id.sql (invoke fix) again. This step changed nothing.';
+      HINT = 'Move what stands there out of the way (CREATE SCHEMA attic; ALTER TABLE ... SET SCHEMA attic takes its indexes along), then run db/migrations/20250222_fix_prompt_snapshots_turn_id.sql (invoke fix) again. This step changed nothing.';
   END IF;
 
   IF turn_id.atttypid = 'uuid'::regtype THEN
@@ -126,6 +127,15 @@ BEGIN
     -- A foreign key added together with its column, which is NULL everywhere, is valid at once: no row is read.
     EXECUTE format('ALTER TABLE %s ADD COLUMN turn_id bigint
                       CONSTRAINT prompt_snapshots_turn_id_fkey REFERENCES %s (id) ON DELETE SET NULL', target, turns::regclass);
+    -- Rights on the column went along with its old name; whoever could read or write turn_id still can.
+    FOR grants IN
+      SELECT format('GRANT %s (turn_id) ON %s TO %s%s', acl.privilege_type, target,
+                    CASE acl.grantee WHEN 0 THEN 'PUBLIC' ELSE acl.grantee::regrole::text END,
+                    CASE WHEN acl.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END)
+      FROM aclexplode(turn_id.attacl) AS acl
+    LOOP
+      EXECUTE grants;
+    END LOOP;
     RAISE NOTICE 'prompt_snapshots.turn_id is bigint now; the uuid values are kept in %', kept;
     RAISE NOTICE E'to undo it:\n%', undo;
   ELSE
@@ -133,12 +143,14 @@ BEGIN
       INTO obstacles
       FROM pg_constraint
      WHERE conrelid = snapshots AND contype = 'f' AND conkey = ARRAY[turn_id.attnum]
-       AND (confrelid <> turns OR confdeltype <> 'n');
+       AND (confrelid <> turns OR confdeltype <> 'n')
+       AND NOT EXISTS (SELECT FROM pg_constraint AS p WHERE p.contype = 'f' AND p.conrelid = snapshots
+                         AND p.conkey = ARRAY[turn_id.attnum] AND p.confrelid = turns AND p.confdeltype = 'n');
     IF obstacles IS NOT NULL THEN
       RAISE EXCEPTION USING ERRCODE = 'TB002',
         MESSAGE = 'another foreign key stands on prompt_snapshots.turn_id: it is in the way',
         DETAIL = obstacles || E'\npromised: FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE SET NULL',
-        HINT = 'Drop it (ALTER TABLE prompt_snapshots DROP CONSTRAINT …), then run '
+        HINT = 'Drop it (ALTER TABLE prompt_snapshots DROP CONSTRAINT ...), then run '
                'db/migrations/20250222_fix_prompt_snapshots_turn_id.sql (invoke fix) again. This step changed nothing.';
     END IF;
     IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = snapshots AND contype = 'f' AND conkey = ARRAY[turn_id.attnum]) THEN

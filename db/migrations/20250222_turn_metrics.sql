@@ -56,7 +56,7 @@ BEGIN
     ) AS promised (name, form, otherwise)
     LEFT JOIN LATERAL (
       SELECT format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END,
-             coalesce(' DEFAULT ' || pg_get_expr(adbin, adrelid), '')
+             coalesce(' DEFAULT ' || CASE WHEN attgenerated = '' THEN pg_get_expr(adbin, 0) ELSE 'generated' END, '')
       FROM pg_attribute AS a LEFT JOIN pg_attrdef AS d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
       WHERE attrelid = metrics AND attname = promised.name AND NOT attisdropped
     ) AS standing (form, otherwise) ON true
@@ -68,6 +68,8 @@ BEGIN
                              conname, pg_get_constraintdef(f.oid)), E'\n')
     FROM pg_constraint AS f JOIN pg_attribute AS a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum]
     WHERE f.conrelid = metrics AND a.attname = 'turn_id' AND f.contype = 'f' AND (f.confrelid <> turns OR f.confdeltype <> 'c')
+      AND NOT EXISTS (SELECT FROM pg_constraint AS p WHERE p.contype = 'f' AND p.conrelid = metrics AND p.conkey = f.conkey
+                        AND p.confrelid = turns AND p.confdeltype = 'c')
   ), (
     SELECT 'turn_metrics has no primary key on (turn_id)'
     WHERE metrics IS NOT NULL AND NOT EXISTS (
@@ -78,7 +80,7 @@ BEGIN
     RAISE EXCEPTION USING ERRCODE = 'TB002',
       MESSAGE = 'turn_metrics or turns stands in another form: it is in the way',
       DETAIL = obstacles,
-      HINT = 'Move what stands there out of the way (CREATE SCHEMA attic; ALTER TABLE … SET SCHEMA attic takes its indexes along), then run '
+      HINT = 'Move what stands there out of the way (CREATE SCHEMA attic; ALTER TABLE ... SET SCHEMA attic takes its indexes along), then run '
              'db/migrations/20250222_turn_metrics.sql (invoke turn-metrics) again. This step changed nothing.';
   END IF;
 
@@ -100,7 +102,8 @@ BEGIN
     CREATE INDEX idx_turn_metrics_created ON turn_metrics (created_at DESC);
     metrics := to_regclass('turn_metrics');
     RAISE NOTICE 'table turn_metrics created';
-  ELSIF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = metrics AND contype = 'f' AND confrelid = turns) THEN
+  ELSIF NOT EXISTS (SELECT FROM pg_constraint AS f JOIN pg_attribute AS a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum]
+                    WHERE f.conrelid = metrics AND a.attname = 'turn_id' AND f.contype = 'f' AND f.confrelid = turns) THEN
     ALTER TABLE turn_metrics ADD CONSTRAINT turn_metrics_turn_id_fkey
       FOREIGN KEY (turn_id) REFERENCES turns (id) ON DELETE CASCADE NOT VALID;
     RAISE NOTICE 'foreign key turn_metrics_turn_id_fkey added, to be validated online';

@@ -14,10 +14,10 @@ WITH supabase (here) AS (
   SELECT count(*) = 2 FROM pg_attribute
   WHERE attrelid = to_regclass('profiles') AND (attname = 'role' OR attname = 'id' AND atttypid = 'uuid'::regtype)
 ), policies (relation, name, definition) AS (VALUES
-    ('prompt_snapshots', 'prompt_snapshots_service_role', 'ALL TO service_role'),
-    ('prompt_snapshots', 'prompt_snapshots_admin_select', 'SELECT TO authenticated'),
-    ('prompt_snapshots', 'prompt_snapshots_admin_insert', 'INSERT TO authenticated'),
-    ('prompt_snapshots', 'prompt_snapshots_admin_update', 'UPDATE TO authenticated')
+    ('prompt_snapshots', 'prompt_snapshots_service_role', 'ALL TO service_role USING (true) WITH CHECK (true)'),
+    ('prompt_snapshots', 'prompt_snapshots_admin_select', 'SELECT TO authenticated USING (admin)'),
+    ('prompt_snapshots', 'prompt_snapshots_admin_insert', 'INSERT TO authenticated WITH CHECK (admin)'),
+    ('prompt_snapshots', 'prompt_snapshots_admin_update', 'UPDATE TO authenticated USING (admin) WITH CHECK (admin)')
 ), promises (item, expected, actual, mended_by) AS (
   -- tables
   SELECT relation, 'table',
@@ -40,6 +40,11 @@ WITH supabase (here) AS (
     ) AS documented (relation, columns)
   CROSS JOIN LATERAL string_to_table(documented.columns, ', ') AS spec
   UNION ALL
+  -- a foreign key that comes with the table; of a table that stands it is its owner's affair
+  SELECT 'prompt_snapshots foreign key (game_id)', 'FOREIGN KEY (game_id) REFERENCES games(id) ON DELETE SET NULL', NULL,
+         '20250213_prompt_snapshots'
+  WHERE to_regclass('prompt_snapshots') IS NULL
+  UNION ALL
   -- primary and unique keys, by their columns, whatever their names
   SELECT format('%s (%s)', documented.relation, array_to_string(documented.columns, ', ')),
          documented.kind,
@@ -49,12 +54,14 @@ WITH supabase (here) AS (
             AND ARRAY(SELECT attname::text FROM pg_attribute
                       WHERE attrelid = indrelid AND attnum = ANY ((indkey::int2[])[0:indnkeyatts - 1]) ORDER BY 1)
                 = ARRAY(SELECT name FROM unnest(documented.columns) AS name ORDER BY 1)),
-         CASE WHEN to_regclass(documented.relation) IS NULL THEN '20250213_prompt_snapshots' END
+         CASE WHEN to_regclass(documented.relation) IS NULL AND NOT EXISTS (  -- the name that it would get must be free
+                SELECT FROM pg_class WHERE relname = documented.name AND relnamespace = quote_ident(current_schema())::regnamespace)
+              THEN '20250213_prompt_snapshots' END
   FROM (VALUES
-      ('prompt_snapshots', 'id', 'PRIMARY KEY'),
-      ('prompt_snapshots', 'snapshot_id', 'UNIQUE')
-    ) AS listed (relation, columns, kind)
-  CROSS JOIN LATERAL (SELECT listed.relation, string_to_array(listed.columns, ' '), listed.kind) AS documented (relation, columns, kind)
+      ('prompt_snapshots', 'id', 'PRIMARY KEY', NULL),
+      ('prompt_snapshots', 'snapshot_id', 'UNIQUE', 'uk_prompt_snapshots_snapshot_id')
+    ) AS listed (relation, columns, kind, name)
+  CROSS JOIN LATERAL (SELECT listed.relation, string_to_array(listed.columns, ' '), listed.kind, listed.name) AS documented (relation, columns, kind, name)
   UNION ALL
   -- indexes
   SELECT format('%s index %s', documented.relation, documented.name), documented.definition, standing.definition,
@@ -80,7 +87,7 @@ WITH supabase (here) AS (
                                     quote_ident(current_schema())::regnamespace)
   ) AS standing (definition) ON true
   UNION ALL
-  -- Supabase: row-level security, and the chain's policies where no other policy stands
+  -- Supabase: row-level security, and the chain's policies where no other policy stands (admin: the user's row in profiles says so)
   SELECT relation || ' row-level security', 'on', CASE WHEN relrowsecurity THEN 'on' WHEN c.oid IS NOT NULL THEN 'off' END, '20250213_prompt_snapshots'
   FROM (VALUES ('prompt_snapshots')) AS documented (relation)
   LEFT JOIN pg_class AS c ON c.oid = to_regclass(relation)
@@ -92,9 +99,15 @@ WITH supabase (here) AS (
   LEFT JOIN LATERAL (
     SELECT CASE polcmd WHEN '*' THEN 'ALL' WHEN 'r' THEN 'SELECT' WHEN 'a' THEN 'INSERT' WHEN 'w' THEN 'UPDATE' ELSE 'DELETE' END
            || ' TO ' || (SELECT string_agg(coalesce(rolname, 'PUBLIC'), ', ') FROM unnest(polroles) AS role LEFT JOIN pg_roles ON oid = role)
+           || CASE WHEN polpermissive THEN '' ELSE ' AS RESTRICTIVE' END
+           || (SELECT coalesce(string_agg(format(' %s (%s)', clause,
+                 CASE regexp_replace(expression, '\s|[()]|::\w+', '', 'g')  -- as every version prints it, its white space apart
+                   WHEN 'EXISTSSELECT1FROMprofilespWHEREp.id=SELECTauth.uidASuidANDp.role=''admin''' THEN 'admin' ELSE expression END), ''), '')
+               FROM (VALUES ('USING', pg_get_expr(polqual, polrelid)), ('WITH CHECK', pg_get_expr(polwithcheck, polrelid))) AS c (clause, expression)
+               WHERE expression IS NOT NULL)
     FROM pg_policy WHERE polrelid = to_regclass(relation) AND polname = name
   ) AS standing (definition) ON true
-  WHERE (SELECT here FROM supabase) AND (policies.definition LIKE '%service_role' OR (SELECT here FROM admins))
+  WHERE (SELECT here FROM supabase) AND (policies.definition LIKE '% TO service_role %' OR (SELECT here FROM admins))
     AND NOT EXISTS (SELECT FROM pg_policy WHERE polrelid = to_regclass(relation) AND polname NOT IN (SELECT p.name FROM policies AS p))
 )
 SELECT item, expected, actual, CASE WHEN actual IS DISTINCT FROM expected THEN mended_by END AS mended_by

@@ -9,7 +9,7 @@ WITH promises (item, expected, actual, mended_by) AS (
          CASE WHEN standing.form IS NULL OR promised.name = 'must_keep' AND standing.form = 'boolean NOT NULL' THEN '20250220_slots_flags' END
   FROM (VALUES ('must_keep', 'boolean NOT NULL DEFAULT false'), ('min_chars', 'integer')) AS promised (name, form)
   LEFT JOIN LATERAL (
-    SELECT format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END || coalesce(' DEFAULT ' || pg_get_expr(adbin, adrelid), '')
+    SELECT format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END || coalesce(' DEFAULT ' || CASE WHEN attgenerated = '' THEN pg_get_expr(adbin, 0) ELSE 'generated' END, '')
     FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
     WHERE attrelid = to_regclass('slots') AND attname = promised.name AND NOT attisdropped
   ) AS standing (form) ON true
@@ -44,19 +44,39 @@ WITH promises (item, expected, actual, mended_by) AS (
                                     quote_ident(current_schema())::regnamespace)
   ) AS standing (definition) ON true
   UNION ALL
-  -- the trigger that gives critical slots their defaults, and its function (the md5 is that of its source)
+  -- the trigger that gives critical slots their defaults, by its function's identity: the search_path may hide one of that name
   SELECT 'slots trigger trigger_slots_critical_defaults',
          'AFTER INSERT ON slots FOR EACH ROW WHEN (NOT new.must_keep AND new.min_chars IS NULL) EXECUTE FUNCTION set_critical_slot_defaults()',
-         (SELECT regexp_replace(pg_get_triggerdef(oid, true), '^CREATE (CONSTRAINT )?TRIGGER \S+ ', '') || CASE WHEN tgenabled = 'D' THEN ', disabled' ELSE '' END
-          FROM pg_trigger WHERE tgrelid = to_regclass('slots') AND tgname = 'trigger_slots_critical_defaults'),
-         '20250220_slots_flags'
+         standing.definition,
+         CASE WHEN standing.is_constraint IS NOT TRUE THEN '20250220_slots_flags' END
+  FROM (VALUES (to_regclass('slots'))) AS slots (oid)
+  LEFT JOIN LATERAL (
+    SELECT regexp_replace(split_part(pg_get_triggerdef(t.oid, true), ' EXECUTE ', 1), '^CREATE TRIGGER \S+ ', '') || ' EXECUTE FUNCTION '
+           || CASE WHEN f.pronamespace = c.relnamespace AND f.proname = 'set_critical_slot_defaults' THEN '' ELSE f.pronamespace::regnamespace || '.' END
+           || f.proname || '()'
+           || CASE WHEN t.tgenabled IN ('O', 'A') THEN '' ELSE ', disabled' END,
+           t.tgconstraint <> 0
+    FROM pg_trigger AS t JOIN pg_class AS c ON c.oid = t.tgrelid JOIN pg_proc AS f ON f.oid = t.tgfoid
+    WHERE t.tgrelid = slots.oid AND t.tgname = 'trigger_slots_critical_defaults'
+  ) AS standing (definition, is_constraint) ON true
   UNION ALL
-  SELECT 'slots function set_critical_slot_defaults()', 'SECURITY DEFINER, source e507583c15a6ae609b6203591c303448',
-         (SELECT CASE WHEN prosecdef THEN 'SECURITY DEFINER' ELSE 'SECURITY INVOKER' END || ', source ' || md5(replace(prosrc, E'\r', ''))
-          FROM pg_proc
-          WHERE proname = 'set_critical_slot_defaults' AND pronargs = 0
-            AND pronamespace = (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('slots'))),
-         '20250220_slots_flags'
+  -- its function: it lends the rights of the owner of slots, so that all that keeps them safe is promised (md5: of its source)
+  SELECT 'slots function set_critical_slot_defaults()',
+         'trigger, SECURITY DEFINER, search_path=pg_catalog, pg_temp, owned like slots, not for others to call, source e507583c15a6ae609b6203591c303448',
+         standing.definition,
+         CASE WHEN standing.definition IS NULL OR standing.definition LIKE 'trigger, %' THEN '20250220_slots_flags' END
+  FROM (VALUES (to_regclass('slots'))) AS slots (oid)
+  LEFT JOIN LATERAL (
+    SELECT CASE WHEN f.prokind = 'f' THEN f.prorettype::regtype::text ELSE 'not a function' END
+           || CASE WHEN f.prosecdef THEN ', SECURITY DEFINER' ELSE ', SECURITY INVOKER' END
+           || coalesce(', ' || array_to_string(f.proconfig, ', '), '')
+           || CASE WHEN f.proowner = c.relowner THEN ', owned like slots' ELSE ', owned by ' || f.proowner::regrole END
+           || CASE WHEN EXISTS (SELECT FROM aclexplode(coalesce(f.proacl, acldefault('f', f.proowner))) WHERE grantee <> f.proowner)
+                   THEN ', for others to call' ELSE ', not for others to call' END
+           || ', source ' || md5(replace(f.prosrc, E'\r', ''))
+    FROM pg_class AS c JOIN pg_proc AS f ON f.pronamespace = c.relnamespace
+    WHERE c.oid = slots.oid AND f.proname = 'set_critical_slot_defaults' AND f.pronargs = 0
+  ) AS standing (definition) ON true
 )
 SELECT item, expected, actual, CASE WHEN actual IS DISTINCT FROM expected THEN mended_by END AS mended_by
 FROM promises;

@@ -14,8 +14,8 @@ WITH supabase (here) AS (
   SELECT count(*) = 2 FROM pg_attribute
   WHERE attrelid = to_regclass('profiles') AND (attname = 'role' OR attname = 'id' AND atttypid = 'uuid'::regtype)
 ), policies (relation, name, definition) AS (VALUES
-    ('turn_metrics', 'turn_metrics_service_role', 'ALL TO service_role'),
-    ('turn_metrics', 'turn_metrics_admin_select', 'SELECT TO authenticated')
+    ('turn_metrics', 'turn_metrics_service_role', 'ALL TO service_role USING (true) WITH CHECK (true)'),
+    ('turn_metrics', 'turn_metrics_admin_select', 'SELECT TO authenticated USING (admin)')
 ), promises (item, expected, actual, mended_by) AS (
   -- tables
   SELECT relation, 'table',
@@ -42,7 +42,7 @@ WITH supabase (here) AS (
       ('cost_estimate_cents', 'integer', '')
     ) AS promised (name, form, otherwise)
   LEFT JOIN LATERAL (
-    SELECT format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END, coalesce(' DEFAULT ' || pg_get_expr(adbin, adrelid), '')
+    SELECT format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END, coalesce(' DEFAULT ' || CASE WHEN attgenerated = '' THEN pg_get_expr(adbin, 0) ELSE 'generated' END, '')
     FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
     WHERE attrelid = to_regclass('turn_metrics') AND attname = promised.name AND NOT attisdropped
   ) AS standing (form, otherwise) ON true
@@ -102,7 +102,7 @@ WITH supabase (here) AS (
   FROM (VALUES ('turn_metrics', NULL), ('turn_metrics', 'turn_id'), ('turn_metrics', 'story_id'), ('turn_metrics', 'created_at'), ('turn_metrics', 'tokens_before'), ('turn_metrics', 'tokens_after'), ('turn_metrics', 'trims_count'), ('turn_metrics', 'top_trim_keys'), ('turn_metrics', 'model_ms'), ('turn_metrics', 'rejects'), ('turn_metrics', 'cost_estimate_cents')) AS documented (relation, name)
   LEFT JOIN pg_attribute AS a ON a.attrelid = to_regclass(documented.relation) AND a.attname = documented.name AND NOT a.attisdropped
   UNION ALL
-  -- Supabase: row-level security, and the chain's policies where no other policy stands
+  -- Supabase: row-level security, and the chain's policies where no other policy stands (admin: the user's row in profiles says so)
   SELECT relation || ' row-level security', 'on', CASE WHEN relrowsecurity THEN 'on' WHEN c.oid IS NOT NULL THEN 'off' END, '20250222_turn_metrics'
   FROM (VALUES ('turn_metrics')) AS documented (relation)
   LEFT JOIN pg_class AS c ON c.oid = to_regclass(relation)
@@ -114,9 +114,15 @@ WITH supabase (here) AS (
   LEFT JOIN LATERAL (
     SELECT CASE polcmd WHEN '*' THEN 'ALL' WHEN 'r' THEN 'SELECT' WHEN 'a' THEN 'INSERT' WHEN 'w' THEN 'UPDATE' ELSE 'DELETE' END
            || ' TO ' || (SELECT string_agg(coalesce(rolname, 'PUBLIC'), ', ') FROM unnest(polroles) AS role LEFT JOIN pg_roles ON oid = role)
+           || CASE WHEN polpermissive THEN '' ELSE ' AS RESTRICTIVE' END
+           || (SELECT coalesce(string_agg(format(' %s (%s)', clause,
+                 CASE regexp_replace(expression, '\s|[()]|::\w+', '', 'g')  -- as every version prints it, its white space apart
+                   WHEN 'EXISTSSELECT1FROMprofilespWHEREp.id=SELECTauth.uidASuidANDp.role=''admin''' THEN 'admin' ELSE expression END), ''), '')
+               FROM (VALUES ('USING', pg_get_expr(polqual, polrelid)), ('WITH CHECK', pg_get_expr(polwithcheck, polrelid))) AS c (clause, expression)
+               WHERE expression IS NOT NULL)
     FROM pg_policy WHERE polrelid = to_regclass(relation) AND polname = name
   ) AS standing (definition) ON true
-  WHERE (SELECT here FROM supabase) AND (policies.definition LIKE '%service_role' OR (SELECT here FROM admins))
+  WHERE (SELECT here FROM supabase) AND (policies.definition LIKE '% TO service_role %' OR (SELECT here FROM admins))
     AND NOT EXISTS (SELECT FROM pg_policy WHERE polrelid = to_regclass(relation) AND polname NOT IN (SELECT p.name FROM policies AS p))
 )
 SELECT item, expected, actual, CASE WHEN actual IS DISTINCT FROM expected THEN mended_by END AS mended_by

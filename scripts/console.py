@@ -1,0 +1,46 @@
+"""The console: where a task's report goes, and how it ends. Light to import: it is there before anything can fail."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from scripts import errors
+
+
+class Console:
+    """Results to stdout, errors to stderr, neither ever with a secret in it."""
+
+    def __init__(self) -> None:
+        self.mask: Callable[[str], str] = str  # replaced once there are secrets to mask
+
+    def say(self, *lines: str) -> None:
+        """Print the lines at once: a pipe would otherwise keep them back until the end."""
+        for line in lines:
+            print(self.mask(line), flush=True)
+
+    def complain(self, error: errors.RecipeError) -> None:
+        """Print what is wrong, what it concerns, and what helps."""
+        for line in error.lines():
+            print(self.mask(line), file=sys.stderr, flush=True)
+
+
+CONSOLE = Console()
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turn a foreseen failure, or Ctrl-C, into its message and its exit code."""
+    try:
+        yield
+    except errors.RecipeError as error:
+        ending = error
+    except errors.StatementError as error:  # of a statement that belongs to no step: the survey, say
+        ending = errors.for_sqlstate(error.sqlstate)(error.message, where=error.detail, remedy=error.hint)
+    except KeyboardInterrupt:
+        ending = errors.StoppedError("interrupted; the step that was running left no trace")
+    else:
+        return
+    CONSOLE.complain(ending)
+    raise SystemExit(ending.exit_code)

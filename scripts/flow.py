@@ -152,6 +152,12 @@ def _refuse_what_cannot_be(server: survey.Server, todo: plan.Plan) -> None:
         )
     if todo.in_the_way:
         _judge(todo)
+    if absent := todo.mended_elsewhere:
+        raise errors.StepFailedError(
+            f"{chain.label(absent[0].stem)} needs what stands nowhere yet",
+            where="\n".join(report.difference(item) for item in absent),
+            remedy="Run invoke setup, or first the task that brings it (invoke prereqs).",
+        )
     if todo.to_do and server.read_only:
         raise errors.NotPermittedError(
             f"this database takes no writes: {server.read_only}",

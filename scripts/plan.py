@@ -20,13 +20,14 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one step has to do: its atomic part, its online part, and the items that are the reasons."""
+    """What one step has to do: its atomic part, its online part, and the items that are the reasons (of any step)."""
 
     stem: str
     state: State
     atomic: bool
     online: bool
     reasons: tuple[Item, ...]
+    elsewhere: tuple[Item, ...]  # its items that another step mends
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,17 @@ class Plan:
         return tuple(dict.fromkeys(item.lacking for step in self.steps for item in step.reasons if item.lacking))
 
     @property
+    def mended_elsewhere(self) -> tuple[Item, ...]:
+        """Items of this plan's steps that only a step outside of it mends."""
+        inside = {step.stem for step in self.steps}
+        return tuple(
+            item
+            for step in self.steps
+            for item in step.elsewhere
+            if (item.mended_by or "").removesuffix(ONLINE) not in inside
+        )
+
+    @property
     def missing(self) -> tuple[Item, ...]:
         """Every item that differs, each once."""
         return tuple(dict.fromkeys(item for step in self.steps for item in step.reasons))
@@ -76,11 +88,11 @@ def _plan_step(stem: str, differing: Sequence[Item]) -> StepPlan:
     atomic = [item for item in differing if item.mended_by == stem]
     online = [item for item in differing if item.mended_by == stem + ONLINE]
     obstacles = [item for item in differing if item.stem == stem and item.in_the_way]
-    elsewhere = [item for item in differing if item.stem == stem and not item.in_the_way]
+    elsewhere = [item for item in differing if item.stem == stem and item not in [*obstacles, *atomic, *online]]
     if obstacles:
         state = State.IN_THE_WAY
     elif atomic or online:
         state = State.PENDING
     else:
         state = State.NOT_NEEDED if elsewhere else State.DONE
-    return StepPlan(stem, state, bool(atomic), bool(online), (*obstacles, *atomic, *online))
+    return StepPlan(stem, state, bool(atomic), bool(online), (*obstacles, *atomic, *online), tuple(elsewhere))

@@ -1,0 +1,607 @@
+"""Every state that SCHEMA.md lists under "What real databases look like before the first run", and its outcome."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+from conftest import Db, clean_environment, run
+from states import (
+    ANOTHER_FEATURE,
+    BIGINT,
+    BIGINTS,
+    CORE,
+    CORE_ROWS,
+    CORE_WITH_UUID_TURNS,
+    EXTRAS,
+    HANGING,
+    ORPHANS,
+    SLOT_ROWS,
+    SLOTS_TEMPLATES,
+    UUIDS,
+    by_hand,
+    contents,
+    lost,
+    snapshot_rows,
+    snapshots,
+    with_uuid,
+)
+
+KEPT = {"public.prompt_snapshots.turn_id": "turn_id_uuid"}
+APP_KEPT = {"app.prompt_snapshots.turn_id": "turn_id_uuid"}
+TURN_FOREIGN_KEY = "FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE SET NULL"
+
+OLD_METRICS = """
+CREATE TABLE turn_metrics (
+  turn_id bigint {key}, story_id uuid NOT NULL, created_at timestamptz NOT NULL DEFAULT now(),
+  tokens_before int NOT NULL, tokens_after int NOT NULL, trims_count int NOT NULL DEFAULT 0,
+  top_trim_keys text[] DEFAULT '{{}}', model_ms int, rejects jsonb DEFAULT '{{}}', cost_estimate_cents int);
+INSERT INTO turn_metrics (turn_id, story_id, tokens_before, tokens_after, top_trim_keys)
+SELECT id, game_id, 900, 700, '{{world.tone}}' FROM turns WHERE id < 4;
+"""
+
+
+def old_metrics(key: str = "PRIMARY KEY REFERENCES turns (id) ON DELETE CASCADE") -> str:
+    """Write turn_metrics as made by hand, with rows."""
+    return OLD_METRICS.format(key=key)
+
+
+def altered(change: str) -> str:
+    """Write a database made by hand, then this change."""
+    return by_hand() + change
+
+
+SLOTS_FIRST = CORE + CORE_ROWS + SLOTS_TEMPLATES + SLOT_ROWS + snapshots(BIGINT) + snapshot_rows(BIGINTS)
+
+READY = {
+    "empty": "",
+    "core only": CORE + CORE_ROWS,
+    "core without rows": CORE,
+    "core without games and turns": CORE[: CORE.index("CREATE TABLE IF NOT EXISTS games")],
+    "snapshots first": by_hand(),
+    "snapshots first, twice": by_hand() + CORE + snapshots(BIGINT) + SLOTS_TEMPLATES,
+    "slots first": SLOTS_FIRST,
+    "slots first, twice": SLOTS_FIRST + CORE + SLOTS_TEMPLATES + snapshots(BIGINT),
+    "without rows": CORE + snapshots(BIGINT) + SLOTS_TEMPLATES,
+    "slots only": SLOTS_TEMPLATES + SLOT_ROWS,
+    "no prompt_snapshots yet": CORE + CORE_ROWS + SLOTS_TEMPLATES + SLOT_ROWS,
+    "parent_id without foreign key": altered(
+        "ALTER TABLE prompt_snapshots DROP parent_id, ADD parent_id uuid; UPDATE prompt_snapshots SET parent_id = id"
+    ),
+    "turn_id without foreign key": by_hand("bigint"),
+    "turn_id without index": altered("DROP INDEX idx_prompt_snapshots_turn_id"),
+    "turn_id with foreign key of another name": by_hand(
+        "bigint CONSTRAINT of_turn REFERENCES turns (id) ON DELETE SET NULL"
+    ),
+    "turn_id with foreign key not valid": by_hand("bigint")
+    + "ALTER TABLE prompt_snapshots ADD FOREIGN KEY (turn_id) REFERENCES turns (id) ON DELETE SET NULL NOT VALID",
+    "must_keep alone": altered("ALTER TABLE slots ADD must_keep boolean NOT NULL DEFAULT false"),
+    "must_keep without default": altered(
+        "ALTER TABLE slots ADD must_keep boolean NOT NULL DEFAULT true; ALTER TABLE slots ALTER must_keep DROP DEFAULT"
+    ),
+    "min_chars alone": altered("ALTER TABLE slots ADD min_chars int; UPDATE slots SET min_chars = 7"),
+    "flags by hand": altered(
+        "ALTER TABLE slots ADD must_keep boolean NOT NULL DEFAULT false, ADD min_chars int;"
+        "UPDATE slots SET must_keep = true WHERE type = 'ux'; UPDATE slots SET min_chars = 9 WHERE type = 'npc';"
+        "CREATE INDEX idx_slots_must_keep ON slots (must_keep) WHERE must_keep = true"
+    ),
+    "budget_report by hand": altered(
+        "ALTER TABLE prompt_snapshots ADD budget_report jsonb; UPDATE prompt_snapshots SET budget_report = '{\"v\": 1}'"
+    ),
+    "turn_metrics by hand": altered(old_metrics()),
+    "turn_metrics without foreign key": altered(old_metrics("PRIMARY KEY")),
+    "turn_metrics without defaults": altered(
+        old_metrics() + "ALTER TABLE turn_metrics ALTER created_at DROP DEFAULT, ALTER rejects DROP DEFAULT"
+    ),
+    "extras": by_hand() + EXTRAS,
+}
+
+UUID_READY = {
+    "with rows": with_uuid(),
+    "without rows": CORE + snapshots("uuid") + SLOTS_TEMPLATES,
+    "without index": with_uuid() + "DROP INDEX idx_prompt_snapshots_turn_id",
+    "NOT NULL": with_uuid("uuid NOT NULL"),
+    "with default": with_uuid("uuid DEFAULT gen_random_uuid()"),
+    "NOT NULL with default": with_uuid("uuid NOT NULL DEFAULT 'e1000000-0000-4000-8000-000000000000'"),
+    "with comment": with_uuid() + "COMMENT ON COLUMN prompt_snapshots.turn_id IS 'the player''s 100 % turn'",
+    "before slots_templates": CORE + CORE_ROWS + snapshots("uuid") + snapshot_rows(UUIDS),
+    "with extras": with_uuid() + EXTRAS,
+    "with other views": with_uuid() + "CREATE VIEW prompts AS SELECT id, tp FROM prompt_snapshots",
+}
+
+
+def assert_ready(db: Db, renamed: dict[str, str] | None = None) -> None:
+    """Set up; everything promised stands, nothing is lost, and a second run has nothing to do."""
+    before = contents(db)
+    done = db.invoke("setup")
+    assert done.code == 0, done
+    assert db.differing() == {}
+    assert lost(before, contents(db), renamed or {}) == []
+    after = db.dump(data=True)
+    again = db.invoke("setup")
+    assert (again.code, "nothing to do" in again.out) == (0, True), again
+    assert db.dump(data=True) == after
+
+
+@pytest.mark.parametrize("state", READY.values(), ids=READY)
+def test_setup_completes_what_is_missing_and_loses_nothing(db: Db, state: str) -> None:
+    db.execute(state)
+    assert_ready(db)
+
+
+@pytest.mark.parametrize("state", UUID_READY.values(), ids=UUID_READY)
+def test_setup_replaces_a_uuid_turn_id_and_keeps_its_values(db: Db, state: str) -> None:
+    db.execute(state)
+    assert_ready(db, KEPT)
+
+
+def test_a_real_run_of_the_chain_twice_by_hand_before(db: Db) -> None:
+    db.migrate("20250130000000_core_schema", "20250213_prompt_snapshots", "20250214_slots_templates")
+    db.migrate("20250130000000_core_schema", "20250213_prompt_snapshots", "20250214_slots_templates")
+    db.execute(CORE_ROWS.replace("'tutorial'", "'quest'").replace("'hidden'", "'draft'").replace("'gm'", "'system'"))
+    db.execute(snapshot_rows(BIGINTS) + SLOT_ROWS)
+    assert_ready(db)
+
+
+# (state, what stands, what is promised); where a column is missing: the table, the column
+IN_THE_WAY = {
+    "must_keep text": (altered("ALTER TABLE slots ADD must_keep text"), "slots.must_keep: text", "boolean NOT NULL"),
+    "must_keep nullable": (
+        altered("ALTER TABLE slots ADD must_keep boolean DEFAULT false"),
+        "slots.must_keep: boolean DEFAULT false",
+        "boolean NOT NULL DEFAULT false",
+    ),
+    "must_keep default true": (
+        altered("ALTER TABLE slots ADD must_keep boolean NOT NULL DEFAULT true"),
+        "slots.must_keep: boolean NOT NULL DEFAULT true",
+        "boolean NOT NULL DEFAULT false",
+    ),
+    "min_chars bigint": (altered("ALTER TABLE slots ADD min_chars bigint"), "slots.min_chars: bigint", "integer"),
+    "min_chars NOT NULL": (
+        altered("ALTER TABLE slots ADD min_chars int NOT NULL DEFAULT 0"),
+        "slots.min_chars: integer NOT NULL DEFAULT 0",
+        "integer",
+    ),
+    "budget_report json": (
+        altered("ALTER TABLE prompt_snapshots ADD budget_report json"),
+        "prompt_snapshots.budget_report: json,",
+        "jsonb",
+    ),
+    "budget_report NOT NULL": (
+        altered("ALTER TABLE prompt_snapshots ADD budget_report jsonb NOT NULL DEFAULT '{}'"),
+        "prompt_snapshots.budget_report: jsonb NOT NULL",
+        "jsonb",
+    ),
+    "story_id text": (
+        altered(old_metrics() + "ALTER TABLE turn_metrics ALTER story_id TYPE text"),
+        "turn_metrics.story_id: text NOT NULL",
+        "uuid NOT NULL",
+    ),
+    "turn_metrics.turn_id uuid": (
+        altered("CREATE TABLE turn_metrics (turn_id uuid PRIMARY KEY, tokens int)"),
+        "turn_metrics.turn_id: uuid NOT NULL",
+        "bigint NOT NULL",
+    ),
+    "turn_metrics with another default": (
+        altered(old_metrics() + "ALTER TABLE turn_metrics ALTER trims_count SET DEFAULT 1"),
+        "turn_metrics.trims_count: integer NOT NULL DEFAULT 1",
+        "integer NOT NULL DEFAULT 0",
+    ),
+    "turn_metrics without primary key": (
+        altered(old_metrics("NOT NULL REFERENCES turns (id) ON DELETE CASCADE")),
+        "turn_metrics (turn_id): missing",
+        "PRIMARY KEY",
+    ),
+    "turn_metrics without cascade": (
+        altered(old_metrics("PRIMARY KEY REFERENCES turns (id)")),
+        "turn_metrics foreign key (turn_id): FOREIGN KEY (turn_id) REFERENCES turns(id),",
+        "ON DELETE CASCADE",
+    ),
+    "turn_metrics a view": (
+        altered("CREATE VIEW turn_metrics AS SELECT id AS turn_id FROM turns"),
+        "turn_metrics",
+        "view",
+    ),
+    "turn_id text": (by_hand("text"), "prompt_snapshots.turn_id: text", "bigint"),
+    "turn_id int": (by_hand(BIGINT.replace("bigint", "int")), "prompt_snapshots.turn_id: integer", "bigint"),
+    "turn_id bigint NOT NULL": (
+        by_hand("bigint NOT NULL REFERENCES turns (id) ON DELETE SET NULL", "i"),
+        "prompt_snapshots.turn_id: bigint NOT NULL",
+        "bigint",
+    ),
+    "turn_id gone": (
+        altered("ALTER TABLE prompt_snapshots DROP turn_id"),
+        "prompt_snapshots",
+        "turn_id",
+    ),
+    "turn_id with cascade": (
+        by_hand("bigint REFERENCES turns (id) ON DELETE CASCADE"),
+        "REFERENCES turns(id) ON DELETE CASCADE",
+        TURN_FOREIGN_KEY,
+    ),
+    "turn_id to another table": (
+        "CREATE TABLE rounds (id bigint PRIMARY KEY); INSERT INTO rounds SELECT generate_series(1, 9);"
+        + by_hand("bigint REFERENCES rounds (id)"),
+        "REFERENCES rounds(id)",
+        TURN_FOREIGN_KEY,
+    ),
+    "parent_id text": (
+        altered("ALTER TABLE prompt_snapshots DROP parent_id, ADD parent_id text"),
+        "prompt_snapshots.parent_id: text",
+        "uuid",
+    ),
+    "parent_id with cascade": (
+        altered(
+            "ALTER TABLE prompt_snapshots DROP parent_id,"
+            " ADD parent_id uuid REFERENCES prompt_snapshots (id) ON DELETE CASCADE"
+        ),
+        "REFERENCES prompt_snapshots(id) ON DELETE CASCADE",
+        "REFERENCES prompt_snapshots(id) ON DELETE SET NULL",
+    ),
+    "slots without max_len": (altered("ALTER TABLE slots DROP max_len"), "slots", "max_len"),
+    "slots.name varchar": (
+        altered("ALTER TABLE slots ALTER name TYPE varchar(80)"),
+        "slots.name: character varying(80) NOT NULL",
+        "text NOT NULL",
+    ),
+    "slots without its key": (
+        altered("ALTER TABLE slots DROP CONSTRAINT uk_slots_type_name"),
+        "slots (type, name): missing",
+        "UNIQUE",
+    ),
+    "templates a view": (
+        altered("ALTER TABLE templates RENAME TO texts; CREATE VIEW templates AS SELECT * FROM texts"),
+        "templates",
+        "view",
+    ),
+    "turns.id uuid": (CORE_WITH_UUID_TURNS + CORE_ROWS, "turns.id: uuid NOT NULL", "bigint NOT NULL"),
+    "turns.id uuid, snapshots too": (
+        CORE_WITH_UUID_TURNS + CORE_ROWS + snapshots(BIGINT.replace("bigint", "uuid")) + SLOTS_TEMPLATES,
+        "turns.id: uuid NOT NULL",
+        "bigint NOT NULL",
+    ),
+    "turns.id int": (
+        CORE.replace("bigserial PRIMARY KEY, game_id", "serial PRIMARY KEY, game_id") + CORE_ROWS,
+        "turns.id: integer NOT NULL",
+        "bigint NOT NULL",
+    ),
+    "games without state": (
+        CORE + CORE_ROWS + "ALTER TABLE games DROP state",
+        "games",
+        "state",
+    ),
+    "turns partitioned": (
+        CORE[: CORE.index("CREATE TABLE IF NOT EXISTS turns")]
+        + "CREATE TABLE turns (id bigint, PRIMARY KEY (id)) PARTITION BY RANGE (id)",
+        "turns",
+        "partitioned table",
+    ),
+    "another feature's prompt_snapshots": (
+        CORE + CORE_ROWS + ANOTHER_FEATURE,
+        "prompt_snapshots",
+        "snapshot_id",
+    ),
+    "another feature's, nothing else": (ANOTHER_FEATURE, "prompt_snapshots", "snapshot_id"),
+    "index on another column": (
+        altered("DROP INDEX idx_slots_type; CREATE INDEX idx_slots_type ON slots (name)"),
+        "slots index idx_slots_type: btree (name)",
+        "btree (type)",
+    ),
+    "index not partial": (
+        altered(
+            "ALTER TABLE slots ADD must_keep boolean NOT NULL DEFAULT false;"
+            "CREATE INDEX idx_slots_must_keep ON slots (must_keep)"
+        ),
+        "slots index idx_slots_must_keep: btree (must_keep)",
+        "btree (must_keep) WHERE must_keep",
+    ),
+    "index unique": (
+        altered("CREATE UNIQUE INDEX idx_templates_type_slot_status ON templates (type, slot, status)"),
+        "templates index idx_templates_type_slot_status: UNIQUE btree (type, slot, status)",
+        "btree (type, slot, status)",
+    ),
+    "index of another table": (
+        altered("CREATE INDEX idx_games_world ON turns (role)"),
+        "games index idx_games_world: an index on turns",
+        "btree (world_id)",
+    ),
+    "table of an index's name": (
+        altered("CREATE TABLE idx_games_world ()"),
+        "games index idx_games_world: not an index",
+        "btree (world_id)",
+    ),
+    "turn_id's index on another column": (
+        altered(
+            "DROP INDEX idx_prompt_snapshots_turn_id;"
+            "CREATE INDEX idx_prompt_snapshots_turn_id ON prompt_snapshots (game_id)"
+        ),
+        "prompt_snapshots index idx_prompt_snapshots_turn_id: btree (game_id)",
+        "btree (turn_id)",
+    ),
+    "turn_id uuid, its index on another column": (
+        with_uuid() + "DROP INDEX idx_prompt_snapshots_turn_id;"
+        "CREATE INDEX idx_prompt_snapshots_turn_id ON prompt_snapshots (game_id)",
+        "prompt_snapshots index idx_prompt_snapshots_turn_id: btree (game_id)",
+        "btree (turn_id)",
+    ),
+    "turn_id's index on more columns": (
+        altered(
+            "DROP INDEX idx_prompt_snapshots_turn_id;"
+            "CREATE INDEX idx_prompt_snapshots_turn_id ON prompt_snapshots (turn_id, game_id)"
+        ),
+        "prompt_snapshots index idx_prompt_snapshots_turn_id: btree (turn_id, game_id)",
+        "btree (turn_id)",
+    ),
+    "turn_id generated": (
+        by_hand(values="NULL")
+        + "ALTER TABLE prompt_snapshots DROP turn_id, ADD turn_id uuid GENERATED ALWAYS AS (snapshot_id) STORED",
+        "prompt_snapshots.turn_id",
+        "none",
+    ),
+    "a sequence of the name of an index to be made": (
+        altered("CREATE SEQUENCE idx_turn_metrics_created"),
+        "idx_turn_metrics_created: not an index",
+        "btree (created_at DESC)",
+    ),
+} | {f"on turn_id hangs {name}": (with_uuid() + change, name, "turn_id") for name, change in HANGING.items()}
+
+
+@pytest.mark.parametrize(("state", "stands", "promised"), IN_THE_WAY.values(), ids=IN_THE_WAY)
+def test_what_is_in_the_way_is_named_and_nothing_is_changed(db: Db, state: str, stands: str, promised: str) -> None:
+    db.execute(state)
+    before = db.dump(data=True)
+    done = db.invoke("setup")
+    assert done.code == 6, done
+    assert stands in done.err
+    assert promised in done.err
+    assert db.dump(data=True) == before
+    assert db.rows("SELECT FROM pg_namespace WHERE nspname = 'budget_engine'") == []
+
+
+@pytest.mark.parametrize("advice", ["RENAME TO entity_snapshots", "SET SCHEMA attic"])
+def test_following_the_advice_leads_on(db: Db, advice: str) -> None:
+    db.execute("CREATE SCHEMA attic;" + CORE + CORE_ROWS + ANOTHER_FEATURE)
+    rows = db.rows("TABLE prompt_snapshots")
+    assert db.invoke("setup").code == 6
+    db.execute(f"ALTER TABLE prompt_snapshots {advice}")
+    before = db.dump(data=True)
+    done = db.invoke("setup")
+    assert done.code in {0, 6}, done
+    if done.code == 6:  # its keys kept their names
+        assert "prompt_snapshots_pkey" in done.err
+        assert db.dump(data=True) == before
+    else:
+        assert db.differing() == {}
+        assert db.rows(f"TABLE {'attic.prompt_snapshots' if 'attic' in advice else 'entity_snapshots'}") == rows
+
+
+@pytest.mark.parametrize("turn_id", ["bigint", "uuid"])
+def test_invalid_indexes_are_built_again(db: Db, turn_id: str) -> None:
+    db.execute(with_uuid() if turn_id == "uuid" else by_hand())
+    if turn_id == "bigint":
+        assert db.invoke("setup").code == 0
+    before = contents(db)
+    db.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid::regclass::text LIKE 'idx%'")
+    invalid = "SELECT count(*) FROM pg_index WHERE NOT indisvalid AND indexrelid::regclass::text !~ 'turn_id_uuid$'"
+    assert db.value(invalid) > 5
+    done = db.invoke("setup")
+    assert done.code == 0, done
+    assert db.differing() == {}
+    assert db.value(invalid) == 0
+    assert lost(before, contents(db), KEPT if turn_id == "uuid" else {}) == []
+
+
+def test_an_index_that_the_rows_refuse_is_said_and_all_else_is_done(db: Db) -> None:
+    db.execute(altered("DROP INDEX idx_turns_game_idx; UPDATE turns SET idx = 1 WHERE idx = 2"))
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        db.execute("CREATE UNIQUE INDEX CONCURRENTLY idx_turns_game_idx ON turns (game_id, idx)")
+    before = contents(db)
+    for _ in range(2):
+        done = db.invoke("setup")
+        assert done.code == 5, done
+        assert "turns (game_id, idx)" in done.err
+        assert set(db.differing()) == {"turns (game_id, idx)"}
+        assert lost(before, contents(db), {}) == []
+    db.execute("UPDATE turns SET idx = id + 100")
+    assert_ready(db)
+
+
+def test_orphans_are_said_and_kept_and_all_else_is_done(db: Db) -> None:
+    db.execute(by_hand("bigint", ORPHANS))
+    before = contents(db)
+    for _ in range(2):
+        done = db.invoke("setup")
+        assert done.code == 5, done
+        assert "prompt_snapshots foreign key (turn_id)" in done.err
+        assert "999999" in done.out + done.err
+        assert db.differing() == {
+            "prompt_snapshots foreign key (turn_id)": (
+                TURN_FOREIGN_KEY,
+                f"{TURN_FOREIGN_KEY} NOT VALID",
+                "20250222_fix_prompt_snapshots_turn_id online",
+            )
+        }
+        assert lost(before, contents(db), {}) == []
+    db.execute("UPDATE prompt_snapshots SET turn_id = NULL WHERE turn_id = 999999")
+    assert_ready(db)
+
+
+TABLES = [
+    *("entry_points", "games", "prompt_segments", "prompt_snapshots", "rulesets"),
+    *("slots", "templates", "turn_metrics", "turns", "worlds"),
+]
+
+
+def tables(db: Db) -> dict[str, list[str]]:
+    """Return schema → its tables."""
+    return dict(
+        db.rows("""
+            SELECT schemaname::text, array_agg(tablename::text ORDER BY tablename) FROM pg_tables
+            WHERE schemaname !~ '^pg_|^information_schema$|^budget_engine$' GROUP BY 1""")
+    )
+
+
+def lead(db: Db, by: str, search_path: str) -> dict[str, str]:
+    """Make a search_path hold, by the URL (then it is returned), the role or the database."""
+    if by == "url":
+        return {"DATABASE_URL": f"{db.url}&search_path={search_path}"}
+    if by == "schema":
+        return {"DATABASE_URL": f"{db.url}&schema={search_path}"}
+    whose = f"ROLE postgres IN DATABASE {db.name}" if by == "role" else f"DATABASE {db.name}"
+    db.execute(f"ALTER {whose} SET search_path = {search_path}")
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("state", "by"),
+    [("", "schema"), (by_hand(), "schema"), (with_uuid(), "schema"), (with_uuid(), "role"), (CORE, "database")],
+    ids=["empty, schema=", "by hand, schema=", "uuid, schema=", "uuid, role", "core, database"],
+)
+def test_tables_in_another_schema(db: Db, state: str, by: str) -> None:
+    db.execute("CREATE SCHEMA app; SET search_path = app;" + state)
+    env = lead(db, by, "app")
+    before = contents(db)
+    done = db.invoke("setup", env=env)
+    assert done.code == 0, done
+    assert lost(before, contents(db), APP_KEPT if "uuid values" in done.out else {}) == []
+    assert tables(db) == {"app": TABLES}
+    assert db.rows("SELECT pronamespace::regnamespace::text FROM pg_proc WHERE proname ~ '^set_critical'") == [("app",)]
+    again = db.invoke("setup", env=env)
+    assert (again.code, "nothing to do" in again.out) == (0, True), again
+    lead(db, "database", "app")
+    assert db.differing() == {}
+
+
+@pytest.mark.parametrize("by", ["url", "role", "database"])
+def test_tables_spread_over_the_schemas_of_the_search_path(db: Db, by: str) -> None:
+    db.execute(CORE + CORE_ROWS + snapshots("uuid") + snapshot_rows(UUIDS))
+    db.execute("CREATE SCHEMA app; SET search_path = app;" + SLOTS_TEMPLATES + SLOT_ROWS)
+    env = lead(db, by, "app,public")
+    before = contents(db)
+    done = db.invoke("setup", env=env)
+    assert done.code == 0, done
+    assert tables(db) == {
+        "app": ["slots", "templates", "turn_metrics"],
+        "public": [name for name in TABLES if name not in {"slots", "templates", "turn_metrics"}],
+    }
+    assert lost(before, contents(db), KEPT) == []
+    lead(db, "database", "app,public")
+    assert db.differing() == {}
+
+
+def dump_of(db: Db, schema: str) -> str:
+    """Return one schema, with rows, as pg_dump writes it."""
+    words = ["--restrict-key=test", f"--schema={schema}"]
+    done = run([str(db.cluster.binaries / "pg_dump"), db.url, *words], clean_environment())
+    assert done.code == 0, done
+    return done.out
+
+
+@pytest.mark.parametrize("backup", [with_uuid(), by_hand() + old_metrics()], ids=["uuid", "bigint"])
+@pytest.mark.parametrize("state", [with_uuid(), by_hand(), ""], ids=["uuid", "bigint", "empty"])
+def test_a_backup_copy_in_a_second_schema_is_not_touched(db: Db, state: str, backup: str) -> None:
+    db.execute(state)
+    db.execute("CREATE SCHEMA aa_backup; SET search_path = aa_backup;" + backup)  # sorts before public
+    before = dump_of(db, "aa_backup")
+    done = db.invoke("setup")
+    assert done.code == 0, done
+    assert dump_of(db, "aa_backup") == before
+    assert db.differing() == {}
+
+
+def test_a_backup_copy_further_down_the_search_path_is_not_touched(db: Db) -> None:
+    db.execute("CREATE SCHEMA backup; SET search_path = backup;" + with_uuid() + old_metrics())
+    db.execute(with_uuid() + old_metrics())
+    before = dump_of(db, "backup")
+    lead(db, "database", "public,backup")
+    done = db.invoke("setup")
+    assert done.code == 0, done
+    assert dump_of(db, "backup") == before
+    assert db.differing() == {}
+
+
+@pytest.fixture
+def role(db: Db) -> Iterator[str]:
+    """A role that may log in and nothing else, dropped after the test."""
+    name = f"role_{uuid.uuid4().hex}"
+    db.execute(f"CREATE ROLE {name} LOGIN")
+    yield name
+    db.execute(f"DROP OWNED BY {name} CASCADE; DROP ROLE {name}")
+
+
+OWN = """
+DO $$ DECLARE t regclass; BEGIN
+  FOR t IN SELECT oid FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' LOOP
+    EXECUTE format('ALTER TABLE %s OWNER TO {role}', t);
+  END LOOP;
+END $$; GRANT CREATE ON SCHEMA public TO {role};
+"""
+
+GAMES_INDEXES = """
+CREATE INDEX idx_games_entry_point ON games (entry_point_id); CREATE INDEX idx_games_world ON games (world_id);
+"""
+
+# (state, the right that the message must name); {role} is the role's name
+NOT_PERMITTED = {
+    "empty, may not create": ("", "CREATE on schema public"),
+    "core of others": (CORE + CORE_ROWS + "GRANT CREATE ON SCHEMA public TO {role}", "REFERENCES on table turns"),
+    "may not create": (by_hand() + OWN + "REVOKE CREATE ON SCHEMA public FROM {role}", "CREATE on schema public"),
+    "may not reference turns": (
+        by_hand() + OWN + "ALTER TABLE turns OWNER TO postgres",
+        "REFERENCES on table turns (it belongs to postgres)",
+    ),
+    "may not reference games": (
+        CORE + CORE_ROWS + GAMES_INDEXES + OWN + "ALTER TABLE games OWNER TO postgres",
+        "REFERENCES on table games (it belongs to postgres)",
+    ),
+    "does not own slots": (
+        by_hand() + OWN + "ALTER TABLE slots OWNER TO postgres",
+        "ownership of table slots (it belongs to postgres)",
+    ),
+    "does not own prompt_snapshots": (
+        with_uuid() + OWN + "ALTER TABLE prompt_snapshots OWNER TO postgres",
+        "ownership of table prompt_snapshots (it belongs to postgres)",
+    ),
+    "does not own a table that lacks an index": (
+        by_hand() + OWN + "ALTER TABLE entry_points OWNER TO postgres",
+        "ownership of table entry_points (it belongs to postgres)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("state", "right"), NOT_PERMITTED.values(), ids=NOT_PERMITTED)
+def test_a_missing_right_is_named_before_anything_is_changed(db: Db, role: str, state: str, right: str) -> None:
+    db.execute(state.replace("{role}", role))
+    before = db.dump(data=True)
+    done = db.invoke("setup", role=role)
+    assert done.code == 8, done
+    assert right in done.err
+    assert db.dump(data=True) == before
+
+
+@pytest.mark.parametrize("state", [with_uuid(), ""], ids=["uuid", "empty"])
+def test_an_ordinary_owner_suffices_and_the_diary_is_done_without(db: Db, role: str, state: str) -> None:
+    db.execute((state + OWN).replace("{role}", role))
+    done = db.invoke("setup", role=role)
+    assert done.code == 0, done
+    assert db.differing() == {}
+    assert db.rows("SELECT FROM pg_namespace WHERE nspname = 'budget_engine'") == []
+    again = db.invoke("setup", role=role)
+    assert (again.code, "nothing to do" in again.out) == (0, True), again
+
+
+def test_a_database_that_takes_no_writes(db: Db) -> None:
+    db.execute(by_hand() + f"; ALTER DATABASE {db.name} SET default_transaction_read_only = on")
+    before = db.dump(data=True)
+    done = db.invoke("setup")
+    assert (done.code, "default_transaction_read_only" in done.err) == (8, True), done
+    assert db.dump(data=True) == before
+
+
+def test_a_finished_database_that_takes_no_writes_needs_none(db: Db) -> None:
+    assert db.invoke("setup").code == 0
+    db.execute(f"ALTER DATABASE {db.name} SET default_transaction_read_only = on")
+    done = db.invoke("setup")
+    assert (done.code, "nothing to do" in done.out) == (0, True), done

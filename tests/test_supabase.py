@@ -1,0 +1,510 @@
+"""On Supabase: row-level security everywhere, admins by profiles, and nothing that its linter complains about."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import psycopg
+import pytest
+import supabase
+from conftest import MIGRATIONS, Db
+from supabase import ADMIN, MIGRATOR, PLAYER
+
+from scripts import embedded
+
+_UUID = "'00000000-0000-4000-8000-{n:012}'"
+
+
+class Table(NamedTuple):
+    """A statement that inserts row n of a table, and what finds row 2, to which nothing points."""
+
+    insert: str
+    second: str
+
+
+TABLES = {
+    "worlds": Table("INSERT INTO worlds (id) VALUES ('{n}')", "id = '2'"),
+    "rulesets": Table("INSERT INTO rulesets (id) VALUES ('{n}')", "id = '2'"),
+    "entry_points": Table(
+        "INSERT INTO entry_points (id, slug, type, world_id, ruleset_id, title, description)"
+        " VALUES ('{n}', '{n}', 'quest', '1', '1', 'title', 'description')",
+        "id = '2'",
+    ),
+    "prompt_segments": Table("INSERT INTO prompt_segments (scope, content) VALUES ('core', '{n}')", "content = '2'"),
+    "games": Table(
+        "INSERT INTO games (id, entry_point_id, entry_point_type, world_id, ruleset_id)"
+        f" VALUES ({_UUID}, '1', 'quest', '1', '1')",
+        "id = " + _UUID.format(n=2),
+    ),
+    "turns": Table(
+        f"INSERT INTO turns (game_id, idx, role, content) VALUES ({_UUID.format(n=1)}, {{n}}, 'player', '{{{{}}}}')",
+        "idx = 2",
+    ),
+    "slots": Table(
+        "INSERT INTO slots (type, name, description) VALUES ('ux', '{n}', 'description')",
+        "name = '2'",
+    ),
+    "templates": Table(
+        f"INSERT INTO templates (type, slot, body, created_by) VALUES ('ux', '{{n}}', 'body', '{PLAYER}')", "slot = '2'"
+    ),
+    "prompt_snapshots": Table(
+        "INSERT INTO prompt_snapshots (tp, linearized_prompt_text, game_id, turn_id, created_by)"
+        f" VALUES ('{{{{}}}}', '{{n}}', {_UUID.format(n=1)}, 1, '{PLAYER}')",
+        "linearized_prompt_text = '2'",
+    ),
+    "turn_metrics": Table(
+        "INSERT INTO turn_metrics (turn_id, story_id, tokens_before, tokens_after)"
+        f" VALUES ({{n}}, {_UUID.format(n=1)}, 2, 1)",
+        "turn_id = 2",
+    ),
+}
+CORE = ("worlds", "rulesets", "entry_points", "prompt_segments", "games", "turns")
+CHAIN = tuple(table for table in TABLES if table not in CORE)
+
+SELECT, INSERT, UPDATE, DELETE = "SELECT", "INSERT", "UPDATE", "DELETE"
+EVERYTHING = {(table, command) for table in TABLES for command in (SELECT, INSERT, UPDATE, DELETE)}
+ADMINS = {
+    *((table, command) for table in ("slots", "templates") for command in (SELECT, INSERT, UPDATE, DELETE)),
+    *(("prompt_snapshots", command) for command in (SELECT, INSERT, UPDATE)),
+    ("turn_metrics", SELECT),
+}
+NOTHING: set[tuple[str, str]] = set()
+
+ADMIN_POLICIES = {
+    "slots policy slots_admin": "20250214_slots_templates",
+    "templates policy templates_admin": "20250214_slots_templates",
+    "prompt_snapshots policy prompt_snapshots_admin_select": "20250213_prompt_snapshots",
+    "prompt_snapshots policy prompt_snapshots_admin_insert": "20250213_prompt_snapshots",
+    "prompt_snapshots policy prompt_snapshots_admin_update": "20250213_prompt_snapshots",
+    "turn_metrics policy turn_metrics_admin_select": "20250222_turn_metrics",
+}
+
+# Who has which powers, where profiles stands; without it nobody is an admin.
+WHO = {
+    "anon": ("anon", None, NOTHING),
+    "anon with an admin's claims": ("anon", ADMIN, NOTHING),
+    "authenticated without a user": ("authenticated", None, NOTHING),
+    "player": ("authenticated", PLAYER, NOTHING),
+    "admin": ("authenticated", ADMIN, ADMINS),
+    "service_role": ("service_role", None, EVERYTHING),
+}
+
+DOCUMENTED_ORDER = (
+    "20250130000000_core_schema",
+    "20250214_slots_templates",
+    "20250213_prompt_snapshots",
+    "20250222_fix_prompt_snapshots_turn_id",
+    "20250220_slots_flags",
+    "20250221_budget_report",
+    "20250222_turn_metrics",
+)
+SNAPSHOTS_FIRST = (DOCUMENTED_ORDER[0], DOCUMENTED_ORDER[2], DOCUMENTED_ORDER[1], *DOCUMENTED_ORDER[3:])
+
+
+@pytest.fixture
+def other(cluster: embedded.Cluster) -> Iterator[Db]:
+    """A second database, to compare with."""
+    second = Db(cluster, f"test_{uuid.uuid4().hex}")
+    with psycopg.connect(cluster.url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {second.name} TEMPLATE template0")
+        yield second
+        connection.execute(f"DROP DATABASE {second.name} WITH (FORCE)")
+
+
+def setup(db: Db, *, role: str = "postgres") -> None:
+    done = db.invoke("setup", role=role)
+    assert done.code == 0, done
+
+
+def fill(db: Db) -> None:
+    """Two rows in each table, and a third turn that has no metrics yet."""
+    rows = [table.insert.format(n=n) for table in TABLES.values() for n in (1, 2)]
+    db.execute(";".join([*rows[:12], TABLES["turns"].insert.format(n=4), *rows[12:]]))
+
+
+def attempt(connection: psycopg.Connection[tuple[Any, ...]], statement: str) -> int | str | None:
+    """Return the rows that a statement reached, or the SQLSTATE of its refusal; it leaves nothing behind."""
+    try:
+        with connection.transaction(force_rollback=True):
+            return connection.execute(statement.encode()).rowcount
+    except psycopg.Error as error:
+        return error.sqlstate
+
+
+def powers(db: Db, role: str, user: str | None) -> set[tuple[str, str]]:
+    """Try every command on every table: reached a row, reached none, or 42501; anything else fails the test."""
+    statements = {
+        (name, command): statement
+        for name, table in TABLES.items()
+        for command, statement in (
+            (SELECT, f"SELECT * FROM {name}"),
+            (INSERT, table.insert.format(n=3)),
+            (UPDATE, f"UPDATE {name} SET created_at = created_at"),
+            (DELETE, f"DELETE FROM {name} WHERE {table.second}"),
+        )
+    }
+    with supabase.session(db, role, user) as connection:
+        outcomes = {what: attempt(connection, statement) for what, statement in statements.items()}
+    refused = {what for what, outcome in outcomes.items() if outcome in (0, "42501")}
+    reached = {what for what, outcome in outcomes.items() if isinstance(outcome, int) and outcome > 0}
+    assert refused | reached == set(statements), outcomes
+    return reached
+
+
+def row_security(db: Db) -> dict[str, bool]:
+    return dict(db.rows("SELECT relname, relrowsecurity FROM pg_class WHERE relname = ANY " + _tables()))
+
+
+def policies(db: Db) -> list[tuple[Any, ...]]:
+    return db.rows(
+        "SELECT tablename, policyname, permissive, roles, cmd, qual, with_check FROM pg_policies"
+        f" WHERE schemaname = 'public' AND tablename = ANY {_tables()} ORDER BY 1, 2"
+    )
+
+
+def _tables() -> str:
+    return "('{" + ",".join(TABLES) + "}')"
+
+
+# --- who may do what ---
+
+
+@pytest.mark.parametrize("default_privileges", [True, False], ids=["default privileges", "no default privileges"])
+@pytest.mark.parametrize("role", ["postgres", MIGRATOR])
+def test_everybody_has_exactly_his_powers(db: Db, role: str, default_privileges: bool) -> None:
+    supabase.install(db, default_privileges=default_privileges)
+    supabase.add_profiles(db)
+    setup(db, role=role)
+    fill(db)
+    assert {who: powers(db, as_, user) for who, (as_, user, _) in WHO.items()} == {
+        who: promised for who, (_, _, promised) in WHO.items()
+    }
+
+
+def test_without_profiles_there_are_no_admins_until_it_appears(db: Db) -> None:
+    supabase.install(db)
+    setup(db)
+    fill(db)
+    assert powers(db, "authenticated", ADMIN) == NOTHING
+    assert powers(db, "service_role", None) == EVERYTHING
+    assert "without admin policies" in db.invoke("verify").out
+
+    supabase.add_profiles(db)
+    missing = {item: (actual, by) for item, (_, actual, by) in db.differing().items()}
+    assert missing == {item: (None, by) for item, by in ADMIN_POLICIES.items()}
+    pending = db.invoke("verify")
+    assert pending.code == 5
+    assert all(item in pending.err for item in ADMIN_POLICIES), pending
+    assert powers(db, "authenticated", ADMIN) == NOTHING
+
+    setup(db)
+    assert db.differing() == {}
+    assert powers(db, "authenticated", ADMIN) == ADMINS
+    assert powers(db, "authenticated", PLAYER) == NOTHING
+    assert db.invoke("verify").code == 0
+
+
+@pytest.mark.parametrize("profiles", [True, False], ids=["profiles", "no profiles"])
+def test_every_table_of_the_chain_is_guarded(db: Db, profiles: bool) -> None:
+    supabase.install(db)
+    if profiles:
+        supabase.add_profiles(db)
+    setup(db)
+    created = db.rows("SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'profiles'")
+    assert {table for (table,) in created} == set(TABLES)
+    assert row_security(db) == dict.fromkeys(TABLES, True)
+    service = {table for table, _, _, roles, cmd, _, _ in policies(db) if roles == ["service_role"] and cmd == "ALL"}
+    assert service == set(TABLES)
+    assert {f"{table} policy {name}" for table, name, _, roles, *_ in policies(db) if roles != ["service_role"]} == (
+        set(ADMIN_POLICIES) if profiles else set()
+    )
+
+
+@pytest.mark.parametrize("default_privileges", [True, False], ids=["default privileges", "no default privileges"])
+@pytest.mark.parametrize(("role", "user"), [("authenticated", ADMIN), ("service_role", None)])
+def test_a_critical_slot_gets_its_defaults_whoever_inserts_it(
+    db: Db, role: str, user: str | None, default_privileges: bool
+) -> None:
+    supabase.install(db, default_privileges=default_privileges)
+    supabase.add_profiles(db)
+    setup(db, role=MIGRATOR)
+    with supabase.session(db, role, user) as connection:
+        connection.execute(
+            "INSERT INTO slots (type, name, description) VALUES ('ruleset', 'principles', ''), ('npc', 'persona', '')"
+        )
+        flags = connection.execute("SELECT name, must_keep, min_chars FROM slots ORDER BY 1").fetchall()
+    assert flags == [("persona", False, 140), ("principles", True, 160)]
+
+
+def test_a_user_who_goes_leaves_what_he_created(db: Db) -> None:
+    supabase.install(db)
+    setup(db)
+    fill(db)
+    keys = db.rows(
+        "SELECT conrelid::regclass::text, pg_get_constraintdef(oid) FROM pg_constraint"
+        " WHERE contype = 'f' AND confrelid = 'auth.users'::regclass AND conrelid <> 'auth.users'::regclass ORDER BY 1"
+    )
+    promised = "FOREIGN KEY (created_by) REFERENCES auth.users(id) ON DELETE SET NULL"
+    assert keys == [("prompt_snapshots", promised), ("templates", promised)]
+    db.execute(f"DELETE FROM auth.users WHERE id = '{PLAYER}'")
+    assert (
+        db.rows("SELECT created_by FROM templates UNION ALL SELECT created_by FROM prompt_snapshots") == [(None,)] * 4
+    )
+
+
+# --- what belongs to others ---
+
+
+@pytest.mark.parametrize("profiles", [True, False], ids=["profiles", "no profiles"])
+@pytest.mark.parametrize("keep_ours", [True, False], ids=["beside ours", "alone"])
+def test_a_table_with_somebody_elses_policy_keeps_its_policies(db: Db, keep_ours: bool, profiles: bool) -> None:
+    supabase.install(db)
+    if profiles:
+        supabase.add_profiles(db)
+    setup(db)
+    for table in CHAIN:
+        db.execute(
+            f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY;"
+            f"CREATE POLICY theirs ON {table} FOR SELECT TO authenticated USING (created_at < now())"
+        )
+    dropped = [name for table, name, *_ in policies(db) if table in CHAIN and name != "theirs" and not keep_ours]
+    for table, name, *_ in policies(db):
+        if name in dropped:
+            db.execute(f"DROP POLICY {name} ON {table}")
+    theirs = policies(db)
+    assert set(db.differing()) == {f"{table} row-level security" for table in CHAIN}
+
+    setup(db)
+    assert policies(db) == theirs
+    assert row_security(db) == dict.fromkeys(TABLES, True)
+    assert db.differing() == {}
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        "",
+        "CREATE POLICY theirs ON games FOR SELECT TO anon USING (true)",
+        "CREATE POLICY theirs ON games FOR SELECT TO anon USING (true); ALTER TABLE games ENABLE ROW LEVEL SECURITY",
+    ],
+    ids=["nothing", "a policy", "a policy and row-level security"],
+)
+def test_core_tables_that_stood_keep_their_row_security_and_policies(db: Db, theirs: str) -> None:
+    db.migrate("20250130000000_core_schema")  # on a database that is not Supabase yet
+    supabase.install(db)
+    supabase.add_profiles(db)
+    db.execute(theirs or "SELECT")
+    before = {table: row_security(db)[table] for table in CORE}, policies(db)
+    setup(db)
+    ours = [policy for policy in policies(db) if policy[0] in CORE]
+    assert ({table: row_security(db)[table] for table in CORE}, ours) == before
+    assert db.differing() == {}
+
+
+@pytest.mark.parametrize(
+    "profiles",
+    [
+        "CREATE TABLE profiles (id uuid PRIMARY KEY, name text)",
+        "CREATE TABLE profiles (id bigint PRIMARY KEY, role text)",
+        "CREATE TABLE profiles (user_id uuid PRIMARY KEY, role text)",
+        "CREATE TABLE profiles (id uuid PRIMARY KEY, role text); ALTER TABLE profiles DROP COLUMN role",
+    ],
+    ids=["no role", "id not uuid", "no id", "role dropped"],
+)
+def test_another_kind_of_profiles_makes_no_admins(db: Db, profiles: str) -> None:
+    supabase.install(db)
+    db.execute(profiles)
+    setup(db)
+    assert all(roles == ["service_role"] for _, _, _, roles, *_ in policies(db))
+    assert db.differing() == {}
+
+
+def test_a_role_of_an_enum_type_makes_admins(db: Db) -> None:
+    supabase.install(db)
+    supabase.add_profiles(db)
+    db.execute(
+        "CREATE TYPE user_role AS ENUM ('player', 'admin'); ALTER TABLE profiles ALTER COLUMN role DROP DEFAULT;"
+        "ALTER TABLE profiles ALTER COLUMN role TYPE user_role USING role::user_role"
+    )
+    setup(db)
+    fill(db)
+    assert powers(db, "authenticated", ADMIN) == ADMINS
+    assert powers(db, "authenticated", PLAYER) == NOTHING
+
+
+@pytest.mark.parametrize(
+    "change", ["DROP FUNCTION auth.uid()", "ALTER TABLE auth.users ALTER COLUMN id TYPE text"], ids=["uid", "users.id"]
+)
+def test_an_auth_schema_of_another_kind_is_plain(db: Db, change: str) -> None:
+    supabase.install(db)
+    db.execute(change)
+    setup(db)
+    assert policies(db) == []
+    assert row_security(db) == dict.fromkeys(TABLES, False)
+    assert "plain PostgreSQL" in db.invoke("verify").out
+    assert db.differing() == {}
+
+
+# --- run again, run by hand, run by whom ---
+
+
+@pytest.mark.parametrize("profiles", [True, False], ids=["profiles", "no profiles"])
+@pytest.mark.parametrize("order", [DOCUMENTED_ORDER, SNAPSHOTS_FIRST], ids=["slots first", "snapshots first"])
+@pytest.mark.parametrize("role", ["postgres", MIGRATOR])
+def test_by_hand_is_as_by_setup(db: Db, other: Db, role: str, order: tuple[str, ...], profiles: bool) -> None:
+    for database in (db, other):
+        supabase.install(database)
+        if profiles:
+            supabase.add_profiles(database)
+    setup(db, role=role)
+    by_hand(other, order, role)
+    assert other.dump() == db.dump()
+    assert other.differing() == {}
+
+
+def test_again_changes_nothing(db: Db) -> None:
+    supabase.install(db)
+    supabase.add_profiles(db)
+    setup(db)
+    fill(db)
+    before = db.dump(data=True)
+    for _ in range(5):
+        by_hand(db, DOCUMENTED_ORDER, "postgres")
+    setup(db)
+    assert db.dump(data=True) == before
+
+
+def by_hand(db: Db, stems: tuple[str, ...], role: str) -> None:
+    done = db.psql(*(word for stem in stems for word in ("-f", str(MIGRATIONS / f"{stem}.sql"))), role=role)
+    assert done.code == 0, done
+
+
+def test_setup_needs_no_superuser(db: Db) -> None:
+    supabase.install(db)
+    supabase.add_profiles(db)
+    assert db.rows(f"SELECT rolsuper FROM pg_roles WHERE rolname = '{MIGRATOR}'") == [(False,)]
+    setup(db, role=MIGRATOR)
+    owners = db.rows(f"SELECT DISTINCT relowner::regrole::text FROM pg_class WHERE relname = ANY {_tables()}")
+    assert owners == [(MIGRATOR,)]
+    assert db.value("SELECT count(DISTINCT step) FROM budget_engine.diary WHERE role_name = 'supabase_postgres'") > 0
+    assert db.differing() == {}
+    before = db.dump()
+    setup(db, role=MIGRATOR)
+    assert db.dump() == before
+
+
+def test_without_the_right_to_point_at_users_nothing_is_changed(db: Db) -> None:
+    supabase.install(db)
+    db.execute(f"REVOKE ALL ON auth.users FROM {MIGRATOR}")
+    by_hand(db, DOCUMENTED_ORDER[:1], MIGRATOR)
+    before = db.dump()
+    refused = db.invoke("setup", role=MIGRATOR)
+    assert refused.code == 8, refused
+    assert db.dump() == before
+
+
+# --- Supabase's linter ---
+
+_OF_USERS = "n.nspname NOT IN ('pg_catalog', 'information_schema', 'auth', 'pg_toast')"
+
+LINTS = {
+    "0003_auth_rls_initplan": """
+        SELECT tablename, policyname FROM pg_policies,
+          LATERAL (VALUES (lower(qual)), (lower(with_check))) AS expression (text),
+          LATERAL unnest('{auth.uid(),auth.role(),auth.jwt(),auth.email(),current_setting(}'::text[]) AS call (name)
+        WHERE strpos(text, name) > 0 AND strpos(text, 'select ' || name) = 0""",
+    "0006_multiple_permissive_policies": f"""
+        SELECT c.relname, r.rolname, command FROM pg_policy AS p
+        JOIN pg_class AS c ON c.oid = polrelid JOIN pg_namespace AS n ON n.oid = relnamespace
+        JOIN pg_roles AS r ON r.oid = ANY (polroles) OR polroles = '{{0}}',
+          LATERAL unnest(CASE polcmd WHEN '*' THEN '{{r,a,w,d}}'::text[] ELSE ARRAY[polcmd::text] END) AS command
+        WHERE polpermissive AND {_OF_USERS} AND r.rolname NOT LIKE 'pg\\_%' AND NOT r.rolbypassrls AND NOT r.rolsuper
+        GROUP BY 1, 2, 3 HAVING count(*) > 1""",
+    "0007_policy_exists_rls_disabled": """
+        SELECT DISTINCT relname FROM pg_policy JOIN pg_class AS c ON c.oid = polrelid WHERE NOT relrowsecurity""",
+    "0008_rls_enabled_no_policy": f"""
+        SELECT relname FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = relnamespace
+        WHERE relrowsecurity AND {_OF_USERS} AND NOT EXISTS (SELECT FROM pg_policy WHERE polrelid = c.oid)""",
+    "0009_duplicate_index": f"""
+        SELECT n.nspname, tablename, array_agg(indexname)
+        FROM pg_indexes JOIN pg_namespace AS n ON n.nspname = schemaname
+        WHERE {_OF_USERS}
+        GROUP BY 1, 2, replace(indexdef, indexname, '') HAVING count(*) > 1""",
+    "0010_security_definer_view": f"""
+        SELECT relname FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = relnamespace
+        WHERE relkind = 'v' AND {_OF_USERS} AND NOT (lower(reloptions::text)::text[] && ARRAY['security_invoker=1',
+          'security_invoker=true', 'security_invoker=yes', 'security_invoker=on']) IS TRUE""",
+    "0011_function_search_path_mutable": f"""
+        SELECT proname FROM pg_proc JOIN pg_namespace AS n ON n.oid = pronamespace
+        WHERE {_OF_USERS}
+          AND NOT EXISTS (SELECT FROM unnest(proconfig) AS setting WHERE setting LIKE 'search\\_path=%')""",
+    "0013_rls_disabled_in_public": """
+        SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p')
+          AND NOT relrowsecurity AND EXISTS (SELECT FROM unnest('{anon,authenticated}'::text[]) AS role
+                                             WHERE has_table_privilege(role, oid, 'SELECT, INSERT, UPDATE, DELETE'))""",
+    "0024_rls_policy_always_true": """
+        SELECT tablename, policyname FROM pg_policies
+        WHERE permissive = 'PERMISSIVE' AND cmd <> 'SELECT' AND roles && '{public,anon,authenticated}'
+          AND ('true' IN (qual, with_check) OR qual IS NULL AND with_check IS NULL)""",
+    "0028_anon_security_definer_function_executable": """
+        SELECT proname FROM pg_proc
+        WHERE pronamespace = 'public'::regnamespace AND prosecdef AND has_function_privilege('anon', oid, 'EXECUTE')""",
+    "0029_authenticated_security_definer_function_executable": """
+        SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND prosecdef
+          AND has_function_privilege('authenticated', oid, 'EXECUTE')""",
+}
+
+OFFENCES = {
+    "0003_auth_rls_initplan": "CREATE POLICY p ON turns FOR SELECT TO anon USING (auth.uid() IS NULL)",
+    "0006_multiple_permissive_policies": "CREATE POLICY p ON slots FOR SELECT TO authenticated USING (name = 'x')",
+    "0007_policy_exists_rls_disabled": "ALTER TABLE slots DISABLE ROW LEVEL SECURITY",
+    "0008_rls_enabled_no_policy": "CREATE TABLE t (); ALTER TABLE t ENABLE ROW LEVEL SECURITY",
+    "0009_duplicate_index": "CREATE INDEX idx_slots_type_twice ON slots (type)",
+    "0010_security_definer_view": "CREATE VIEW v AS SELECT * FROM slots",
+    "0011_function_search_path_mutable": "ALTER FUNCTION set_critical_slot_defaults() RESET search_path",
+    "0013_rls_disabled_in_public": "CREATE TABLE t ()",
+    "0024_rls_policy_always_true": "CREATE POLICY p ON turns FOR INSERT TO authenticated WITH CHECK (true)",
+    "0028_anon_security_definer_function_executable": "GRANT EXECUTE ON FUNCTION set_critical_slot_defaults() TO anon",
+    "0029_authenticated_security_definer_function_executable": (
+        "GRANT EXECUTE ON FUNCTION set_critical_slot_defaults() TO authenticated"
+    ),
+}
+
+UNINDEXED_FOREIGN_KEYS = """
+    SELECT conrelid::regclass::text, attname::text FROM pg_constraint AS f
+    JOIN pg_attribute AS a ON a.attrelid = conrelid AND a.attnum = conkey[1]
+    WHERE contype = 'f' AND connamespace = 'public'::regnamespace
+      AND NOT EXISTS (SELECT FROM pg_index WHERE indrelid = conrelid AND indkey[0] = conkey[1])
+    ORDER BY 1, 2"""
+
+
+def findings(look: Callable[[str], list[tuple[Any, ...]]]) -> dict[str, list[tuple[Any, ...]]]:
+    return {lint: rows for lint, query in LINTS.items() if (rows := look(query))}
+
+
+@pytest.mark.parametrize("default_privileges", [True, False], ids=["default privileges", "no default privileges"])
+@pytest.mark.parametrize("profiles", [True, False], ids=["profiles", "no profiles"])
+def test_the_linter_finds_nothing(db: Db, profiles: bool, default_privileges: bool) -> None:
+    supabase.install(db, default_privileges=default_privileges)
+    db.execute("ALTER FUNCTION auth.uid() SET search_path = ''; ALTER FUNCTION auth.role() SET search_path = ''")
+    if profiles:
+        supabase.add_profiles(db)
+    setup(db)
+    assert findings(db.rows) == {}
+    # INFO only: the documented schema has no index for these two.
+    assert db.rows(UNINDEXED_FOREIGN_KEYS) == [("games", "ruleset_id"), ("templates", "created_by")]
+
+
+def test_every_lint_finds_its_offence(db: Db) -> None:
+    supabase.install(db)
+    supabase.add_profiles(db)
+    setup(db)
+    found = {}
+    with db.connect() as connection:
+        for lint, offence in OFFENCES.items():
+            with connection.transaction(force_rollback=True):
+                connection.execute(offence.encode())
+                found[lint] = lint in findings(lambda query: connection.execute(query.encode()).fetchall())
+    assert found == dict.fromkeys(LINTS, True)

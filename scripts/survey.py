@@ -93,7 +93,7 @@ ORDER BY chain_position, item_position"""
 
 
 def read(database: Database, steps: Sequence[Step]) -> Survey:
-    """Ask once for everything that the steps promise: one message, one round trip, no lock on any user's table."""
+    """Ask once for everything that the steps promise: one message, one round trip, no lock but ACCESS SHARE."""
     _, _, server, items, _ = database.run(
         [
             "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY",

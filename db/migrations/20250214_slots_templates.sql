@@ -69,6 +69,12 @@ BEGIN
       AND (f.confrelid <> f.conrelid OR f.confdeltype <> 'n')
       AND NOT EXISTS (SELECT FROM pg_constraint AS p WHERE p.contype = 'f' AND p.conrelid = f.conrelid AND p.conkey = f.conkey
                         AND p.confrelid = p.conrelid AND p.confdeltype = 'n')
+  ), (
+    SELECT 'prompt_snapshots has no primary or unique key on (id)'
+    WHERE to_regclass('prompt_snapshots') IS NOT NULL AND NOT EXISTS (
+      SELECT FROM pg_index AS i JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+      WHERE i.indrelid = to_regclass('prompt_snapshots') AND a.attname = 'id' AND i.indnkeyatts = 1 AND i.indisunique AND i.indisvalid AND i.indimmediate
+        AND i.indpred IS NULL)
   ));
   IF obstacles <> '' THEN
     RAISE EXCEPTION USING ERRCODE = 'TB002',

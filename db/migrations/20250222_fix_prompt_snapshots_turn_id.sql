@@ -53,7 +53,14 @@ BEGIN
     obstacles := concat_ws(E'\n', obstacles, format('prompt_snapshots.turn_id is %s, promised: bigint',
       coalesce(format_type(turn_id.atttypid, turn_id.atttypmod) || CASE WHEN turn_id.attnotnull THEN ' NOT NULL' ELSE '' END, 'missing')));
   END IF;
-  IF obstacles IS NOT NULL THEN
+  obstacles := concat_ws(E'\n', obstacles, (
+    SELECT 'turns has no primary or unique key on (id)'
+    WHERE turns IS NOT NULL AND NOT EXISTS (
+      SELECT FROM pg_index AS i JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+      WHERE i.indrelid = turns AND a.attname = 'id' AND i.indnkeyatts = 1 AND i.indisunique AND i.indisvalid AND i.indimmediate
+        AND i.indpred IS NULL)
+  ));
+  IF obstacles <> '' THEN
     RAISE EXCEPTION USING ERRCODE = 'TB002',
       MESSAGE = 'prompt_snapshots or turns stands in a form that the fix does not know: it is in the way',
       DETAIL = obstacles,

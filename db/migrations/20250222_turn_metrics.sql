@@ -71,6 +71,12 @@ BEGIN
       AND NOT EXISTS (SELECT FROM pg_constraint AS p WHERE p.contype = 'f' AND p.conrelid = metrics AND p.conkey = f.conkey
                         AND p.confrelid = turns AND p.confdeltype = 'c')
   ), (
+    SELECT 'turns has no primary or unique key on (id)'
+    WHERE turns IS NOT NULL AND NOT EXISTS (
+      SELECT FROM pg_index AS i JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+      WHERE i.indrelid = turns AND a.attname = 'id' AND i.indnkeyatts = 1 AND i.indisunique AND i.indisvalid AND i.indimmediate
+        AND i.indpred IS NULL)
+  ), (
     SELECT 'turn_metrics has no primary key on (turn_id)'
     WHERE metrics IS NOT NULL AND NOT EXISTS (
       SELECT FROM pg_index AS i JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]

@@ -1,0 +1,459 @@
+"""The command line: the menu, bad settings, servers that are not there or are no servers, rights, the diary."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+
+import psycopg
+import pytest
+from conftest import MIGRATIONS, Db, Run, clean_environment
+from proxy import Message, Proxy, socket_of
+
+from scripts import chain, embedded
+from scripts.embedded import Cluster
+
+PASSWORD = "pa%24%24 w0rd-S3cret!"  # as typed; %24 is $
+SPOKEN = (PASSWORD, "pa$$ w0rd-S3cret!", "pa%24%24%20w0rd-S3cret!", "S3cret")
+SUCCESS = ("promises stand", "nothing to do", "done")
+STEPS = [step for step in chain.load() if "fix" not in step.stem]
+
+
+def assert_refused(done: Run, code: int, *words: str) -> None:
+    """One clear message on stderr with a remedy, no traceback, no password, no claim of success."""
+    assert done.code == code, done
+    assert done.err.count("error: ") == 1, done
+    assert done.err.startswith("error: "), done
+    assert "what to do: " in done.err, done
+    for word in words:
+        assert word in done.err, done
+    for word in ("Traceback", *SPOKEN):
+        assert word not in done.err + done.out, done
+    for word in SUCCESS:
+        assert word not in done.out, done
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout of its own, without .env."""
+    tree = tmp_path_factory.mktemp("tree") / "checkout"
+    tree.mkdir()
+    for folder in ("scripts", "db"):
+        shutil.copytree(chain.ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("tasks.py", "pyproject.toml"):
+        shutil.copy(chain.ROOT / file, tree)
+    return tree
+
+
+def recipe(tree: Path, *words: str, **environment: str) -> Run:
+    done = subprocess.run(
+        [sys.executable, "-m", "invoke", *words],
+        cwd=tree,
+        env=clean_environment() | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def role(cluster: Cluster) -> Iterator[str]:
+    """A role that may log in, and nothing else; ask for it before db, so that it is dropped after it."""
+    name = f"role_{uuid.uuid4().hex[:8]}"
+    with psycopg.connect(cluster.url, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE {name} LOGIN")
+        yield name
+        connection.execute(f"DROP ROLE {name}")
+
+
+# ── the menu ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_list_loads_nothing_that_a_database_needs(tree: Path) -> None:
+    program = "import sys; from invoke import Program; Program().run('invoke --list', exit=False); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tree, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert not loaded & {
+        "psycopg",
+        "dotenv",
+        "scripts.flow",
+        "scripts.database",
+        "scripts.settings",
+        "scripts.embedded",
+    }
+
+
+def test_list_shows_every_documented_task_with_its_help(tree: Path) -> None:
+    done = recipe(tree, "--list")
+    assert done.code == 0
+    listed = dict(re.findall(r"^  ([\w.-]+)(?: \(.*?\))?   +(\S.*)$", done.out, re.M))
+    documented = {"setup", "prereqs", "fix", "slots-flags", "budget-report", "turn-metrics", "verify", "test", "lint"}
+    assert documented | {"db.start", "db.stop", "db.url", "db.psql"} <= set(listed)
+    names = re.findall(r"^  ([a-z][\w.-]*)(?: \(.*?\))? *(.*)$", done.out, re.M)
+    assert [name for name, meaning in names if not meaning] == []
+
+
+def test_underscore_and_hyphen_both_work(db: Db) -> None:
+    assert db.invoke("prereqs").code == 0
+    assert db.invoke("slots_flags").code == 0
+    assert db.invoke("slots-flags").code == 0
+
+
+def test_dry_run_changes_nothing(db: Db) -> None:
+    before = db.dump()
+    done = db.invoke("--dry", "setup")
+    assert done.code == 0, done
+    assert db.dump() == before
+    assert all(step.label in done.out for step in STEPS)
+
+
+# ── settings: exit 3 ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("task", ["setup", "db.url"])
+@pytest.mark.parametrize(
+    ("url", "word"),
+    [
+        (f"mysql://u:{PASSWORD}@h/db", "mysql"),
+        ("", "empty"),
+        ("  ", "empty"),
+        (f"u:{PASSWORD}@h/db", "neither"),
+        (f"postgresql://u:{PASSWORD}@h:99999999/db", "URL"),
+        (f"postgresql://u:{PASSWORD}@b/c@d", "guess"),
+    ],
+)
+def test_unusable_url(tree: Path, task: str, url: str, word: str) -> None:
+    assert_refused(recipe(tree, task, DATABASE_URL=url), 3, "DATABASE_URL", word)
+
+
+def test_ci_without_url(tree: Path) -> None:
+    done = recipe(tree, "setup", CI="true")
+    assert_refused(done, 3, "CI is set", "DATABASE_URL=embedded")
+    assert not (tree / ".postgres").exists()
+
+
+@pytest.mark.parametrize("name", ["LOCK_TIMEOUT", "LOCK_WAIT", "CONNECT_TIMEOUT"])
+def test_duration_that_is_none(db: Db, name: str) -> None:
+    assert_refused(db.invoke("setup", env={name: "soon"}), 3, name)
+
+
+def test_env_file_that_cannot_be_read(tree: Path) -> None:
+    """A folder, because root may read every file."""
+    (tree / ".env").mkdir()
+    try:
+        assert_refused(recipe(tree, "setup"), 3, ".env", str(tree / ".env"))
+    finally:
+        (tree / ".env").rmdir()
+
+
+def test_env_file_is_read_and_the_environment_wins(tree: Path, db: Db) -> None:
+    (tree / ".env").write_text(f'DATABASE_URL="{db.url}"\n')
+    try:
+        done = recipe(tree, "setup")
+        assert done.code == 0, done
+        assert "from      .env" in done.out
+        assert_refused(recipe(tree, "setup", DATABASE_URL="sqlite:x"), 3, "sqlite")
+    finally:
+        (tree / ".env").unlink()
+    assert db.differing() == {}
+
+
+# ── no such server, no such login: exit 4 ──────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def peer(talk: Callable[[socket.socket], None]) -> Iterator[int]:
+    """Something that listens and is no PostgreSQL server; yields its port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        over = threading.Event()
+
+        def serve() -> None:
+            while True:
+                client, _ = listener.accept()
+                with client:
+                    if over.is_set():
+                        return
+                    with suppress(OSError):
+                        talk(client)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        port: int = listener.getsockname()[1]
+        yield port
+        over.set()
+        socket.create_connection(("127.0.0.1", port)).close()
+        thread.join()
+
+
+def speak_http(client: socket.socket) -> None:
+    client.recv(4096)
+    client.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+
+def stay_silent(client: socket.socket) -> None:
+    while client.recv(4096):
+        pass
+
+
+def hang_up(client: socket.socket) -> None:
+    client.recv(4096)
+
+
+def refuse_password(client: socket.socket) -> None:
+    """No TLS; ask for the password in clear text; repeat it in the refusal, as no good server would."""
+    client.recv(4096)
+    client.sendall(b"N")
+    client.recv(4096)
+    client.sendall(b"R\x00\x00\x00\x08\x00\x00\x00\x03")
+    password = client.recv(4096)[5:-1]
+    fields = b"SFATAL\x00VFATAL\x00C28P01\x00Mpassword authentication failed: " + password + b"\x00\x00"
+    client.sendall(b"E" + (len(fields) + 4).to_bytes(4, "big") + fields)
+
+
+@pytest.mark.parametrize("talk", [speak_http, stay_silent, hang_up, refuse_password])
+def test_peer_that_is_no_server_or_refuses(tree: Path, talk: Callable[[socket.socket], None]) -> None:
+    with peer(talk) as port:
+        url = f"postgresql://somebody:{PASSWORD}@127.0.0.1:{port}/db"
+        done = recipe(tree, "setup", DATABASE_URL=url, CONNECT_TIMEOUT="2")
+    assert_refused(done, 4, f"postgresql://somebody:***@127.0.0.1:{port}/db")
+
+
+@pytest.mark.parametrize("task", ["setup", "verify"])
+@pytest.mark.parametrize("host", ["127.0.0.1:1", "no-such-host.invalid", "127.0.0.1:1,no-such-host.invalid:2"])
+def test_nobody_there(tree: Path, task: str, host: str) -> None:
+    done = recipe(tree, task, DATABASE_URL=f"postgresql://somebody:{PASSWORD}@{host}/db", CONNECT_TIMEOUT="2")
+    assert_refused(done, 4, f"postgresql://somebody:***@{host}/db")
+
+
+def with_password(url: str) -> str:
+    return re.sub("//([^@]*)@", rf"//\1:{PASSWORD}@", url).replace(" ", "%20")
+
+
+def test_role_that_may_not_log_in(role: str, db: Db) -> None:
+    db.execute(f"ALTER ROLE {role} NOLOGIN")
+    assert_refused(db.invoke("setup", env={"DATABASE_URL": with_password(db.url_as(role))}), 4, role, "***")
+
+
+def test_database_that_does_not_exist(db: Db) -> None:
+    url = with_password(db.url).replace(db.name, "no_such_database")
+    assert_refused(db.invoke("setup", env={"DATABASE_URL": url}), 4, "no_such_database", "***")
+
+
+def test_server_that_is_too_old(db: Db) -> None:
+    def pretend(message: Message) -> Message:
+        if b"server_version\x00" not in message.raw or message.kind != "S":
+            return message
+        body = b"server_version\x0013.22\x00"
+        return Message("S", b"S" + (len(body) + 4).to_bytes(4, "big") + body)
+
+    with Proxy(socket_of(db.cluster.sockets), server_says=pretend) as proxy:
+        done = db.invoke("setup", env={"DATABASE_URL": with_password(proxy.url(db.name))})
+    assert_refused(done, 4, "13.22", "PostgreSQL 14")
+    assert set(proxy.conversations[0].kinds) <= {"SSLRequest", "Startup", "X"}
+
+
+# ── what URLs may carry ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_schema_of_the_url_is_honoured_and_the_rest_said(db: Db) -> None:
+    db.execute("CREATE SCHEMA app")
+    done = db.invoke("setup", env={"DATABASE_URL": f"{db.url}&schema=app&pgbouncer=true&connection_limit=1"})
+    assert done.code == 0, done
+    assert "ignored in DATABASE_URL" in done.out
+    for word in ("pgbouncer", "connection_limit", "schema app"):
+        assert word in done.out
+    here = db.rows(
+        "SELECT DISTINCT schemaname FROM pg_tables WHERE schemaname NOT IN ('pg_catalog', 'information_schema')"
+    )
+    assert sorted(here) == [("app",), ("budget_engine",)]
+    assert db.value("SELECT bool_and(schema_name = 'app') FROM budget_engine.diary") is True
+    again = db.invoke("verify", env={"DATABASE_URL": f"{db.url}&schema=app"})
+    assert again.code == 0, again
+
+
+def test_schema_that_does_not_exist(db: Db) -> None:
+    done = db.invoke("setup", env={"DATABASE_URL": f"{db.url}&schema=nowhere"})
+    assert_refused(done, 1, "schema", "CREATE SCHEMA")
+
+
+def test_sqlalchemy_url(db: Db) -> None:
+    done = db.invoke("setup", env={"DATABASE_URL": db.url.replace("postgresql://", "postgresql+psycopg2://")})
+    assert done.code == 0, done
+    assert "+psycopg2" in done.out
+    assert db.differing() == {}
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII", "EUC_JP"])
+def test_database_in_another_encoding(cluster: Cluster, encoding: str) -> None:
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(cluster.url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C'")
+        try:
+            db = Db(cluster, name)
+            by_hand = db.psql("-c", "SET client_encoding = 'UTF8'", "-f", str(MIGRATIONS / f"{STEPS[0].stem}.sql"))
+            assert by_hand.code == 0, by_hand  # a terminal's psql speaks UTF-8
+            done = db.invoke("setup")
+            assert done.code == 0, done
+            assert db.invoke("verify").code == 0
+        finally:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def test_application_name_is_ours_unless_the_url_names_another(db: Db) -> None:
+    db.execute(
+        """
+        CREATE SCHEMA spy;
+        CREATE TABLE spy.seen (name text);
+        CREATE FUNCTION spy.look() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN
+          INSERT INTO spy.seen SELECT application_name FROM pg_stat_activity WHERE pid = pg_backend_pid();
+        END $$;
+        CREATE EVENT TRIGGER spy ON ddl_command_end EXECUTE FUNCTION spy.look()"""
+    )
+    assert db.invoke("prereqs").code == 0
+    assert db.invoke("setup", env={"DATABASE_URL": f"{db.url}&application_name=mine"}).code == 0
+    assert db.rows("SELECT DISTINCT name FROM spy.seen ORDER BY name") == [("budget-engine-recipes",), ("mine",)]
+
+
+# ── rights: exit 8 ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+# How far the database is, what of it the role is given, which right it lacks.
+RIGHTS = {
+    "create": ([], "SELECT", "CREATE on schema public"),
+    "ownership": (
+        [step.stem for step in STEPS[:4]],
+        "GRANT ALL ON SCHEMA public TO {0}; GRANT ALL ON ALL TABLES IN SCHEMA public TO {0}",
+        "ownership of table prompt_snapshots",
+    ),
+    "references": (
+        [step.stem for step in STEPS[:-1]],
+        "GRANT ALL ON SCHEMA public TO {0}",
+        "REFERENCES on table turns",
+    ),
+}
+
+
+@pytest.mark.parametrize(("stems", "grant", "lacking"), RIGHTS.values(), ids=RIGHTS)
+def test_right_that_is_lacking(role: str, db: Db, stems: list[str], grant: str, lacking: str) -> None:
+    db.migrate(*stems)
+    db.execute(grant.format(role))
+    before = db.dump()
+    done = db.invoke("setup", role=role)
+    assert_refused(done, 8, lacking, role)
+    assert db.dump() == before
+    assert db.value("SELECT to_regnamespace('budget_engine')") is None
+
+
+def test_role_without_rights_may_run_setup_where_nothing_is_to_do(role: str, db: Db) -> None:
+    assert db.invoke("setup").code == 0
+    for task in ("setup", "verify"):
+        done = db.invoke(task, role=role)
+        assert done.code == 0, done
+
+
+def test_read_only_default(db: Db) -> None:
+    db.execute(f"ALTER DATABASE {db.name} SET default_transaction_read_only = on")
+    assert_refused(db.invoke("setup"), 8, "default_transaction_read_only")
+
+
+# ── the diary ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_diary_says_who_ran_what(db: Db) -> None:
+    began = time.monotonic()
+    assert db.invoke("setup").code == 0
+    took = timedelta(seconds=time.monotonic() - began)
+    rows = db.rows("SELECT step, part, role_name, schema_name, checksum, version FROM budget_engine.diary ORDER BY id")
+    sums = {step.stem: hashlib.sha256((MIGRATIONS / f"{step.stem}.sql").read_bytes()).hexdigest() for step in STEPS}
+    assert rows == [(stem, "atomic", "postgres", "public", sums[stem], chain.version()) for stem in sums]
+    durations = [duration for (duration,) in db.rows("SELECT duration FROM budget_engine.diary ORDER BY id")]
+    assert min(durations) > timedelta(0)
+    assert sum(durations, timedelta(0)) < took
+    assert durations != sorted(durations)  # each step's own time: they do not add up from line to line
+    assert db.value("SELECT bool_and(finished_at BETWEEN now() - interval '1 h' AND now()) FROM budget_engine.diary")
+    assert db.invoke("setup").code == 0
+    assert db.value("SELECT count(*) FROM budget_engine.diary") == len(STEPS)
+
+
+def test_diary_of_online_work(db: Db) -> None:
+    db.migrate(*(step.stem for step in STEPS))
+    db.execute("DROP INDEX idx_games_owner, idx_slots_type")
+    assert db.invoke("setup").code == 0
+    rows = db.rows("SELECT step, part, duration > interval '0' FROM budget_engine.diary ORDER BY id")
+    assert rows == [(STEPS[0].stem, "online", True), (STEPS[1].stem, "online", True)]
+
+
+@pytest.mark.parametrize("diary", ["none", "of another role"])
+def test_role_that_may_not_write_the_diary_succeeds(role: str, db: Db, diary: str) -> None:
+    """It may create tables, but no schema; or another role's diary is closed to it."""
+    if diary == "of another role":
+        assert db.invoke("setup").code == 0
+        db.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    db.execute(f"GRANT ALL ON SCHEMA public TO {role}")
+    done = db.invoke("setup", role=role)
+    assert done.code == 0, done
+    assert "not written into the diary" in done.out
+    assert db.differing() == {}
+    assert (db.value("SELECT to_regnamespace('budget_engine')") is None) == (diary == "none")
+    assert db.value("SELECT bool_and(tableowner = current_user) FROM pg_tables WHERE schemaname = 'public'") is False
+
+
+# ── a standby ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def standby(cluster: Cluster, db: Db, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Db]:
+    """A hot standby of the test's server, with the same databases."""
+    place = cluster.data.parent.with_name("standby")
+    place.mkdir(mode=0o755)
+    copy = Cluster(place / "data", place, cluster.binaries, cluster.user)
+    words = [
+        "-D",
+        str(copy.data),
+        "-h",
+        str(cluster.sockets),
+        "-U",
+        "postgres",
+        "-R",
+        "-X",
+        "stream",
+        "-c",
+        "fast",
+        "-N",
+    ]
+    subprocess.run([cluster.binaries / "pg_basebackup", *words], check=True, capture_output=True)
+    if copy.user:
+        for path in (place, copy.data, *copy.data.rglob("*")):
+            shutil.chown(path, copy.user, copy.user)
+    place.chmod(0o700)
+    embedded.start(copy)
+    yield Db(copy, db.name)
+    embedded.stop(copy)
+    shutil.rmtree(place)
+
+
+def test_standby(db: Db, standby: Db) -> None:
+    done = standby.invoke("setup")
+    assert_refused(done, 8, "standby", "core_schema")
+    assert db.invoke("setup").code == 0
+    deadline = time.monotonic() + 30
+    written = db.value("SELECT pg_current_wal_lsn()::text")
+    while not standby.value(f"SELECT pg_last_wal_replay_lsn() >= '{written}'"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert standby.differing() == {}
+    for task in ("setup", "verify"):
+        done = standby.invoke(task)
+        assert done.code == 0, done

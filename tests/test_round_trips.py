@@ -1,0 +1,97 @@
+"""What a task costs users who sit far from their database, in round trips: trust login, libpq's default sslmode."""
+
+from __future__ import annotations
+
+from conftest import Db, Run
+from proxy import Conversation, Proxy, socket_of
+
+from scripts import chain
+
+LOGIN = ["SSLRequest", "Startup"]
+SURVEY, ATOMIC, TERMINATE = ["Q"], ["Q"], ["X"]
+TASKS = ["prereqs", "fix", "slots-flags", "budget-report", "turn-metrics", "verify"]
+
+
+def through_proxy(db: Db, *words: str, parameters: str = "") -> tuple[Run, Conversation]:
+    with Proxy(socket_of(db.cluster.sockets)) as proxy:
+        done = db.invoke(*words, env={"DATABASE_URL": proxy.url(db.name) + parameters})
+        [conversation] = proxy.conversations
+    print(f"{' '.join(words)}: {conversation.round_trips} round trips, messages {conversation.kinds}")
+    return done, conversation
+
+
+def test_proxy_counts_as_documented(db: Db) -> None:
+    """Handshake, startup, two queries, terminate: this psql was built without TLS."""
+    with Proxy(socket_of(db.cluster.sockets)) as proxy:
+        done = db.psql("-d", proxy.url(db.name), "-c", "SELECT 1", "-c", "SELECT 2")
+    assert (done.code, done.out) == (0, "1\n2\n")
+    [conversation] = proxy.conversations
+    assert conversation.kinds == ["Startup", "Q", "Q", *TERMINATE]
+    assert conversation.round_trips == 5
+
+
+def test_nothing_to_do_takes_5_round_trips(db: Db) -> None:
+    assert db.invoke("setup").code == 0
+    done, conversation = through_proxy(db, "setup")
+    assert done.code == 0
+    assert conversation.kinds == [*LOGIN, *SURVEY, *TERMINATE]
+    assert conversation.round_trips <= 5
+    asked = next(message.raw[5:].decode() for message in conversation.from_client if message.kind == "Q")
+    places = [asked.index(step.verification) for step in chain.load()]
+    assert places == sorted(places)  # one query: all the verifications, in the documented order
+
+
+def test_everything_from_nothing_takes_7_round_trips(db: Db) -> None:
+    done, conversation = through_proxy(db, "setup")
+    assert done.code == 0
+    assert db.differing() == {}
+    assert conversation.kinds == [*LOGIN, *SURVEY, *ATOMIC, *SURVEY, *TERMINATE]
+    assert conversation.round_trips <= 7
+
+
+def test_each_task_with_nothing_to_do_takes_5_round_trips(db: Db) -> None:
+    assert db.invoke("setup").code == 0
+    talks = {task: through_proxy(db, task) for task in TASKS}
+    assert {task: done.code for task, (done, _) in talks.items()} == dict.fromkeys(TASKS, 0)
+    assert max(conversation.round_trips for _, conversation in talks.values()) <= 5
+
+
+def test_online_work_costs_one_message_per_statement_and_three_per_step(db: Db) -> None:
+    """The SETs once; per step the SELECT for the statements, each statement alone, the line in the diary."""
+    assert db.invoke("setup").code == 0
+    db.execute("DROP INDEX idx_games_owner, idx_games_world, idx_slots_type")
+    done, conversation = through_proxy(db, "setup")
+    assert done.code == 0
+    assert db.differing() == {}
+    steps, statements = 2, 3
+    assert conversation.kinds == [*LOGIN, *SURVEY, "Q", *["Q"] * (2 * steps + statements), *SURVEY, *TERMINATE]
+
+
+def test_failed_step_owes_one_rollback(db: Db) -> None:
+    db.execute("CREATE FUNCTION refuse() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''no''; END'")
+    db.execute("CREATE EVENT TRIGGER refuse ON ddl_command_start EXECUTE FUNCTION refuse()")
+    done, conversation = through_proxy(db, "setup")
+    assert done.code == 1
+    assert conversation.kinds == [*LOGIN, *SURVEY, *ATOMIC, "Q", *TERMINATE]
+    assert conversation.from_client[-2].raw[5:-1] == b"ROLLBACK"
+
+
+def test_session_state_is_left_alone(db: Db) -> None:
+    """A transaction pooler gives each transaction another session: no options, no SET, no prepared statement."""
+    db.execute("CREATE SCHEMA app")
+    done, conversation = through_proxy(db, "setup", parameters="?schema=app&pgbouncer=true&connection_limit=1")
+    assert done.code == 0
+    assert db.value("SELECT to_regclass('app.turn_metrics') IS NOT NULL AND to_regclass('public.turns') IS NULL")
+    assert set(conversation.startup) == {"user", "database", "application_name"}
+    assert {"P", "B", "E", "D", "F"}.isdisjoint(conversation.kinds)
+    queries = [message.raw[5:-1] for message in conversation.from_client if message.kind == "Q"]
+    assert not [query for query in queries if query.startswith(b"SET ")]
+    assert all(query.startswith(b"BEGIN ISOLATION LEVEL READ COMMITTED") for query in queries)
+
+
+def test_far_server_changes_nothing_but_the_time(db: Db) -> None:
+    with Proxy(socket_of(db.cluster.sockets), delay_s=0.02) as proxy:
+        done = db.invoke("setup", env={"DATABASE_URL": proxy.url(db.name)})
+    assert done.code == 0
+    assert db.differing() == {}
+    assert proxy.conversations[0].round_trips <= 7

@@ -125,7 +125,7 @@ def psql(_: Context) -> None:
 @task(help={"only": "what to pass to pytest instead of the whole suite: a file, -k NAME, …"})
 def test(c: Context, only: str = "") -> None:  # noqa: PT028
     """Run the tests, on embedded servers of their own."""
-    c.run(f'"{sys.executable}" -m pytest {only}', pty=sys.stdout.isatty())
+    c.run(f'"{sys.executable}" -m pytest -n auto {only}', pty=sys.stdout.isatty())
 
 
 @task

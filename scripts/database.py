@@ -6,6 +6,7 @@ Query"): its statements run in order, after an error the rest is skipped. So the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
@@ -17,6 +18,9 @@ from psycopg.errors import Diagnostic, error_from_result
 
 from scripts.errors import StatementError, UnreachableError
 from scripts.settings import Settings, Target, mask
+
+# What psycopg logs is for developers; users get our messages, and logging's last resort would print both.
+logging.getLogger("psycopg").addHandler(logging.NullHandler())
 
 Row = tuple[str | None, ...]
 Rows = list[Row]

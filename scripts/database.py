@@ -7,8 +7,9 @@ Query"): its statements run in order, after an error the rest is skipped. So the
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import psycopg
@@ -25,6 +26,7 @@ logging.getLogger("psycopg").addHandler(logging.NullHandler())
 Row = tuple[str | None, ...]
 Rows = list[Row]
 
+_CANCEL_S = 5.0  # how long a request to cancel may take to reach the server
 OLDEST_VERSION = 140000  # CREATE OR REPLACE TRIGGER and string_to_table came with PostgreSQL 14
 
 
@@ -73,8 +75,13 @@ class Database:
     def run(self, statements: Sequence[str], on_done: Callable[[int], None] = lambda index: None) -> list[Rows]:
         """Send the statements as one message; return the rows of each; tell on_done as each is done.
 
-        Raises StatementError, after rolling back a transaction that the message left open.
+        Raises StatementError, after rolling back a transaction that the message left open; KeyboardInterrupt, after
+        cancelling the statement that was running.
         """
+        with self._cancelled_by_ctrl_c():
+            return self._run(statements, on_done)
+
+    def _run(self, statements: Sequence[str], on_done: Callable[[int], None]) -> list[Rows]:
         rows: list[Rows] = []
         failure: StatementError | None = None
         try:
@@ -88,9 +95,37 @@ class Database:
             failure = failure or _refused(len(rows), error)
         if failure is not None:
             if self._connection.pgconn.transaction_status == pq.TransactionStatus.INERROR:
-                self.run(["ROLLBACK"])
+                self._run(["ROLLBACK"], lambda index: None)
             raise failure
         return rows
+
+    @contextmanager
+    def _cancelled_by_ctrl_c(self) -> Iterator[None]:
+        """Cancel on the server, and raise KeyboardInterrupt when the message has ended.
+
+        Python's own handler raises wherever it finds us; in the callback of a notice the exception would be lost.
+        """
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # somebody else's, or ignored
+            yield
+            return
+        pressed = False
+
+        def cancel(*_: object) -> None:
+            nonlocal pressed
+            pressed = True
+            with suppress(psycopg.Error):  # no way to the server: the message ends by itself
+                self._connection.cancel_safe(timeout=_CANCEL_S)
+
+        signal.signal(signal.SIGINT, cancel)
+        try:
+            yield
+        except StatementError:
+            if not pressed:
+                raise
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if pressed:
+            raise KeyboardInterrupt
 
     def close(self) -> None:
         """End the session."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ import pytest
 
 from scripts import embedded
 from scripts.chain import ROOT
+
+# A suite that a script runs in the background is started with Ctrl-C ignored; all that it starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MIGRATIONS = ROOT / "db" / "migrations"
 VERIFICATIONS = ROOT / "db" / "verify"
@@ -77,6 +82,18 @@ class Db:
         environment = clean_environment() | {"DATABASE_URL": self.url_as(role)} | self.environment | dict(env or {})
         return run([sys.executable, "-m", "invoke", *words], environment)
 
+    def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
+        """Start `invoke WORDS…` on this database, to be watched, signalled and waited for (see until, ended)."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "invoke", *words],
+            cwd=ROOT,
+            env=clean_environment() | {"DATABASE_URL": self.url} | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
     def psql(self, *arguments: str, role: str = "postgres") -> Run:
         """Run psql with ON_ERROR_STOP; its exit code is 3 where a statement failed."""
         program = str(self.cluster.binaries / "psql")
@@ -119,6 +136,21 @@ def run(command: list[str], environment: Mapping[str, str], timeout: float = 120
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
     return Run(done.returncode, done.stdout, done.stderr)
+
+
+def ended(process: subprocess.Popen[str]) -> Run:
+    """Wait for a process, and say how it ended."""
+    out, err = process.communicate(timeout=60)
+    return Run(process.returncode, out, err)
+
+
+def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Poll for the condition while the process runs."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert process.poll() is None, ended(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="session")

@@ -7,14 +7,13 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psycopg
 import pytest
-from conftest import MIGRATIONS, Db, Run, clean_environment
+from conftest import MIGRATIONS, Db, Run, ended, until
 from proxy import COMMITTED, Message, Proxy, Watcher, containing, cut, on_nth, socket_of, unchanged
 
 from scripts import chain
@@ -141,7 +140,7 @@ def test_backend_is_terminated_while_it_builds_online(db: Db) -> None:
                  WHERE query LIKE 'CREATE INDEX CONCUR%idx_slots_type%' AND wait_event_type = 'Lock'"""
     with db.connect(autocommit=False) as holder:
         holder.execute("LOCK TABLE slots IN ROW EXCLUSIVE MODE")
-        process = started(db)
+        process = db.start("setup")
         until(lambda: db.rows(builder), process)
         done = ended(process)
         holder.rollback()
@@ -156,31 +155,6 @@ def test_backend_is_terminated_while_it_builds_online(db: Db) -> None:
 # ── the client ends ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def started(db: Db, url: str | None = None) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "invoke", "setup"],
-        cwd=chain.ROOT,
-        env=clean_environment() | {"DATABASE_URL": url or db.url},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def ended(process: subprocess.Popen[str]) -> Run:
-    out, err = process.communicate(timeout=60)
-    return Run(process.returncode, out, err)
-
-
-def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert process.poll() is None, ended(process)
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def signalled(db: Db, number: signal.Signals, wanted: Callable[[Message], bool], n: int) -> Run:
     """Run setup, and signal it when the n-th such message of the server is on its way to it."""
     processes: list[subprocess.Popen[str]] = []
@@ -191,7 +165,7 @@ def signalled(db: Db, number: signal.Signals, wanted: Callable[[Message], bool],
         processes[0].send_signal(number)
 
     with Proxy(socket_of(db.cluster.sockets), server_says=on_nth(wanted, n, strike)) as proxy:
-        processes.append(started(db, proxy.url(db.name)))
+        processes.append(db.start("setup", DATABASE_URL=proxy.url(db.name)))
         return ended(processes[0])
 
 
@@ -214,7 +188,7 @@ def test_ctrl_c(db: Db, stages: list[str], wanted: Callable[[Message], bool], n:
 def test_ctrl_c_while_waiting_for_another_run(db: Db, stages: list[str]) -> None:
     with db.connect(autocommit=False) as other:
         other.execute(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})")
-        process = started(db)
+        process = db.start("setup")
         polled = (
             "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'budget%' AND query LIKE 'ROLLBACK%'"
         )

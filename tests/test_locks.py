@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +9,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import MIGRATIONS, VERIFICATIONS, Db, Run, clean_environment
+from conftest import MIGRATIONS, VERIFICATIONS, Db, Run, ended, until
 from proxy import Proxy, containing, on_nth, socket_of
 
 from scripts import chain, runner
@@ -55,27 +53,6 @@ def holding_everything(db: Db) -> Iterator[psycopg.Connection[Any]]:
     """EXCLUSIVE lets others read, and nothing else: no ROW EXCLUSIVE, no DDL."""
     with holding(db, f"LOCK TABLE {TABLES} IN EXCLUSIVE MODE") as holder:
         yield holder
-
-
-def started(db: Db, *words: str, **env: str) -> subprocess.Popen[str]:
-    environment = clean_environment() | {"DATABASE_URL": db.url} | env
-    command = [sys.executable, "-m", "invoke", *words]
-    return subprocess.Popen(
-        command, cwd=chain.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def ended(process: subprocess.Popen[str]) -> Run:
-    out, err = process.communicate(timeout=60)
-    return Run(process.returncode, out, err)
-
-
-def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert process.poll() is None, ended(process)
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def make_old(db: Db) -> None:
@@ -187,7 +164,7 @@ def test_online_build_waits_without_standing_in_the_way(db: Db) -> None:
     db.migrate(*ATOMIC_STEMS)
     db.execute("DROP INDEX idx_slots_type")
     with holding(db, "LOCK TABLE slots IN ROW EXCLUSIVE MODE") as holder:
-        process = started(db, "setup", LOCK_TIMEOUT="1ms", LOCK_WAIT="60")
+        process = db.start("setup", LOCK_TIMEOUT="1ms", LOCK_WAIT="60")
         until(lambda: db.value(BUILDING), process)
         db.execute("SET lock_timeout = '1ms'; INSERT INTO slots (type, name, description) VALUES ('npc', 'a', 'b')")
         holder.rollback()
@@ -214,7 +191,7 @@ def test_online_build_gives_up_and_the_next_run_finishes(db: Db) -> None:
 @pytest.mark.parametrize("prepare", [lambda db: None] * 2 + [make_old], ids=["empty 1", "empty 2", "old"])
 def test_runs_at_once_all_succeed_and_do_each_step_once(db: Db, prepare: Callable[[Db], None]) -> None:
     prepare(db)
-    runs = [ended(process) for process in [started(db, "setup") for _ in range(3)]]
+    runs = [ended(process) for process in [db.start("setup") for _ in range(3)]]
     assert {done.code for done in runs} == {0}, "\n".join(map(str, runs))
     assert db.differing() == {}
     lines = diary(db)
@@ -224,9 +201,9 @@ def test_runs_at_once_all_succeed_and_do_each_step_once(db: Db, prepare: Callabl
 
 def test_verify_during_a_run_sees_nothing_in_the_way(db: Db) -> None:
     """What the catalogs say while another run commits may be old or new, even torn; it must not become an obstacle."""
-    process, codes = started(db, "setup"), set()
+    process, codes = db.start("setup"), set()
     while process.poll() is None:
-        codes |= {ended(verifier).code for verifier in [started(db, "verify") for _ in range(2)]}
+        codes |= {ended(verifier).code for verifier in [db.start("verify") for _ in range(2)]}
     assert ended(process).code == 0
     assert codes <= {0, 5}
 
@@ -235,7 +212,7 @@ def test_two_runs_that_queue_for_one_index_build_it_once(db: Db) -> None:
     db.migrate(*ATOMIC_STEMS)
     db.execute("DROP INDEX idx_slots_type")
     with holding(db, "LOCK TABLE slots IN SHARE UPDATE EXCLUSIVE MODE") as holder:
-        processes = [started(db, "setup") for _ in range(2)]
+        processes = [db.start("setup") for _ in range(2)]
         until(lambda: db.value(BUILDING) == 2, processes[0])
         holder.rollback()
         runs = [ended(process) for process in processes]
@@ -273,7 +250,7 @@ def test_run_beside_another_gives_up_after_lock_wait(db: Db) -> None:
 
 def test_run_beside_another_goes_on_when_that_one_is_done(db: Db) -> None:
     with another_run(db) as other:
-        process = started(db, "setup")
+        process = db.start("setup")
         until(lambda: db.value(f"{OURS} AND query LIKE 'ROLLBACK%'"), process)
         assert db.value(WAITING) == 0  # who waits has no snapshot that an online build would wait for
         other.rollback()

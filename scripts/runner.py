@@ -85,7 +85,7 @@ BEGIN
   INSERT INTO budget_engine.diary (step, part, duration, checksum, version)
   VALUES ({stem}, {part}, coalesce({duration}::interval,
           clock_timestamp() - current_setting('budget_engine.started_at')::timestamptz), {checksum}, {version});
-EXCEPTION WHEN insufficient_privilege THEN
+EXCEPTION WHEN OTHERS THEN  -- a right that is missing, another table of that name: no reason to give up the step
   RAISE NOTICE 'not written into the diary: %', SQLERRM;
 END
 $diary$"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,8 +18,11 @@ class Console:
 
     def say(self, *lines: str) -> None:
         """Print the lines at once: a pipe would otherwise keep them back until the end."""
-        for line in lines:
-            print(self.mask(line), flush=True)
+        try:
+            for line in lines:
+                print(self.mask(line), flush=True)
+        except BrokenPipeError:  # whoever read has seen enough; the work goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def complain(self, error: errors.RecipeError) -> None:
         """Print what is wrong, what it concerns, and what helps."""

@@ -26,6 +26,7 @@ logging.getLogger("psycopg").addHandler(logging.NullHandler())
 Row = tuple[str | None, ...]
 Rows = list[Row]
 
+_STATEMENT_TIMEOUT = "60s"  # for catalog work, instead of what the role brings along for its queries
 _CANCEL_S = 5.0  # how long a request to cancel may take to reach the server
 OLDEST_VERSION = 140000  # CREATE OR REPLACE TRIGGER and string_to_table came with PostgreSQL 14
 
@@ -37,10 +38,9 @@ class Database:
         self.target = target
         self.lock_timeout_ms = settings.lock_timeout_ms
         defaults = {"application_name": "budget-engine-recipes", "connect_timeout": str(settings.connect_timeout_s)}
+        conninfo = defaults | target.conninfo | {"client_encoding": "UTF8"}
         try:
-            self._connection = psycopg.connect(
-                make_conninfo(**(defaults | target.conninfo)), autocommit=True, prepare_threshold=None
-            )
+            self._connection = psycopg.connect(make_conninfo(**conninfo), autocommit=True, prepare_threshold=None)
         except psycopg.Error as error:
             _refuse(target, str(error))
         if self._connection.info.server_version < OLDEST_VERSION:
@@ -56,7 +56,7 @@ class Database:
     @property
     def transaction_settings(self) -> str:
         """SELECT list that makes our settings hold for this transaction: through a pooler the next may be elsewhere."""
-        settings = {"lock_timeout": f"{self.lock_timeout_ms}ms"}
+        settings = {"lock_timeout": f"{self.lock_timeout_ms}ms", "statement_timeout": _STATEMENT_TIMEOUT}
         if self.target.search_path is not None:
             settings["search_path"] = self.target.search_path
         return ", ".join(

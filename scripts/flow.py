@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from psycopg.conninfo import make_conninfo
@@ -31,9 +32,10 @@ def run(task: str | None, *, dry: bool = False) -> None:
         before = _look(database, everything, wanted)
         CONSOLE.say(report.server(before.server, before.items))
         todo = _plan(wanted, before)
-        _refuse_what_cannot_be(before.server, todo)
         if dry:
             CONSOLE.say(*report.steps(todo), "nothing was changed (--dry)")
+        _refuse_what_cannot_be(before.server, todo)
+        if dry:
             return
         after = _Work(database, given, everything, wanted).carry_out(before)
     CONSOLE.say(f"{'done' if todo.to_do else 'nothing to do'}: {report.summary(_items(wanted, after))}")
@@ -49,6 +51,7 @@ def verify() -> None:
     CONSOLE.say(report.server(found.server, found.items))
     todo = _plan(everything, found)
     CONSOLE.say(*report.steps(todo), report.summary(found.items))
+    _refuse_no_schema(found.server)
     _judge(todo)
 
 
@@ -98,7 +101,10 @@ def _announced(*, dry: bool = False) -> tuple[Settings, Target]:
     """Find the database in use, start it where it is the embedded one, and say first of all which it is."""
     given = load(ROOT, os.environ)
     where = given.target or _embedded_target(dry=dry)
-    CONSOLE.mask = partial(mask, secrets=where.secrets)
+    # What stands in the URL for all to see (user and password the same, say) is no secret, and masking it would garble
+    # every line that names the user.
+    plain = {where.conninfo.get("user"), where.conninfo.get("dbname"), "postgres", "postgresql", "public"}
+    CONSOLE.mask = partial(mask, secrets=[secret for secret in where.secrets if secret not in plain])
     CONSOLE.say(*report.target(where, given))
     return given, where
 
@@ -111,7 +117,9 @@ def _embedded_target(*, dry: bool) -> Target:
             where=f"its data: {cluster.data}",
             remedy="Start it (invoke db.start), or run the task without --dry.",
         )
-    return parse_target(embedded.start(cluster))
+    target = parse_target(embedded.start(cluster))
+    # PGOPTIONS is meant for the user's own servers; libpq leaves it alone where options are given, if only empty ones.
+    return replace(target, conninfo=target.conninfo | {"options": ""})
 
 
 def _look(
@@ -145,11 +153,7 @@ def _items(wanted: Sequence[Step], found: survey.Survey) -> list[survey.Item]:
 
 def _refuse_what_cannot_be(server: survey.Server, todo: plan.Plan) -> None:
     """Raise, before anything is changed, where the plan cannot be carried out as a whole."""
-    if server.schema is None:
-        raise errors.StepFailedError(
-            "no schema of the search_path exists, so that there is no place for tables",
-            remedy="Create it (CREATE SCHEMA …), or name another one in DATABASE_URL (?schema=…).",
-        )
+    _refuse_no_schema(server)
     if todo.in_the_way:
         _judge(todo)
     if absent := todo.mended_elsewhere:
@@ -172,15 +176,21 @@ def _refuse_what_cannot_be(server: survey.Server, todo: plan.Plan) -> None:
         )
 
 
+def _refuse_no_schema(server: survey.Server) -> None:
+    if server.schema is None:
+        raise errors.StepFailedError(
+            f"no schema of the search_path ({server.search_path}) exists, so that there is no place for tables",
+            remedy="Create it (CREATE SCHEMA …), or name another one in DATABASE_URL (?schema=…).",
+        )
+
+
 def _judge(found: plan.Plan) -> None:
     """Raise where something that the plan's steps promise does not stand."""
     if found.in_the_way:
         raise errors.InTheWayError(
             "something stands in the way, and no step may touch it",
             where="\n".join(report.obstacles(found.in_the_way)),
-            remedy="Move it out of the way: CREATE SCHEMA attic; ALTER TABLE … SET SCHEMA attic (indexes go along),\n"
-            "or ALTER TABLE … RENAME COLUMN …; then run the task again. Nothing needs to be dropped.\n"
-            'README.md, "In the way", has the command for each case.',
+            remedy='README.md, "In the way", has the command for each case; then run the task again.',
         )
     if found.missing:
         raise errors.MissingError(
@@ -197,6 +207,7 @@ class _Work:
         self.database, self.given, self.everything, self.wanted = database, given, everything, wanted
         self.give_up_at = time.monotonic() + given.lock_wait_s
         self.online: runner.Online | None = None
+        self.waiting = False
 
     def carry_out(self, found: survey.Survey) -> survey.Survey:
         """Run all atomic parts, then all online parts; where another run is at work, wait for what it leaves to do."""
@@ -222,7 +233,10 @@ class _Work:
     def _pause(self) -> None:
         if time.monotonic() > self.give_up_at:
             raise errors.LockTimeoutError(
-                f"another run has been at work in this database for {self.given.lock_wait_s:g} s",
+                f"another run, or another session's index build, has been at work for {self.given.lock_wait_s:g} s",
                 remedy="Run the task again when it is done; LOCK_WAIT sets how long to wait.",
             )
+        if not self.waiting:
+            CONSOLE.say(f"waiting for another run to finish, up to {self.given.lock_wait_s:g} s")
+            self.waiting = True
         time.sleep(random.uniform(*POLL_S))  # noqa: S311

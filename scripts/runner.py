@@ -60,7 +60,8 @@ $verification$"""
 # Where another run got there first, the step's transaction wrote nothing, and the diary says nothing.
 _DIARY = """DO $diary$
 BEGIN
-  IF {part} = 'atomic' AND pg_current_xact_id_if_assigned() IS NULL THEN
+  IF {part} = 'atomic' AND pg_current_xact_id_if_assigned() IS NULL
+     OR EXISTS (SELECT FROM pg_publication WHERE puballtables) THEN  -- its rows would stop subscribers without it
     RETURN;
   END IF;
   IF NOT EXISTS (SELECT FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
@@ -84,14 +85,15 @@ BEGIN
   END IF;
   INSERT INTO budget_engine.diary (step, part, duration, checksum, version)
   VALUES ({stem}, {part}, coalesce({duration}::interval,
-          clock_timestamp() - current_setting('budget_engine.started_at')::timestamptz), {checksum}, {version});
+          clock_timestamp() - to_timestamp(current_setting('budget_engine.started_at')::float8)),
+          {checksum}, {version});
 EXCEPTION WHEN OTHERS THEN  -- a right that is missing, another table of that name: no reason to give up the step
   RAISE NOTICE 'not written into the diary: %', SQLERRM;
 END
 $diary$"""
 
 # Not now(): in a message of many transactions that is the time at which the message came, for all of them.
-_STARTED = "set_config('budget_engine.started_at', clock_timestamp()::text, true)"
+_STARTED = "set_config('budget_engine.started_at', extract(epoch FROM clock_timestamp())::text, true)"
 
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 
@@ -100,7 +102,7 @@ SELECT DISTINCT ON (xact_start, pid)
        format('pid %s (role %s, application %s) is %s, its transaction open for %s s, holding %s on %s: %s',
               pid, usename, quote_literal(application_name), state,
               round(extract(epoch FROM clock_timestamp() - xact_start)), mode, relation::regclass,
-              left(regexp_replace(query, '\\s+', ' ', 'g'), 80))
+              left(regexp_replace(query, '[[:space:]]+', ' ', 'g'), 80))
 FROM pg_locks JOIN pg_stat_activity USING (pid)
 WHERE locktype = 'relation' AND granted AND pid <> pg_backend_pid()
   AND pg_locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())

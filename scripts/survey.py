@@ -53,6 +53,7 @@ class Server:
     database: str
     schema: str | None  # first schema of the search_path that exists; None: no such schema
     read_only: str | None  # why nothing can be written, or None
+    search_path: str
     pooled: bool  # a pooler stands between: whoever answers is not whom we logged in to
 
 
@@ -69,7 +70,7 @@ SELECT current_setting('server_version'), current_user, current_database(), curr
        CASE WHEN pg_is_in_recovery() THEN 'the server is a standby'
             WHEN current_setting('default_transaction_read_only')::boolean THEN 'default_transaction_read_only is on'
        END,
-       pg_backend_pid()"""
+       current_setting('search_path'), pg_backend_pid()"""
 
 # An item is led by the name of its table: the right to mend it is CREATE where the table is missing, else ownership.
 _ITEMS = """
@@ -78,6 +79,10 @@ SELECT stem, item, expected, actual, mended_by,
             WHEN (home.oid IS NULL OR item LIKE '% index %' OR item LIKE '% function %')
                  AND NOT has_schema_privilege(place.oid, 'CREATE')
               THEN 'CREATE on schema ' || place.nspname
+            WHEN item LIKE '% function %' AND NOT has_schema_privilege(home.relowner, place.oid, 'CREATE')
+                 AND NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
+              THEN format('CREATE on schema %s for %s, the owner of %s',
+                          place.nspname, home.relowner::regrole, home.relname)
             WHEN NOT pg_has_role(home.relowner, 'USAGE')
               THEN format('ownership of table %s (it belongs to %s)', home.relname, home.relowner::regrole)
             WHEN NOT has_table_privilege(target.oid, 'REFERENCES')
@@ -125,5 +130,6 @@ def _item(row: tuple[str | None, ...]) -> Item:
 
 
 def _server(row: tuple[str | None, ...], database: Database) -> Server:
-    version, role, name, schema, read_only, pid = row
-    return Server(str(version).split()[0], str(role), str(name), schema, read_only, pid != str(database.backend_pid))
+    version, role, name, schema, read_only, search_path, pid = row
+    pooled = pid != str(database.backend_pid)
+    return Server(str(version).split()[0], str(role), str(name), schema, read_only, str(search_path), pooled)

@@ -265,6 +265,7 @@ WHERE online.is_needed
   AND NOT (built.indexrelid IS NOT NULL AND EXISTS (  -- invalid because somebody is building it at this moment
     SELECT FROM pg_locks
     WHERE locktype = 'relation' AND relation = standing.oid AND mode = 'ShareUpdateExclusiveLock' AND granted
-      AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND pid <> pg_backend_pid()))
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND pid <> pg_backend_pid()
+      AND pid NOT IN (SELECT pid FROM pg_stat_progress_vacuum UNION ALL SELECT pid FROM pg_stat_progress_analyze)))
 ORDER BY wanted.name, online.position
 \gexec

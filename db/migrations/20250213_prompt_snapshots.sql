@@ -29,6 +29,7 @@ DECLARE
   statement text;
   progress text;
   obstacles text;
+  give_up timestamptz;
 BEGIN
   IF current_setting('lock_timeout') = '0' THEN
     PERFORM set_config('lock_timeout', '2s', true);
@@ -80,6 +81,22 @@ BEGIN
         HINT = 'Move the older tables out of the way (CREATE SCHEMA attic; ALTER TABLE ... SET SCHEMA attic), then run '
                'db/migrations/20250130000000_core_schema.sql (invoke prereqs). This step changed nothing.';
     END IF;
+
+    -- Both tables that it points to, or neither: who waits for the second while holding the first holds up all who want that.
+    give_up := clock_timestamp() + current_setting('lock_timeout')::interval;
+    LOOP
+      EXIT WHEN NOT (has_table_privilege('games', 'UPDATE, DELETE, TRUNCATE') AND has_table_privilege('turns', 'UPDATE, DELETE, TRUNCATE'));
+      BEGIN
+        LOCK TABLE games IN SHARE ROW EXCLUSIVE MODE;
+        LOCK TABLE turns IN SHARE ROW EXCLUSIVE MODE NOWAIT;
+        EXIT;
+      EXCEPTION WHEN lock_not_available THEN  -- this lets go of games
+        IF clock_timestamp() > give_up THEN
+          RAISE;
+        END IF;
+      END;
+      PERFORM pg_sleep(0.02);
+    END LOOP;
 
     -- turn_id belongs to the fix and parent_id to slots_templates; a new table has both from the start.
     CREATE TABLE prompt_snapshots (
@@ -177,6 +194,7 @@ WHERE online.is_needed
   AND NOT (built.indexrelid IS NOT NULL AND EXISTS (  -- invalid because somebody is building it at this moment
     SELECT FROM pg_locks
     WHERE locktype = 'relation' AND relation = standing.oid AND mode = 'ShareUpdateExclusiveLock' AND granted
-      AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND pid <> pg_backend_pid()))
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND pid <> pg_backend_pid()
+      AND pid NOT IN (SELECT pid FROM pg_stat_progress_vacuum UNION ALL SELECT pid FROM pg_stat_progress_analyze)))
 ORDER BY wanted.name, online.position
 \gexec

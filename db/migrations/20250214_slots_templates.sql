@@ -70,6 +70,11 @@ BEGIN
       AND NOT EXISTS (SELECT FROM pg_constraint AS p WHERE p.contype = 'f' AND p.conrelid = f.conrelid AND p.conkey = f.conkey
                         AND p.confrelid = p.conrelid AND p.confdeltype = 'n')
   ), (
+    SELECT 'prompt_snapshots has another constraint named prompt_snapshots_parent_id_fkey: ' || pg_get_constraintdef(oid)
+    FROM pg_constraint
+    WHERE conrelid = to_regclass('prompt_snapshots') AND conname = 'prompt_snapshots_parent_id_fkey'
+      AND conkey IS DISTINCT FROM (SELECT ARRAY[attnum] FROM pg_attribute WHERE attrelid = conrelid AND attname = 'parent_id')
+  ), (
     SELECT 'prompt_snapshots has no primary or unique key on (id)'
     WHERE to_regclass('prompt_snapshots') IS NOT NULL AND NOT EXISTS (
       SELECT FROM pg_index AS i JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
@@ -205,7 +210,8 @@ WHERE online.is_needed
   AND NOT (built.indexrelid IS NOT NULL AND EXISTS (  -- invalid because somebody is building it at this moment
     SELECT FROM pg_locks
     WHERE locktype = 'relation' AND relation = standing.oid AND mode = 'ShareUpdateExclusiveLock' AND granted
-      AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND pid <> pg_backend_pid()))
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND pid <> pg_backend_pid()
+      AND pid NOT IN (SELECT pid FROM pg_stat_progress_vacuum UNION ALL SELECT pid FROM pg_stat_progress_analyze)))
 ORDER BY wanted.name, online.position
 \gexec
 

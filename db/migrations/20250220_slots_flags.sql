@@ -26,6 +26,12 @@ BEGIN
     FROM {critical}
    WHERE critical.type = NEW.type AND critical.name = NEW.name;
   IF FOUND THEN
+    -- Whoever has the TRIGGER privilege on the table could let a function of his own run with our rights.
+    IF EXISTS (SELECT FROM pg_trigger AS t JOIN pg_proc AS f ON f.oid = t.tgfoid JOIN pg_roles AS r ON r.oid = f.proowner
+               WHERE t.tgrelid = TG_RELID AND NOT t.tgisinternal AND r.rolname <> current_user AND NOT r.rolsuper) THEN
+      RAISE WARNING 'critical slot left without its defaults: a trigger of the table runs the function of another role';
+      RETURN NULL;
+    END IF;
     EXECUTE format('UPDATE %s SET must_keep = $1, min_chars = $2 WHERE id = $3', TG_RELID::regclass)
       USING defaults.must_keep, defaults.min_chars, NEW.id;
   END IF;
@@ -65,6 +71,8 @@ BEGIN
      AND NOT (promised.name IN ('must_keep', 'min_chars') AND standing.name IS NULL)      -- to be added
      AND NOT (promised.name = 'must_keep' AND standing.form = 'boolean NOT NULL');       -- wants only its default
   obstacles := concat_ws(E'\n', obstacles, (
+    SELECT 'slots is not an ordinary table' FROM pg_class WHERE oid = slots AND relkind <> 'r'
+  ), (
     SELECT 'trigger_slots_critical_defaults is a constraint trigger'
     FROM pg_trigger WHERE tgrelid = slots AND tgname = 'trigger_slots_critical_defaults' AND tgconstraint <> 0
   ), (
@@ -101,23 +109,10 @@ BEGIN
     COMMENT ON COLUMN slots.min_chars IS 'Characters of this slot that trimming must leave; NULL = none';
   END IF;
 
-  -- Only in the transaction that adds a column is it certain that nobody chose its value; a column that stood is left alone.
-  IF new_must_keep OR new_min_chars THEN
-    PERFORM set_config('enable_seqscan', 'off', true);  -- look-ups by key: the rest of the table is not to be read now
-    EXECUTE format('UPDATE slots AS s
-                       SET must_keep = CASE WHEN $1 THEN critical.must_keep ELSE s.must_keep END,
-                           min_chars = CASE WHEN $2 THEN critical.min_chars ELSE s.min_chars END
-                      FROM %s
-                     WHERE s.type = critical.type AND s.name = critical.name AND NOT s.must_keep AND s.min_chars IS NULL',
-                   critical)
-      USING new_must_keep, new_min_chars;
-    GET DIAGNOSTICS rows_changed = ROW_COUNT;
-    PERFORM set_config('enable_seqscan', 'on', true);
-    RAISE NOTICE '% critical slots given their defaults', rows_changed;
-    -- A table without a page has nothing to scan, and nobody else is in it: the index needs no online part.
-    IF pg_relation_size(slots) = 0 AND to_regclass(format('%s.idx_slots_must_keep', home)) IS NULL THEN
-      CREATE INDEX idx_slots_must_keep ON slots (must_keep) WHERE must_keep;
-    END IF;
+  -- A table without a page has nothing to scan, and (with a column just added) nobody else is in it: no online part is needed.
+  IF (new_must_keep OR new_min_chars) AND pg_relation_size(slots) = 0
+     AND to_regclass(format('%s.idx_slots_must_keep', home)) IS NULL THEN
+    CREATE INDEX idx_slots_must_keep ON slots (must_keep) WHERE must_keep;
   END IF;
 
   -- The trigger runs as the owner of slots, so that whoever may insert a slot need not be allowed to update it. Hence a
@@ -159,6 +154,24 @@ BEGIN
     COMMENT ON TRIGGER trigger_slots_critical_defaults ON slots IS 'Defaults for critical slots that are inserted later';
     RAISE NOTICE 'trigger trigger_slots_critical_defaults created';
   END IF;
+
+  -- Only in the transaction that adds a column is it certain that nobody chose its value; a column that stood is left alone.
+  -- Last of all, because what deferred triggers have pending forbids further ALTERs.
+  IF new_must_keep OR new_min_chars THEN
+    -- Look-ups by key: the rest of the table is not to be read now. And no row may be hidden from us in silence.
+    PERFORM set_config(name, 'off', true) FROM unnest(ARRAY['enable_seqscan', 'enable_hashjoin', 'enable_mergejoin', 'row_security']) AS name;
+    PERFORM set_config(name, 'on', true) FROM unnest(ARRAY['enable_nestloop', 'enable_indexscan']) AS name;
+    EXECUTE format('UPDATE slots AS s
+                       SET must_keep = CASE WHEN $1 THEN critical.must_keep ELSE s.must_keep END,
+                           min_chars = CASE WHEN $2 THEN critical.min_chars ELSE s.min_chars END
+                      FROM %s
+                     WHERE s.type = critical.type AND s.name = critical.name AND NOT s.must_keep AND s.min_chars IS NULL',
+                   critical)
+      USING new_must_keep, new_min_chars;
+    GET DIAGNOSTICS rows_changed = ROW_COUNT;
+    RAISE NOTICE '% critical slots given their defaults', rows_changed;
+    PERFORM set_config(name, 'on', true) FROM unnest(ARRAY['enable_seqscan', 'enable_hashjoin', 'enable_mergejoin', 'row_security']) AS name;
+  END IF;
 END
 $migration$;
 
@@ -181,6 +194,7 @@ WHERE online.is_needed
   AND NOT (built.indexrelid IS NOT NULL AND EXISTS (  -- invalid because somebody is building it at this moment
     SELECT FROM pg_locks
     WHERE locktype = 'relation' AND relation = standing.oid AND mode = 'ShareUpdateExclusiveLock' AND granted
-      AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND pid <> pg_backend_pid()))
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND pid <> pg_backend_pid()
+      AND pid NOT IN (SELECT pid FROM pg_stat_progress_vacuum UNION ALL SELECT pid FROM pg_stat_progress_analyze)))
 ORDER BY wanted.name, online.position
 \gexec

@@ -25,12 +25,14 @@ BEGIN
     INTO obstacles
     FROM (VALUES ('snapshot_id', 'uuid NOT NULL'), ('budget_report', 'jsonb')) AS promised (name, form)
     LEFT JOIN LATERAL (
-      SELECT format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END
+      SELECT format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END || CASE WHEN attgenerated <> '' THEN ' GENERATED' ELSE '' END
       FROM pg_attribute
       WHERE attrelid = snapshots AND attname = promised.name AND NOT attisdropped
     ) AS standing (form) ON true
    WHERE standing.form IS DISTINCT FROM promised.form AND NOT (promised.name = 'budget_report' AND standing.form IS NULL);
-  IF obstacles IS NOT NULL THEN
+  obstacles := concat_ws(E'\n', obstacles, (
+    SELECT 'prompt_snapshots is not an ordinary table' FROM pg_class WHERE oid = snapshots AND relkind <> 'r'));
+  IF obstacles <> '' THEN
     RAISE EXCEPTION USING ERRCODE = 'TB002',
       MESSAGE = 'prompt_snapshots, or its column budget_report, stands in another form: it is in the way',
       DETAIL = obstacles,

@@ -25,6 +25,7 @@ DECLARE
   old_comment text;
   undo text;
   grants text;
+  give_up timestamptz;
   obstacles text;
 BEGIN
   IF current_setting('lock_timeout') = '0' THEN
@@ -54,6 +55,8 @@ BEGIN
       coalesce(format_type(turn_id.atttypid, turn_id.atttypmod) || CASE WHEN turn_id.attnotnull THEN ' NOT NULL' ELSE '' END, 'missing')));
   END IF;
   obstacles := concat_ws(E'\n', obstacles, (
+    SELECT string_agg(relname || ' is not an ordinary table', E'\n') FROM pg_class WHERE oid IN (snapshots, turns) AND relkind <> 'r'
+  ), (
     SELECT 'turns has no primary or unique key on (id)'
     WHERE turns IS NOT NULL AND NOT EXISTS (
       SELECT FROM pg_index AS i JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
@@ -81,10 +84,18 @@ BEGIN
                   SELECT indexrelid FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
                   WHERE indrelid = snapshots AND relname = 'idx_prompt_snapshots_turn_id' AND indnatts = 1
                     AND indkey[0] = turn_id.attnum AND NOT indisunique AND indpred IS NULL AND NOT indisreplident));
+    obstacles := concat_ws(E'\n', obstacles, (
+      SELECT string_agg(format('trigger %s, whose function mentions turn_id', tgname), E'\n')
+      FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid
+      WHERE tgrelid = snapshots AND NOT tgisinternal AND prosrc ~ '[^a-z_]turn_id[^a-z_]'
+    ), (
+      SELECT string_agg(format('publication %s: its subscribers lack the kept column', pubname), E'\n')
+      FROM pg_publication_rel JOIN pg_publication ON pg_publication.oid = prpubid WHERE prrelid = snapshots
+    ));
     IF turn_id.attgenerated <> '' OR turn_id.attidentity <> '' OR turn_id.attinhcount > 0 THEN
       obstacles := concat_ws(E'\n', obstacles, 'the column itself is generated, an identity or inherited');
     END IF;
-    IF obstacles IS NOT NULL THEN
+    IF obstacles <> '' THEN
       RAISE EXCEPTION USING ERRCODE = 'TB002',
         MESSAGE = 'objects hang on the uuid column prompt_snapshots.turn_id: they are in the way of the fix',
         DETAIL = obstacles,
@@ -116,6 +127,26 @@ BEGIN
       format('COMMENT ON COLUMN %s.turn_id IS %s;', target, coalesce(quote_literal(old_comment), 'NULL')),
       'COMMIT;');
 
+    -- Both tables, or neither: who waits for the second while holding the first holds up everybody who wants that one, and
+    -- dies with them in a deadlock. The queue is for prompt_snapshots only, while nothing else is held.
+    give_up := clock_timestamp() + current_setting('lock_timeout')::interval;
+    LOOP
+      BEGIN
+        LOCK TABLE prompt_snapshots IN ACCESS EXCLUSIVE MODE;
+        IF has_table_privilege(turns, 'UPDATE, DELETE, TRUNCATE') THEN  -- else LOCK is not for us, and ADD COLUMN has to wait
+          LOCK TABLE turns IN SHARE ROW EXCLUSIVE MODE NOWAIT;
+        END IF;
+        EXIT;
+      EXCEPTION WHEN lock_not_available THEN  -- this lets go of prompt_snapshots
+        IF clock_timestamp() > give_up THEN
+          RAISE;
+        END IF;
+      END;
+      PERFORM pg_sleep(0.02);
+    END LOOP;
+    IF (SELECT atttypid FROM pg_attribute WHERE attrelid = snapshots AND attname = 'turn_id') <> 'uuid'::regtype THEN
+      RETURN;  -- somebody was faster
+    END IF;
     EXECUTE format('ALTER TABLE %s RENAME COLUMN turn_id TO %I', target, kept);
     IF old_index IS NOT NULL THEN
       EXECUTE format('ALTER INDEX %s.%I RENAME TO %I', home, old_index, 'idx_prompt_snapshots_' || kept);
@@ -161,6 +192,23 @@ BEGIN
                'db/migrations/20250222_fix_prompt_snapshots_turn_id.sql (invoke fix) again. This step changed nothing.';
     END IF;
     IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = snapshots AND contype = 'f' AND conkey = ARRAY[turn_id.attnum]) THEN
+      -- Both tables, or neither: who waits for the second while holding the first holds up everybody who wants that one, and
+      -- dies with them in a deadlock. The queue is for prompt_snapshots only, while nothing else is held.
+      give_up := clock_timestamp() + current_setting('lock_timeout')::interval;
+      LOOP
+        BEGIN
+          LOCK TABLE prompt_snapshots IN SHARE ROW EXCLUSIVE MODE;
+          IF has_table_privilege(turns, 'UPDATE, DELETE, TRUNCATE') THEN  -- else LOCK is not for us, and ADD CONSTRAINT has to wait
+            LOCK TABLE turns IN SHARE ROW EXCLUSIVE MODE NOWAIT;
+          END IF;
+          EXIT;
+        EXCEPTION WHEN lock_not_available THEN  -- this lets go of prompt_snapshots
+          IF clock_timestamp() > give_up THEN
+            RAISE;
+          END IF;
+        END;
+        PERFORM pg_sleep(0.02);
+      END LOOP;
       EXECUTE format('ALTER TABLE %s ADD CONSTRAINT prompt_snapshots_turn_id_fkey
                         FOREIGN KEY (turn_id) REFERENCES %s (id) ON DELETE SET NULL NOT VALID', target, turns::regclass);
       RAISE NOTICE 'foreign key prompt_snapshots_turn_id_fkey added, to be validated online';
@@ -188,7 +236,8 @@ WHERE online.is_needed
   AND NOT (built.indexrelid IS NOT NULL AND EXISTS (  -- invalid because somebody is building it at this moment
     SELECT FROM pg_locks
     WHERE locktype = 'relation' AND relation = standing.oid AND mode = 'ShareUpdateExclusiveLock' AND granted
-      AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND pid <> pg_backend_pid()))
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND pid <> pg_backend_pid()
+      AND pid NOT IN (SELECT pid FROM pg_stat_progress_vacuum UNION ALL SELECT pid FROM pg_stat_progress_analyze)))
 ORDER BY wanted.name, online.position
 \gexec
 

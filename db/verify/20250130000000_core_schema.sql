@@ -33,18 +33,15 @@ WITH promises (item, expected, actual, mended_by) AS (
   -- primary and unique keys, by their columns, whatever their names
   SELECT format('%s (%s)', documented.relation, array_to_string(documented.columns, ', ')),
          documented.kind,
-         (SELECT CASE WHEN documented.kind = 'PRIMARY KEY' AND bool_or(indisprimary) THEN 'PRIMARY KEY' WHEN count(*) > 0 THEN 'UNIQUE' END
+         coalesce((
+          SELECT CASE WHEN documented.kind = 'PRIMARY KEY' AND bool_or(indisprimary) THEN 'PRIMARY KEY' WHEN count(*) > 0 THEN 'UNIQUE' END
           FROM pg_index
           WHERE indrelid = to_regclass(documented.relation) AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL AND indexprs IS NULL
             AND ARRAY(SELECT attname::text FROM pg_attribute
                       WHERE attrelid = indrelid AND attnum = ANY ((indkey::int2[])[0:indnkeyatts - 1]) ORDER BY 1)
-                = ARRAY(SELECT name FROM unnest(documented.columns) AS name ORDER BY 1)),
-         CASE WHEN documented.relation = 'turns' AND documented.kind = 'UNIQUE' AND EXISTS (  -- the name it would get is taken
-                     SELECT FROM pg_class LEFT JOIN pg_index ON indexrelid = oid AND indrelid = to_regclass('turns')
-                     WHERE relname = 'idx_turns_game_idx' AND coalesce(indisvalid, true)
-                       AND relnamespace = coalesce((SELECT relnamespace FROM pg_class WHERE oid = to_regclass('turns')),
-                                                   quote_ident(current_schema())::regnamespace))
-                THEN NULL
+                = ARRAY(SELECT name FROM unnest(documented.columns) AS name ORDER BY 1)
+         ), 'none, and the name idx_turns_game_idx is taken by ' || taken.by),
+         CASE WHEN taken.by IS NOT NULL THEN NULL
               WHEN to_regclass(documented.relation) IS NULL THEN '20250130000000_core_schema'
               WHEN documented.relation = 'turns' AND documented.kind = 'UNIQUE' THEN '20250130000000_core_schema online' END
   FROM (VALUES
@@ -58,6 +55,14 @@ WITH promises (item, expected, actual, mended_by) AS (
       ('turns', 'game_id idx', 'UNIQUE')
     ) AS listed (relation, columns, kind)
   CROSS JOIN LATERAL (SELECT listed.relation, string_to_array(listed.columns, ' '), listed.kind) AS documented (relation, columns, kind)
+  LEFT JOIN LATERAL (
+    SELECT coalesce('an index on ' || indrelid::regclass, 'something that is no index')
+    FROM pg_class LEFT JOIN pg_index ON indexrelid = oid
+    WHERE documented.relation = 'turns' AND documented.kind = 'UNIQUE' AND relname = 'idx_turns_game_idx'
+      AND (indrelid IS DISTINCT FROM to_regclass('turns') OR indisvalid)
+      AND relnamespace = coalesce((SELECT relnamespace FROM pg_class WHERE oid = to_regclass('turns')),
+                                  quote_ident(current_schema())::regnamespace)
+  ) AS taken (by) ON true
   UNION ALL
   -- indexes
   SELECT format('%s index %s', documented.relation, documented.name), documented.definition, standing.definition,
@@ -79,7 +84,7 @@ WITH promises (item, expected, actual, mended_by) AS (
   LEFT JOIN LATERAL (
     SELECT CASE WHEN i.indrelid = to_regclass(documented.relation)
                 THEN CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END
-                     || replace(regexp_replace(substring(pg_get_indexdef(i.indexrelid) FROM ' USING (.*)$'), ' WITH \([^)]*\)', ''),
+                     || replace(regexp_replace(substring(pg_get_indexdef(i.indexrelid) FROM ' USING (.*)$'), ' WITH [(][^)]*[)]', ''),
                                 ' WHERE (must_keep = true)', ' WHERE must_keep')
                      || CASE WHEN i.indisvalid THEN '' ELSE ' INVALID' END
                 ELSE coalesce('an index on ' || i.indrelid::regclass, 'not an index') END

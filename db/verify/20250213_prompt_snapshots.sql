@@ -76,7 +76,7 @@ WITH supabase (here) AS (
   LEFT JOIN LATERAL (
     SELECT CASE WHEN i.indrelid = to_regclass(documented.relation)
                 THEN CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END
-                     || replace(regexp_replace(substring(pg_get_indexdef(i.indexrelid) FROM ' USING (.*)$'), ' WITH \([^)]*\)', ''),
+                     || replace(regexp_replace(substring(pg_get_indexdef(i.indexrelid) FROM ' USING (.*)$'), ' WITH [(][^)]*[)]', ''),
                                 ' WHERE (must_keep = true)', ' WHERE must_keep')
                      || CASE WHEN i.indisvalid THEN '' ELSE ' INVALID' END
                 ELSE coalesce('an index on ' || i.indrelid::regclass, 'not an index') END
@@ -101,7 +101,7 @@ WITH supabase (here) AS (
            || ' TO ' || (SELECT string_agg(coalesce(rolname, 'PUBLIC'), ', ') FROM unnest(polroles) AS role LEFT JOIN pg_roles ON oid = role)
            || CASE WHEN polpermissive THEN '' ELSE ' AS RESTRICTIVE' END
            || (SELECT coalesce(string_agg(format(' %s (%s)', clause,
-                 CASE regexp_replace(expression, '\s|[()]|::\w+', '', 'g')  -- as every version prints it, its white space apart
+                 CASE regexp_replace(expression, '[[:space:]]|[()]|::[[:alnum:]_]+', '', 'g')  -- as every version prints it, its white space apart
                    WHEN 'EXISTSSELECT1FROMprofilespWHEREp.id=SELECTauth.uidASuidANDp.role=''admin''' THEN 'admin' ELSE expression END), ''), '')
                FROM (VALUES ('USING', pg_get_expr(polqual, polrelid)), ('WITH CHECK', pg_get_expr(polwithcheck, polrelid))) AS c (clause, expression)
                WHERE expression IS NOT NULL)

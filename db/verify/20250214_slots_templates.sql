@@ -75,7 +75,7 @@ WITH supabase (here) AS (
   LEFT JOIN LATERAL (
     SELECT CASE WHEN i.indrelid = to_regclass(documented.relation)
                 THEN CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END
-                     || replace(regexp_replace(substring(pg_get_indexdef(i.indexrelid) FROM ' USING (.*)$'), ' WITH \([^)]*\)', ''),
+                     || replace(regexp_replace(substring(pg_get_indexdef(i.indexrelid) FROM ' USING (.*)$'), ' WITH [(][^)]*[)]', ''),
                                 ' WHERE (must_keep = true)', ' WHERE must_keep')
                      || CASE WHEN i.indisvalid THEN '' ELSE ' INVALID' END
                 ELSE coalesce('an index on ' || i.indrelid::regclass, 'not an index') END
@@ -101,7 +101,10 @@ WITH supabase (here) AS (
   FROM (SELECT min(pg_get_constraintdef(f.oid)) FILTER (WHERE pg_get_constraintdef(f.oid) LIKE 'FOREIGN KEY (parent_id) REFERENCES prompt_snapshots(id) ON DELETE SET NULL%'), min(pg_get_constraintdef(f.oid))
         FROM pg_constraint AS f JOIN pg_attribute AS a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum]
         WHERE f.contype = 'f' AND f.conrelid = to_regclass('prompt_snapshots') AND a.attname = 'parent_id') AS found (promised, other)
-  CROSS JOIN LATERAL (SELECT coalesce(found.promised, found.other)) AS standing (definition)
+  CROSS JOIN LATERAL (SELECT coalesce(found.promised, found.other, (  -- none on the column, but its name is taken
+                      SELECT conname || ' is ' || pg_get_constraintdef(oid) FROM pg_constraint
+                      WHERE conrelid = to_regclass('prompt_snapshots') AND conname = 'prompt_snapshots_parent_id_fkey'))
+  ) AS standing (definition)
   UNION ALL
   -- Supabase: row-level security, and the chain's policies where no other policy stands (admin: the user's row in profiles says so)
   SELECT relation || ' row-level security', 'on', CASE WHEN relrowsecurity THEN 'on' WHEN c.oid IS NOT NULL THEN 'off' END, '20250214_slots_templates'
@@ -117,7 +120,7 @@ WITH supabase (here) AS (
            || ' TO ' || (SELECT string_agg(coalesce(rolname, 'PUBLIC'), ', ') FROM unnest(polroles) AS role LEFT JOIN pg_roles ON oid = role)
            || CASE WHEN polpermissive THEN '' ELSE ' AS RESTRICTIVE' END
            || (SELECT coalesce(string_agg(format(' %s (%s)', clause,
-                 CASE regexp_replace(expression, '\s|[()]|::\w+', '', 'g')  -- as every version prints it, its white space apart
+                 CASE regexp_replace(expression, '[[:space:]]|[()]|::[[:alnum:]_]+', '', 'g')  -- as every version prints it, its white space apart
                    WHEN 'EXISTSSELECT1FROMprofilespWHEREp.id=SELECTauth.uidASuidANDp.role=''admin''' THEN 'admin' ELSE expression END), ''), '')
                FROM (VALUES ('USING', pg_get_expr(polqual, polrelid)), ('WITH CHECK', pg_get_expr(polwithcheck, polrelid))) AS c (clause, expression)
                WHERE expression IS NOT NULL)

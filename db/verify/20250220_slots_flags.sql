@@ -33,7 +33,7 @@ WITH promises (item, expected, actual, mended_by) AS (
   LEFT JOIN LATERAL (
     SELECT CASE WHEN i.indrelid = to_regclass(documented.relation)
                 THEN CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END
-                     || replace(regexp_replace(substring(pg_get_indexdef(i.indexrelid) FROM ' USING (.*)$'), ' WITH \([^)]*\)', ''),
+                     || replace(regexp_replace(substring(pg_get_indexdef(i.indexrelid) FROM ' USING (.*)$'), ' WITH [(][^)]*[)]', ''),
                                 ' WHERE (must_keep = true)', ' WHERE must_keep')
                      || CASE WHEN i.indisvalid THEN '' ELSE ' INVALID' END
                 ELSE coalesce('an index on ' || i.indrelid::regclass, 'not an index') END
@@ -51,7 +51,7 @@ WITH promises (item, expected, actual, mended_by) AS (
          CASE WHEN standing.is_constraint IS NOT TRUE THEN '20250220_slots_flags' END
   FROM (VALUES (to_regclass('slots'))) AS slots (oid)
   LEFT JOIN LATERAL (
-    SELECT regexp_replace(split_part(pg_get_triggerdef(t.oid, true), ' EXECUTE ', 1), '^CREATE TRIGGER \S+ ', '') || ' EXECUTE FUNCTION '
+    SELECT regexp_replace(split_part(pg_get_triggerdef(t.oid, true), ' EXECUTE ', 1), '^CREATE TRIGGER [^ ]+ ', '') || ' EXECUTE FUNCTION '
            || CASE WHEN f.pronamespace = c.relnamespace AND f.proname = 'set_critical_slot_defaults' THEN '' ELSE f.pronamespace::regnamespace || '.' END
            || f.proname || '()'
            || CASE WHEN t.tgenabled IN ('O', 'A') THEN '' ELSE ', disabled' END,
@@ -62,7 +62,7 @@ WITH promises (item, expected, actual, mended_by) AS (
   UNION ALL
   -- its function: it lends the rights of the owner of slots, so that all that keeps them safe is promised (md5: of its source)
   SELECT 'slots function set_critical_slot_defaults()',
-         'trigger, SECURITY DEFINER, search_path=pg_catalog, pg_temp, owned like slots, not for others to call, source e507583c15a6ae609b6203591c303448',
+         'trigger, SECURITY DEFINER, search_path=pg_catalog, pg_temp, owned like slots, not for others to call, source 41b32d3df07ff3e5fc59c55e872858f1',
          standing.definition,
          CASE WHEN standing.definition IS NULL OR standing.definition LIKE 'trigger, %' THEN '20250220_slots_flags' END
   FROM (VALUES (to_regclass('slots'))) AS slots (oid)

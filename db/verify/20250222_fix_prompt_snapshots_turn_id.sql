@@ -12,17 +12,28 @@ WITH promises (item, expected, actual, mended_by) AS (
         WHERE attrelid = to_regclass('prompt_snapshots') AND attname = 'turn_id' AND NOT attisdropped) AS standing (form)
   UNION ALL
   -- what hangs on a uuid turn_id, besides its documented index, its default and its NOT NULL
-  SELECT 'prompt_snapshots.turn_id dependants', 'none', coalesce(string_agg(DISTINCT pg_describe_object(classid, objid, objsubid), ', '), 'none'), NULL::text
+  SELECT 'prompt_snapshots.turn_id dependants', 'none', coalesce(string_agg(DISTINCT dependant, ', '), 'none'), NULL::text
   FROM pg_attribute
-  JOIN pg_depend ON refclassid = 'pg_class'::regclass AND refobjid = attrelid AND refobjsubid = attnum
+  CROSS JOIN LATERAL (
+    SELECT pg_describe_object(classid, objid, objsubid)
+    FROM pg_depend
+    WHERE refclassid = 'pg_class'::regclass AND refobjid = attrelid AND refobjsubid = attnum
+      AND NOT (classid = 'pg_attrdef'::regclass AND deptype = 'a'
+               AND objid IN (SELECT oid FROM pg_attrdef WHERE adrelid = attrelid AND adnum = attnum))
+      AND NOT (classid = 'pg_constraint'::regclass AND objid IN (SELECT oid FROM pg_constraint WHERE contype = 'n'))
+      AND NOT (classid = 'pg_class'::regclass AND objid IN (
+                 SELECT indexrelid FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+                 WHERE indrelid = attrelid AND relname = 'idx_prompt_snapshots_turn_id' AND indnatts = 1
+                   AND indkey[0] = attnum AND NOT indisunique AND indpred IS NULL AND NOT indisreplident))
+    UNION ALL
+    SELECT format('trigger %s, whose function mentions turn_id', tgname)
+    FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid
+    WHERE tgrelid = attrelid AND NOT tgisinternal AND prosrc ~ '[^a-z_]turn_id[^a-z_]'
+    UNION ALL
+    SELECT format('publication %s: its subscribers lack the kept column', pubname)
+    FROM pg_publication_rel JOIN pg_publication ON pg_publication.oid = prpubid WHERE prrelid = attrelid
+  ) AS hanging (dependant)
   WHERE attrelid = to_regclass('prompt_snapshots') AND attname = 'turn_id' AND atttypid = 'uuid'::regtype
-    AND NOT (classid = 'pg_attrdef'::regclass AND deptype = 'a'
-             AND objid IN (SELECT oid FROM pg_attrdef WHERE adrelid = attrelid AND adnum = attnum))
-    AND NOT (classid = 'pg_constraint'::regclass AND objid IN (SELECT oid FROM pg_constraint WHERE contype = 'n'))
-    AND NOT (classid = 'pg_class'::regclass AND objid IN (
-               SELECT indexrelid FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
-               WHERE indrelid = attrelid AND relname = 'idx_prompt_snapshots_turn_id' AND indnatts = 1
-                 AND indkey[0] = attnum AND NOT indisunique AND indpred IS NULL AND NOT indisreplident))
   UNION ALL
   -- foreign key, by its column: the promised one if it stands, else whichever does
   SELECT 'prompt_snapshots foreign key (turn_id)', 'FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE SET NULL', standing.definition,
@@ -44,7 +55,7 @@ WITH promises (item, expected, actual, mended_by) AS (
   LEFT JOIN LATERAL (
     SELECT CASE WHEN i.indrelid = to_regclass(documented.relation)
                 THEN CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END
-                     || replace(regexp_replace(substring(pg_get_indexdef(i.indexrelid) FROM ' USING (.*)$'), ' WITH \([^)]*\)', ''),
+                     || replace(regexp_replace(substring(pg_get_indexdef(i.indexrelid) FROM ' USING (.*)$'), ' WITH [(][^)]*[)]', ''),
                                 ' WHERE (must_keep = true)', ' WHERE must_keep')
                      || CASE WHEN i.indisvalid THEN '' ELSE ' INVALID' END
                 ELSE coalesce('an index on ' || i.indrelid::regclass, 'not an index') END

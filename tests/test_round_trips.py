@@ -82,7 +82,7 @@ def test_session_state_is_left_alone(db: Db) -> None:
     done, conversation = through_proxy(db, "setup", parameters="?schema=app&pgbouncer=true&connection_limit=1")
     assert done.code == 0
     assert db.value("SELECT to_regclass('app.turn_metrics') IS NOT NULL AND to_regclass('public.turns') IS NULL")
-    assert set(conversation.startup) == {"user", "database", "application_name"}
+    assert set(conversation.startup) == {"user", "database", "application_name", "client_encoding"}
     assert {"P", "B", "E", "D", "F"}.isdisjoint(conversation.kinds)
     queries = [message.raw[5:-1] for message in conversation.from_client if message.kind == "Q"]
     assert not [query for query in queries if query.startswith(b"SET ")]

@@ -197,7 +197,7 @@ def _break_table(item: Item, items: Items) -> Iterator[Breakage]:
     older = f"older_{item.table}"
     rename = f"ALTER TABLE {item.table} RENAME TO {older}"
     indexes = [other for other in within if other.kind == "index"]
-    keys: Differences = {other.name: (None, None) for other in within if other.name in _NAMED_KEYS}
+    keys: Differences = {other.name: _name_taken(other.name, older) for other in within if other.name in _NAMED_KEYS}
     taken: Differences = {index.name: (f"an index on {older}", None) for index in indexes}
     yield Breakage(item, "renamed", rename, missing | leads_to(older) | taken | keys)
     also = [f"ALTER INDEX {index.part('name')} RENAME TO older_{index.part('name')}" for index in indexes]
@@ -295,6 +295,12 @@ _UNIQUE_KEYS = {
 _NAMED_KEYS = {item for item, name in _UNIQUE_KEYS.items() if name.startswith(("uk_", "idx_"))}
 
 
+def _name_taken(key: str, table: str) -> tuple[str | None, None]:
+    """Return what stands in a key's place, and who mends it, where an index on that table bears the key's name."""
+    by_name = f"none, and the name idx_turns_game_idx is taken by an index on {table}"
+    return (by_name if _UNIQUE_KEYS.get(key) == "idx_turns_game_idx" else None), None
+
+
 def _key_name(item: Item) -> str:
     return f"{item.table}_pkey" if item.expected == "PRIMARY KEY" else _UNIQUE_KEYS[item.name]
 
@@ -332,7 +338,7 @@ def _break_key(item: Item, items: Items) -> Iterator[Breakage]:
     yield Breakage(item, "deferrable", f"{drop}; {deferrable}", lost)
     # Where the name of the key is taken, nobody can build it.
     taken = f"{drop}; CREATE INDEX {name} ON {table} ({columns})"
-    yield Breakage(item, "not unique", taken, lost | {item.name: (None, None)})
+    yield Breakage(item, "not unique", taken, lost | {item.name: _name_taken(item.name, table)})
     if item.expected == "PRIMARY KEY":
         unique = f"{drop}; ALTER TABLE {table} ADD CONSTRAINT other UNIQUE ({columns})"
         yield Breakage(item, "unique only", unique, lost | {item.name: ("UNIQUE", None)})

@@ -90,7 +90,8 @@ BEGIN
       WHERE tgrelid = snapshots AND NOT tgisinternal AND prosrc ~ '[^a-z_]turn_id[^a-z_]'
     ), (
       SELECT string_agg(format('publication %s: its subscribers lack the kept column', pubname), E'\n')
-      FROM pg_publication_rel JOIN pg_publication ON pg_publication.oid = prpubid WHERE prrelid = snapshots
+      FROM pg_publication_rel AS r JOIN pg_publication ON pg_publication.oid = prpubid
+      WHERE prrelid = snapshots AND to_jsonb(r) ->> 'prattrs' IS NULL  -- with a list of columns it depends on them; new in 15
     ));
     IF turn_id.attgenerated <> '' OR turn_id.attidentity <> '' OR turn_id.attinhcount > 0 THEN
       obstacles := concat_ws(E'\n', obstacles, 'the column itself is generated, an identity or inherited');

@@ -31,7 +31,8 @@ WITH promises (item, expected, actual, mended_by) AS (
     WHERE tgrelid = attrelid AND NOT tgisinternal AND prosrc ~ '[^a-z_]turn_id[^a-z_]'
     UNION ALL
     SELECT format('publication %s: its subscribers lack the kept column', pubname)
-    FROM pg_publication_rel JOIN pg_publication ON pg_publication.oid = prpubid WHERE prrelid = attrelid
+    FROM pg_publication_rel AS r JOIN pg_publication ON pg_publication.oid = prpubid
+    WHERE prrelid = attrelid AND to_jsonb(r) ->> 'prattrs' IS NULL  -- with a list of columns it depends on them; new in 15
   ) AS hanging (dependant)
   WHERE attrelid = to_regclass('prompt_snapshots') AND attname = 'turn_id' AND atttypid = 'uuid'::regtype
   UNION ALL

@@ -103,7 +103,50 @@ BEGIN
         HINT = 'Drop them (and create them again afterwards, on turn_id or on the kept column), then run '
                'db/migrations/20250222_fix_prompt_snapshots_turn_id.sql (invoke fix) again. This step changed nothing.';
     END IF;
+  ELSE
+    SELECT string_agg(format('prompt_snapshots.turn_id has %s: %s', conname, pg_get_constraintdef(oid)), E'\n')
+      INTO obstacles
+      FROM pg_constraint
+     WHERE conrelid = snapshots AND contype = 'f' AND conkey = ARRAY[turn_id.attnum]
+       AND (confrelid <> turns OR confdeltype <> 'n')
+       AND NOT EXISTS (SELECT FROM pg_constraint AS p WHERE p.contype = 'f' AND p.conrelid = snapshots
+                         AND p.conkey = ARRAY[turn_id.attnum] AND p.confrelid = turns AND p.confdeltype = 'n');
+    IF obstacles IS NOT NULL THEN
+      RAISE EXCEPTION USING ERRCODE = 'TB002',
+        MESSAGE = 'another foreign key stands on prompt_snapshots.turn_id: it is in the way',
+        DETAIL = obstacles || E'\npromised: FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE SET NULL',
+        HINT = 'Drop it (ALTER TABLE prompt_snapshots DROP CONSTRAINT ...), then run '
+               'db/migrations/20250222_fix_prompt_snapshots_turn_id.sql (invoke fix) again. This step changed nothing.';
+    END IF;
+    IF EXISTS (SELECT FROM pg_constraint WHERE conrelid = snapshots AND contype = 'f' AND conkey = ARRAY[turn_id.attnum]) THEN
+      RETURN;  -- nothing is missing
+    END IF;
+  END IF;
 
+  -- Both tables, or neither: who waits for the second while holding the first holds up everybody who wants that one, and dies
+  -- with them in a deadlock. The queue is for prompt_snapshots only, while nothing else is held.
+  give_up := clock_timestamp() + current_setting('lock_timeout')::interval;
+  LOOP
+    BEGIN
+      EXECUTE format('LOCK TABLE %s IN %s MODE', target,
+                     CASE WHEN turn_id.atttypid = 'uuid'::regtype THEN 'ACCESS EXCLUSIVE' ELSE 'SHARE ROW EXCLUSIVE' END);
+      IF has_table_privilege(turns, 'UPDATE, DELETE, TRUNCATE') THEN  -- else LOCK is not for us, and ALTER TABLE has to wait
+        EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE NOWAIT', turns::regclass);
+      END IF;
+      EXIT;
+    EXCEPTION WHEN lock_not_available THEN  -- this lets go of prompt_snapshots
+      IF clock_timestamp() > give_up THEN
+        RAISE;
+      END IF;
+    END;
+    PERFORM pg_sleep(0.02);
+  END LOOP;
+  IF turn_id.attnum IS DISTINCT FROM (SELECT attnum FROM pg_attribute WHERE attrelid = snapshots AND attname = 'turn_id')
+     OR EXISTS (SELECT FROM pg_constraint WHERE conrelid = snapshots AND contype = 'f' AND conkey = ARRAY[turn_id.attnum]) THEN
+    RETURN;  -- somebody was faster
+  END IF;
+
+  IF turn_id.atttypid = 'uuid'::regtype THEN
     SELECT min(name COLLATE "C") INTO kept
       FROM (SELECT 'turn_id_uuid' || suffix FROM unnest(ARRAY['', '_2', '_3', '_4', '_5', '_6', '_7', '_8', '_9']) AS suffix) AS free (name)
      WHERE NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = snapshots AND attname = name)
@@ -128,26 +171,6 @@ BEGIN
       format('COMMENT ON COLUMN %s.turn_id IS %s;', target, coalesce(quote_literal(old_comment), 'NULL')),
       'COMMIT;');
 
-    -- Both tables, or neither: who waits for the second while holding the first holds up everybody who wants that one, and
-    -- dies with them in a deadlock. The queue is for prompt_snapshots only, while nothing else is held.
-    give_up := clock_timestamp() + current_setting('lock_timeout')::interval;
-    LOOP
-      BEGIN
-        LOCK TABLE prompt_snapshots IN ACCESS EXCLUSIVE MODE;
-        IF has_table_privilege(turns, 'UPDATE, DELETE, TRUNCATE') THEN  -- else LOCK is not for us, and ADD COLUMN has to wait
-          LOCK TABLE turns IN SHARE ROW EXCLUSIVE MODE NOWAIT;
-        END IF;
-        EXIT;
-      EXCEPTION WHEN lock_not_available THEN  -- this lets go of prompt_snapshots
-        IF clock_timestamp() > give_up THEN
-          RAISE;
-        END IF;
-      END;
-      PERFORM pg_sleep(0.02);
-    END LOOP;
-    IF (SELECT atttypid FROM pg_attribute WHERE attrelid = snapshots AND attname = 'turn_id') <> 'uuid'::regtype THEN
-      RETURN;  -- somebody was faster
-    END IF;
     EXECUTE format('ALTER TABLE %s RENAME COLUMN turn_id TO %I', target, kept);
     IF old_index IS NOT NULL THEN
       EXECUTE format('ALTER INDEX %s.%I RENAME TO %I', home, old_index, 'idx_prompt_snapshots_' || kept);
@@ -178,42 +201,9 @@ BEGIN
     RAISE NOTICE 'prompt_snapshots.turn_id is bigint now; the uuid values are kept in %', kept;
     RAISE NOTICE E'to undo it:\n%', undo;
   ELSE
-    SELECT string_agg(format('prompt_snapshots.turn_id has %s: %s', conname, pg_get_constraintdef(oid)), E'\n')
-      INTO obstacles
-      FROM pg_constraint
-     WHERE conrelid = snapshots AND contype = 'f' AND conkey = ARRAY[turn_id.attnum]
-       AND (confrelid <> turns OR confdeltype <> 'n')
-       AND NOT EXISTS (SELECT FROM pg_constraint AS p WHERE p.contype = 'f' AND p.conrelid = snapshots
-                         AND p.conkey = ARRAY[turn_id.attnum] AND p.confrelid = turns AND p.confdeltype = 'n');
-    IF obstacles IS NOT NULL THEN
-      RAISE EXCEPTION USING ERRCODE = 'TB002',
-        MESSAGE = 'another foreign key stands on prompt_snapshots.turn_id: it is in the way',
-        DETAIL = obstacles || E'\npromised: FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE SET NULL',
-        HINT = 'Drop it (ALTER TABLE prompt_snapshots DROP CONSTRAINT ...), then run '
-               'db/migrations/20250222_fix_prompt_snapshots_turn_id.sql (invoke fix) again. This step changed nothing.';
-    END IF;
-    IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = snapshots AND contype = 'f' AND conkey = ARRAY[turn_id.attnum]) THEN
-      -- Both tables, or neither: who waits for the second while holding the first holds up everybody who wants that one, and
-      -- dies with them in a deadlock. The queue is for prompt_snapshots only, while nothing else is held.
-      give_up := clock_timestamp() + current_setting('lock_timeout')::interval;
-      LOOP
-        BEGIN
-          LOCK TABLE prompt_snapshots IN SHARE ROW EXCLUSIVE MODE;
-          IF has_table_privilege(turns, 'UPDATE, DELETE, TRUNCATE') THEN  -- else LOCK is not for us, and ADD CONSTRAINT has to wait
-            LOCK TABLE turns IN SHARE ROW EXCLUSIVE MODE NOWAIT;
-          END IF;
-          EXIT;
-        EXCEPTION WHEN lock_not_available THEN  -- this lets go of prompt_snapshots
-          IF clock_timestamp() > give_up THEN
-            RAISE;
-          END IF;
-        END;
-        PERFORM pg_sleep(0.02);
-      END LOOP;
-      EXECUTE format('ALTER TABLE %s ADD CONSTRAINT prompt_snapshots_turn_id_fkey
-                        FOREIGN KEY (turn_id) REFERENCES %s (id) ON DELETE SET NULL NOT VALID', target, turns::regclass);
-      RAISE NOTICE 'foreign key prompt_snapshots_turn_id_fkey added, to be validated online';
-    END IF;
+    EXECUTE format('ALTER TABLE %s ADD CONSTRAINT prompt_snapshots_turn_id_fkey
+                      FOREIGN KEY (turn_id) REFERENCES %s (id) ON DELETE SET NULL NOT VALID', target, turns::regclass);
+    RAISE NOTICE 'foreign key prompt_snapshots_turn_id_fkey added, to be validated online';
   END IF;
 END
 $migration$;

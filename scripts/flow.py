@@ -39,7 +39,7 @@ def run(task: str | None, *, dry: bool = False) -> None:
             return
         after = _Work(database, given, everything, wanted).carry_out(before)
     CONSOLE.say(f"{'done' if todo.to_do else 'nothing to do'}: {report.summary(_items(wanted, after))}")
-    _judge(_plan(wanted, after))
+    _judge(_plan(wanted, after), remedy="Mend the rows that refuse it (they are named above), then run the task again.")
 
 
 def verify() -> None:
@@ -52,7 +52,7 @@ def verify() -> None:
     todo = _plan(everything, found)
     CONSOLE.say(*report.steps(todo), report.summary(found.items))
     _refuse_no_schema(found.server)
-    _judge(todo)
+    _judge(todo, remedy="Run invoke setup.", listed=True)
 
 
 def start() -> None:
@@ -184,19 +184,19 @@ def _refuse_no_schema(server: survey.Server) -> None:
         )
 
 
-def _judge(found: plan.Plan) -> None:
-    """Raise where something that the plan's steps promise does not stand."""
+def _judge(found: plan.Plan, *, remedy: str = "", listed: bool = False) -> None:
+    """Raise where something that the plan's steps promise does not stand; listed: the report has said already what."""
     if found.in_the_way:
         raise errors.InTheWayError(
             "something stands in the way, and no step may touch it",
-            where="\n".join(report.obstacles(found.in_the_way)),
+            where="" if listed else "\n".join(report.obstacles(found.in_the_way)),
             remedy='README.md, "In the way", has the command for each case; then run the task again.',
         )
     if found.missing:
         raise errors.MissingError(
             "something promised is missing",
-            where="\n".join(report.difference(item) for item in report.outermost(found.missing)),
-            remedy="Run invoke setup; where rows refuse a key, mend the rows first.",
+            where="" if listed else "\n".join(report.difference(item) for item in report.outermost(found.missing)),
+            remedy=remedy,
         )
 
 

@@ -196,7 +196,7 @@ def test_without_profiles_there_are_no_admins_until_it_appears(db: Db) -> None:
     assert missing == {item: (None, by) for item, by in ADMIN_POLICIES.items()}
     pending = db.invoke("verify")
     assert pending.code == 5
-    assert all(item in pending.err for item in ADMIN_POLICIES), pending
+    assert all(item in pending.out for item in ADMIN_POLICIES), pending
     assert powers(db, "authenticated", ADMIN) == NOTHING
 
     setup(db)

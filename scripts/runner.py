@@ -16,7 +16,7 @@ from enum import Enum
 from psycopg import sql
 from psycopg.errors import Diagnostic
 
-from scripts import errors
+from scripts import errors, survey
 from scripts.chain import Step, version
 from scripts.database import Database
 from scripts.errors import StatementError
@@ -96,21 +96,6 @@ $diary$"""
 _STARTED = "set_config('budget_engine.started_at', extract(epoch FROM clock_timestamp())::text, true)"
 
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
-
-_HOLDERS = """
-SELECT DISTINCT ON (xact_start, pid)
-       format('pid %s (role %s, application %s) is %s, its transaction open for %s s, holding %s on %s: %s',
-              pid, usename, quote_literal(application_name), state,
-              round(extract(epoch FROM clock_timestamp() - xact_start)), mode, relation::regclass,
-              left(regexp_replace(query, '[[:space:]]+', ' ', 'g'), 80))
-FROM pg_locks JOIN pg_stat_activity USING (pid)
-WHERE locktype = 'relation' AND granted AND pid <> pg_backend_pid()
-  AND pg_locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-  AND relation IN (SELECT to_regclass(substring(item FROM '^[a-z_]+')) FROM (
-{promises}
-      ) AS promise)
-  AND xact_start < clock_timestamp() - {at_least}::interval
-ORDER BY xact_start, pid"""
 
 
 class Part(Enum):
@@ -278,7 +263,7 @@ def _failure(
     where = [
         _place(failed, error.context),
         error.detail,
-        *(_holders(database, chain) if kind is errors.LockTimeoutError else []),
+        *(survey.holders(database, chain) if kind is errors.LockTimeoutError else []),
         _aftermath(failed, kind),
         f"done before it: {', '.join(done)}" if done else "",
     ]
@@ -309,12 +294,3 @@ def _place(failed: Statement, context: str) -> str:
     if line:
         place += f", line {failed.step.atomic_line + int(line[1]) - 1}"
     return place + (f": {' '.join(statement[1].split())}" if statement else "")
-
-
-def _holders(database: Database, chain: Sequence[Step]) -> list[str]:
-    """Who has had locks on the chain's tables for longer than we waited."""
-    promises = "\nUNION ALL\n".join(f"SELECT item FROM (\n{step.verification}\n) AS v" for step in chain)
-    query = _HOLDERS.format(promises=promises, at_least=_literal(f"{database.lock_timeout_ms} ms"))
-    return [
-        str(row[0]) for row in database.run([_BEGIN, f"SELECT {database.transaction_settings}", query, "COMMIT"])[2]
-    ]

@@ -9,6 +9,7 @@ from psycopg import sql
 
 from scripts.chain import Step
 from scripts.database import Database
+from scripts.errors import LockTimeoutError, StatementError, for_sqlstate
 
 ONLINE = " online"  # behind a stem in mended_by: its online part mends the item
 
@@ -65,6 +66,8 @@ class Survey:
     items: tuple[Item, ...]
 
 
+_BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"
+
 _SERVER = """
 SELECT current_setting('server_version'), current_user, current_database(), current_schema(),
        CASE WHEN pg_is_in_recovery() THEN 'the server is a standby'
@@ -97,11 +100,38 @@ LEFT JOIN pg_class AS target ON target.oid = to_regclass(substring(expected FROM
 ORDER BY chain_position, item_position"""
 
 
+_HOLDERS = """
+SELECT DISTINCT ON (xact_start, pid)
+       format('pid %s (role %s, application %s) is %s, its transaction open for %s s, holding %s on %s: %s',
+              pid, usename, quote_literal(application_name), state,
+              round(extract(epoch FROM clock_timestamp() - xact_start)), mode, relation::regclass,
+              left(regexp_replace(query, '[[:space:]]+', ' ', 'g'), 80))
+FROM pg_locks JOIN pg_stat_activity USING (pid)
+WHERE locktype = 'relation' AND granted AND pid <> pg_backend_pid()
+  AND pg_locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND relation IN (SELECT to_regclass(substring(item FROM '^[a-z_]+')) FROM (
+{promises}
+      ) AS promise)
+  AND xact_start < clock_timestamp() - {at_least}::interval
+ORDER BY xact_start, pid"""
+
+
 def read(database: Database, steps: Sequence[Step]) -> Survey:
     """Ask once for everything that the steps promise: one message, one round trip, no lock but ACCESS SHARE."""
+    try:
+        return _read(database, steps)
+    except StatementError as error:
+        if not issubclass(for_sqlstate(error.sqlstate), LockTimeoutError):
+            raise
+        # Printing some definitions takes ACCESS SHARE on their tables: it waits behind ACCESS EXCLUSIVE.
+        where = "\n".join(holders(database, steps))
+        raise LockTimeoutError(f"the catalogs could not be read: {error.message}", where=where) from error
+
+
+def _read(database: Database, steps: Sequence[Step]) -> Survey:
     _, _, server, items, _ = database.run(
         [
-            "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY",
+            _BEGIN,
             # Compiling so large a query would take longer than running it.
             f"SELECT {database.transaction_settings}, set_config('jit', 'off', true)",
             _SERVER,
@@ -133,3 +163,11 @@ def _server(row: tuple[str | None, ...], database: Database) -> Server:
     version, role, name, schema, read_only, search_path, pid = row
     pooled = pid != str(database.backend_pid)
     return Server(str(version).split()[0], str(role), str(name), schema, read_only, str(search_path), pooled)
+
+
+def holders(database: Database, chain: Sequence[Step]) -> list[str]:
+    """Who has had locks on the chain's tables for longer than we waited."""
+    promises = "\nUNION ALL\n".join(f"SELECT item FROM (\n{step.verification}\n) AS v" for step in chain)
+    query = _HOLDERS.format(promises=promises, at_least=_literal(f"{database.lock_timeout_ms} ms"))
+    _, _, rows, _ = database.run([_BEGIN, f"SELECT {database.transaction_settings}", query, "COMMIT"])
+    return [str(row[0]) for row in rows]

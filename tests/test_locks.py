@@ -263,3 +263,26 @@ def test_finished_database_does_not_care_about_another_run(db: Db) -> None:
     assert db.invoke("setup").code == 0
     with another_run(db):
         assert db.invoke("setup", env={"LOCK_WAIT": "0"}).code == 0
+
+
+@pytest.mark.parametrize("table", ["slots", "turn_metrics", "prompt_snapshots"])
+@pytest.mark.parametrize("task", ["setup", "verify"])
+def test_who_holds_access_exclusive_is_named(db: Db, table: str, task: str) -> None:
+    """Where the catalogs can be read all the same, nothing is wrong; else the message says who is in the way."""
+    assert db.invoke("setup").code == 0
+    with db.connect(autocommit=False) as holder:
+        holder.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
+        done = db.invoke(task, env={"LOCK_TIMEOUT": "300ms"})
+        assert done.code in (0, 7), done
+        assert done.code == 0 or f"pid {holder.info.backend_pid} " in done.err, done
+
+
+def test_who_holds_up_a_pending_step_with_access_exclusive_is_named(db: Db) -> None:
+    assert db.invoke("prereqs").code == 0
+    before = db.dump(data=True)
+    with db.connect(autocommit=False) as holder:
+        holder.execute("LOCK TABLE slots")
+        done = db.invoke("slots-flags", env={"LOCK_TIMEOUT": "300ms"})
+        assert done.code == 7, done
+        assert f"pid {holder.info.backend_pid} " in done.err, done
+    assert db.dump(data=True) == before

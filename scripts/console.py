@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +16,18 @@ class Console:
 
     def __init__(self) -> None:
         self.mask: Callable[[str], str] = str  # replaced once there are secrets to mask
+        self._progress = ""  # the line that the next one is to replace
+
+    def progress(self, line: str) -> None:
+        """Show on a terminal, and nowhere else, how far something is; the next line takes its place, "" none."""
+        if line != self._progress and sys.stdout.isatty():
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be taken back
+            print(f"\r\x1b[K{self.mask(line)[:width]}", end="", flush=True)
+            self._progress = line
 
     def say(self, *lines: str) -> None:
         """Print the lines at once: a pipe would otherwise keep them back until the end."""
+        self.progress("")
         try:
             for line in lines:
                 print(self.mask(line), flush=True)
@@ -26,6 +36,7 @@ class Console:
 
     def complain(self, error: errors.RecipeError) -> None:
         """Print what is wrong, what it concerns, and what helps."""
+        self.progress("")
         for line in error.lines():
             print(self.mask(line), file=sys.stderr, flush=True)
 

@@ -10,12 +10,14 @@ import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import NoReturn, Protocol, TypeVar
 
 import psycopg
 from psycopg import generators, pq, sql
+from psycopg.abc import PQGen
 from psycopg.conninfo import make_conninfo
 from psycopg.errors import Diagnostic, error_from_result
+from psycopg.waiting import Ready
 
 from scripts.errors import StatementError, UnreachableError
 from scripts.settings import Settings, Target, mask
@@ -23,12 +25,30 @@ from scripts.settings import Settings, Target, mask
 # What psycopg logs is for developers; users get our messages, and logging's last resort would print both.
 logging.getLogger("psycopg").addHandler(logging.NullHandler())
 
+_T = TypeVar("_T")
 Row = tuple[str | None, ...]
 Rows = list[Row]
 
+APPLICATION_NAME = "budget-engine-recipes"
 _STATEMENT_TIMEOUT = "60s"  # for catalog work, instead of what the role brings along for its queries
+_MOMENT_S = 0.1  # without an answer, after which a watcher may look around
 _CANCEL_S = 5.0  # how long a request to cancel may take to reach the server
 OLDEST_VERSION = 140000  # CREATE OR REPLACE TRIGGER and string_to_table came with PostgreSQL 14
+
+
+class Watcher(Protocol):
+    """Whoever looks around while a message is on its way (watch.Watch)."""
+
+    holders: tuple[str, ...]  # who is, or was last, in the way of the message
+
+    def begin(self) -> None:
+        """Begin to look: a message goes out."""
+
+    def idle(self) -> None:
+        """Take a look, perhaps: nothing has come back for a moment."""
+
+    def end(self) -> None:
+        """Leave off: the message has been answered."""
 
 
 class Database:
@@ -37,7 +57,8 @@ class Database:
     def __init__(self, target: Target, settings: Settings) -> None:
         self.target = target
         self.lock_timeout_ms = settings.lock_timeout_ms
-        defaults = {"application_name": "budget-engine-recipes", "connect_timeout": str(settings.connect_timeout_s)}
+        self.watch: Watcher | None = None
+        defaults = {"application_name": APPLICATION_NAME, "connect_timeout": str(settings.connect_timeout_s)}
         conninfo = defaults | target.conninfo | {"client_encoding": "UTF8"}
         try:
             self._connection = psycopg.connect(make_conninfo(**conninfo), autocommit=True, prepare_threshold=None)
@@ -78,8 +99,23 @@ class Database:
         Raises StatementError, after rolling back a transaction that the message left open; KeyboardInterrupt, after
         cancelling the statement that was running.
         """
-        with self._cancelled_by_ctrl_c():
+        with self._cancelled_by_ctrl_c(), self._watched():
             return self._run(statements, on_done)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Have the watcher look around, and say in an error whom it saw in the way."""
+        if self.watch is None:
+            yield
+            return
+        self.watch.begin()
+        try:
+            yield
+        except StatementError as error:
+            error.holders = self.watch.holders
+            raise
+        finally:
+            self.watch.end()
 
     def _run(self, statements: Sequence[str], on_done: Callable[[int], None]) -> list[Rows]:
         rows: list[Rows] = []
@@ -140,8 +176,28 @@ class Database:
     def _exchange(self, message: str) -> Iterator[pq.abc.PGresult]:
         self._connection.pgconn.send_query(message.encode())
         self._connection.wait(generators.send(self._connection.pgconn))
-        while (result := self._connection.wait(generators.fetch(self._connection.pgconn))) is not None:
+        moment_s = min(
+            _MOMENT_S, self.lock_timeout_ms / 10_000
+        )  # a watcher has to see who is in the way before it is over
+        while (result := self._connection.wait(self._idling(self._fetch()), moment_s)) is not None:
             yield result
+
+    def _fetch(self) -> PQGen[pq.abc.PGresult | None]:
+        waiting: PQGen[pq.abc.PGresult | None] = generators.fetch(self._connection.pgconn)
+        return waiting
+
+    def _idling(self, waiting: PQGen[_T]) -> PQGen[_T]:
+        """Pass on psycopg's generator, and tell the watcher of each moment in which nothing came."""
+        try:
+            wanted = next(waiting)
+            while True:
+                ready = yield wanted
+                if ready == Ready.NONE and self.watch is not None:
+                    self.watch.idle()
+                wanted = waiting.send(ready)
+        except StopIteration as done:
+            result: _T = done.value
+            return result
 
 
 def _rows(result: pq.abc.PGresult) -> Rows:

@@ -47,6 +47,12 @@ class UnreachableError(RecipeError):
     usual_remedy = "Run the task again: what was committed stands, and it goes on from there."
 
 
+class CrowdedError(UnreachableError):
+    """The server, which took one connection, refuses the second one that online work needs."""
+
+    usual_remedy = "Run the task again when other sessions have ended; LOCK_WAIT sets how long to wait."
+
+
 class MissingError(RecipeError):
     """Something promised is still missing."""
 
@@ -66,6 +72,12 @@ class LockTimeoutError(RecipeError):
     usual_remedy = "End what holds the lock, or set a longer LOCK_TIMEOUT, then run the task again."
 
 
+class BusyError(LockTimeoutError):
+    """Another run, or another session's index build, is at work on the same."""
+
+    usual_remedy = "Run the task again when it is done; LOCK_WAIT sets how long to wait."
+
+
 class NotPermittedError(RecipeError):
     """The role lacks a right, or the server takes no writes."""
 
@@ -83,7 +95,8 @@ class StoppedError(RecipeError):
 class StatementError(Exception):
     """The server refused a statement of a message; those before it were run, those after it were not.
 
-    index: which one, from 0; sqlstate: None where the connection is gone; context: PL/pgSQL's call stack.
+    index: which one, from 0; sqlstate: None where the connection is gone; context: PL/pgSQL's call stack; holders: who
+    was seen in its way.
     """
 
     index: int
@@ -92,6 +105,10 @@ class StatementError(Exception):
     detail: str = ""
     hint: str = ""
     context: str = ""
+    holders: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.message
 
 
 _BY_SQLSTATE: dict[str | None, type[RecipeError]] = {

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 
@@ -17,10 +16,11 @@ from scripts import chain, embedded, errors, plan, report, runner, survey
 from scripts.chain import ROOT, Step
 from scripts.console import CONSOLE
 from scripts.database import Database
+from scripts.patience import Patience
 from scripts.settings import Settings, Target, load, mask, parse_target
+from scripts.watch import Watch
 
-# Pause between two looks while another run is at work: shortest, longest; random, so that many fall out of step.
-POLL_S = (0.05, 0.5)
+POLL_S = 0.1  # first pause between two looks while another run is at work
 
 
 def run(task: str | None, *, dry: bool = False) -> None:
@@ -28,8 +28,8 @@ def run(task: str | None, *, dry: bool = False) -> None:
     given, where = _announced(dry=dry)
     everything = chain.load()
     wanted = [step for step in everything if task in (None, step.task)]
-    with Database(where, given) as database:
-        before = _look(database, everything, wanted)
+    with _Work(where, given, everything, wanted) as work:
+        before = work.look()
         CONSOLE.say(report.server(before.server, before.items))
         todo = _plan(wanted, before)
         if dry:
@@ -37,22 +37,25 @@ def run(task: str | None, *, dry: bool = False) -> None:
         _refuse_what_cannot_be(before.server, todo)
         if dry:
             return
-        after = _Work(database, given, everything, wanted).carry_out(before)
-    CONSOLE.say(f"{'done' if todo.to_do else 'nothing to do'}: {report.summary(_items(wanted, after))}")
-    _judge(_plan(wanted, after), remedy="Mend the rows that refuse it (they are named above), then run the task again.")
+        after = work.carry_out(before)
+        CONSOLE.say(f"{'done' if todo.to_do else 'nothing to do'}: {report.summary(_items(wanted, after))}")
+        left = _plan(wanted, after)
+        rows = survey.orphans(work.database, left.missing)
+    _judge(left, rows=rows, remedy="Mend those rows, then run the task again; no row was deleted or changed.")
 
 
 def verify() -> None:
     """Compare every promise of the chain with what stands."""
     given, where = _announced()
     everything = chain.load()
-    with Database(where, given) as database:
-        found = _look(database, everything, everything, believes=lambda todo: not todo.missing)
-    CONSOLE.say(report.server(found.server, found.items))
-    todo = _plan(everything, found)
-    CONSOLE.say(*report.steps(todo), report.summary(found.items))
+    with _Work(where, given, everything, everything) as work:
+        found = work.look(believes=lambda todo: not todo.missing)
+        CONSOLE.say(report.server(found.server, found.items))
+        todo = _plan(everything, found)
+        CONSOLE.say(*report.steps(todo), report.summary(found.items))
+        rows = survey.orphans(work.database, todo.missing)
     _refuse_no_schema(found.server)
-    _judge(todo, remedy="Run invoke setup.", listed=True)
+    _judge(todo, rows=rows, remedy="Run invoke setup.", listed=True)
 
 
 def start() -> None:
@@ -122,26 +125,6 @@ def _embedded_target(*, dry: bool) -> Target:
     return replace(target, conninfo=target.conninfo | {"options": ""})
 
 
-def _look(
-    database: Database,
-    everything: Sequence[Step],
-    wanted: Sequence[Step],
-    believes: Callable[[plan.Plan], bool] = lambda todo: not (todo.in_the_way or todo.lacking),
-) -> survey.Survey:
-    """Survey what stands; look again, until two looks agree, before believing that it cannot be mended.
-
-    While another run commits, a survey may be torn: functions like to_regclass() see the newest catalogs, the joins
-    beside them see those of the moment at which the query began.
-    """
-    found = survey.read(database, everything)
-    while not believes(_plan(wanted, found)):
-        again = survey.read(database, everything)
-        if again.items == found.items:
-            break
-        found = again
-    return found
-
-
 def _plan(wanted: Sequence[Step], found: survey.Survey) -> plan.Plan:
     return plan.make([step.stem for step in wanted], found.items)
 
@@ -184,8 +167,11 @@ def _refuse_no_schema(server: survey.Server) -> None:
         )
 
 
-def _judge(found: plan.Plan, *, remedy: str = "", listed: bool = False) -> None:
-    """Raise where something that the plan's steps promise does not stand; listed: the report has said already what."""
+def _judge(found: plan.Plan, *, rows: Sequence[str] = (), remedy: str = "", listed: bool = False) -> None:
+    """Raise where something that the plan's steps promise does not stand.
+
+    rows: those that refuse it, in words; listed: the report has said already what does not stand.
+    """
     if found.in_the_way:
         raise errors.InTheWayError(
             "something stands in the way, and no step may touch it",
@@ -195,48 +181,95 @@ def _judge(found: plan.Plan, *, remedy: str = "", listed: bool = False) -> None:
     if found.missing:
         raise errors.MissingError(
             "something promised is missing",
-            where="" if listed else "\n".join(report.difference(item) for item in report.outermost(found.missing)),
+            where="\n".join([*([] if listed else map(report.difference, report.outermost(found.missing))), *rows]),
             remedy=remedy,
         )
 
 
 class _Work:
-    """Carrying out the plan of one task against one database, looking again after each round."""
+    """One task against one database: looking, and carrying out the plan until its promises stand."""
 
-    def __init__(self, database: Database, given: Settings, everything: Sequence[Step], wanted: Sequence[Step]) -> None:
-        self.database, self.given, self.everything, self.wanted = database, given, everything, wanted
-        self.give_up_at = time.monotonic() + given.lock_wait_s
-        self.online: runner.Online | None = None
-        self.waiting = False
+    def __init__(self, where: Target, given: Settings, everything: Sequence[Step], wanted: Sequence[Step]) -> None:
+        self.given, self.everything, self.wanted = given, everything, wanted
+        self.patience = Patience(given.lock_wait_s)
+        self._open = partial(Database, where, given)
+        self._open_connections = ExitStack()
+        self._online: runner.Online | None = None
+
+    def __enter__(self) -> _Work:
+        self.database = self._open_connections.enter_context(self._open())
+        watch = self._open_connections.enter_context(closing(Watch(self.database, self._open)))
+        self.database.watch = watch
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._open_connections.close()
+
+    def look(
+        self, believes: Callable[[plan.Plan], bool] = lambda todo: not (todo.in_the_way or todo.lacking)
+    ) -> survey.Survey:
+        """Survey what stands; look again, until two looks agree, before believing that it cannot be mended.
+
+        While another run commits, a survey may be torn: functions like to_regclass() see the newest catalogs, the joins
+        beside them see those of the moment at which the query began.
+        """
+        found = self._survey()
+        while not believes(_plan(self.wanted, found)):
+            again = self._survey()
+            if again.items == found.items:
+                break
+            found = again
+        return found
 
     def carry_out(self, found: survey.Survey) -> survey.Survey:
-        """Run all atomic parts, then all online parts; where another run is at work, wait for what it leaves to do."""
+        """Run all atomic parts, then all online parts, as often as it takes and LOCK_WAIT allows."""
+        self.patience.restart()
         while (todo := _plan(self.wanted, found)).to_do:
-            outcome = self._one_round(todo, found.server.pooled)
-            if outcome is runner.Outcome.BUSY:
-                self._pause()
-            after = _look(self.database, self.everything, self.wanted)
-            if outcome is runner.Outcome.RAN and after.items == found.items:
+            hindrance = self._one_round(todo, found.server.pooled)
+            if hindrance is not None:
+                self._pause(hindrance)
+            after = self.look()
+            if after.items != found.items:
+                self.patience.restart()
+            elif hindrance is None:
                 return after  # what is left, the rows refuse
             found = after
         return found
 
-    def _one_round(self, todo: plan.Plan, pooled: bool) -> runner.Outcome:
-        steps = [step for step in self.wanted if step.stem in (todo.atomic or todo.online)]
-        if todo.atomic:
-            return runner.run_atomic(self.database, steps, self.everything, _say_step)
-        if self.online is None:
-            patience_s = None if pooled else self.given.lock_wait_s
-            self.online = runner.Online(self.database, self.everything, patience_s, _say_step)
-        return self.online.run(steps)
+    def _survey(self) -> survey.Survey:
+        while True:
+            try:
+                return survey.read(self.database, self.everything)
+            except errors.LockTimeoutError as error:
+                self._pause(error)
 
-    def _pause(self) -> None:
-        if time.monotonic() > self.give_up_at:
-            raise errors.LockTimeoutError(
-                f"another run, or another session's index build, has been at work for {self.given.lock_wait_s:g} s",
-                remedy="Run the task again when it is done; LOCK_WAIT sets how long to wait.",
-            )
-        if not self.waiting:
-            CONSOLE.say(f"waiting for another run to finish, up to {self.given.lock_wait_s:g} s")
-            self.waiting = True
-        time.sleep(random.uniform(*POLL_S))  # noqa: S311
+    def _one_round(self, todo: plan.Plan, pooled: bool) -> errors.RecipeError | None:
+        """Do what can be done now; return what was in the way of the rest, if waiting may help."""
+        steps = [step for step in self.wanted if step.stem in (todo.atomic or todo.online)]
+        try:
+            if todo.atomic:
+                runner.run_atomic(self.database, steps, self.everything, _say_step)
+            else:
+                self._builder(pooled).run(steps)
+        except (errors.LockTimeoutError, errors.CrowdedError) as hindrance:
+            return hindrance
+        return None
+
+    def _builder(self, pooled: bool) -> runner.Online:
+        if self._online is None:
+            patience_s = None if pooled else self.given.lock_wait_s
+            online = runner.Online(self.database, self.everything, patience_s, _say_step, self._open)
+            self._online = self._open_connections.enter_context(online)
+        return self._online
+
+    def _pause(self, hindrance: errors.RecipeError) -> None:
+        """Wait a while, and say so: each time where we stood in a queue, once where others are simply at work."""
+        queued = type(hindrance) is errors.LockTimeoutError
+
+        def announce(pause_s: float, left_s: float) -> None:
+            if queued:
+                CONSOLE.say(report.retry(hindrance, pause_s, left_s))
+            elif self.patience.tries == 1:
+                CONSOLE.say(report.wait(hindrance, left_s))
+
+        self.patience.pause(hindrance, self.given.lock_timeout_ms / 1000 if queued else POLL_S, announce)

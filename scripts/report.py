@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from scripts.chain import label
+from scripts.errors import RecipeError
 from scripts.plan import Plan, State
 from scripts.settings import Settings, Target
 from scripts.survey import ONLINE, Item, Server
@@ -39,6 +40,16 @@ def _row_security(items: Sequence[Item]) -> str:
 def step(label: str, what: str) -> str:
     """One thing that happened to a step; the lines of a longer one stay together."""
     return f"{label:<{_WIDTH}}" + what.replace("\n", "\n" + " " * _WIDTH)
+
+
+def retry(hindrance: RecipeError, pause_s: float, left_s: float) -> str:
+    """Say what was not granted, and when it is asked for again."""
+    return f"waiting   {hindrance.what}; again in {pause_s:.1f} s, for up to {left_s:.0f} s"
+
+
+def wait(hindrance: RecipeError, left_s: float) -> str:
+    """Say who is at work, and how long that is waited for."""
+    return f"waiting   {hindrance.what}; up to {left_s:.0f} s"
 
 
 def steps(plan: Plan) -> list[str]:

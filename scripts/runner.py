@@ -16,7 +16,7 @@ from enum import Enum
 from psycopg import sql
 from psycopg.errors import Diagnostic
 
-from scripts import errors, survey
+from scripts import errors
 from scripts.chain import Step, version
 from scripts.database import Database
 from scripts.errors import StatementError
@@ -25,11 +25,19 @@ Say = Callable[[str, str], None]  # (label of the step, what happened to it)
 
 # One runner at a time in a database. Advisory locks have no names, only numbers: these are the letters "budget".
 ADVISORY_LOCK = int.from_bytes(b"budget", "big")
+# And one builder: of two CREATE INDEX CONCURRENTLY on one table the second waits for the first one's lock, the first
+# for the second one's snapshot: a deadlock. It is another lock, so that a build of an hour holds up no atomic part.
+ONLINE_LOCK = int.from_bytes(b"budget/o", "big")
 
 _BUSY = "TB004"  # raised by the guard
 _DEADLOCK = "40P01"
 _INTEGRITY = "23"  # the class of integrity constraint violations
 _DUPLICATE_TABLE = "42P07"
+_TIMEOUTS = {"57014", "55P03", "25P03"}  # what a role's own limits end a statement, or a turn, with
+_DIRECT = """\
+Online work takes as long as it takes, but the role brings a statement_timeout or lock_timeout along, which cannot be
+lifted through a transaction pooler: name the server itself in DATABASE_URL (the direct URL, not the pooler's), and run
+the task again; it finishes what is left."""
 _GUARD = f"""DO $guard$
 BEGIN
   IF NOT pg_try_advisory_xact_lock({ADVISORY_LOCK}) THEN
@@ -97,6 +105,10 @@ _STARTED = "set_config('budget_engine.started_at', extract(epoch FROM clock_time
 
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 
+# Nobody's setting may end the transaction that holds the turn (transaction_timeout is new in 17).
+_STAY = """SELECT set_config(name, '0', true) FROM pg_settings
+WHERE name IN ('idle_in_transaction_session_timeout', 'transaction_timeout')"""
+
 
 class Part(Enum):
     """What a statement of a step's transaction is there for."""
@@ -119,13 +131,6 @@ class Statement:
     sql: str
 
 
-class Outcome(Enum):
-    """How a round went; a round that failed raises."""
-
-    RAN = "ran"
-    BUSY = "another run is at work on the same"
-
-
 def script(steps: Sequence[Step], chain: Sequence[Step], transaction_settings: str) -> list[Statement]:
     """Write the message that carries out the atomic parts of the steps; chain: every step, for their verifications."""
     return [
@@ -143,10 +148,10 @@ def script(steps: Sequence[Step], chain: Sequence[Step], transaction_settings: s
     ]
 
 
-def run_atomic(database: Database, steps: Sequence[Step], chain: Sequence[Step], say: Say) -> Outcome:
-    """Carry out the atomic parts of the steps in one message; BUSY where another run holds the lock.
+def run_atomic(database: Database, steps: Sequence[Step], chain: Sequence[Step], say: Say) -> None:
+    """Carry out the atomic parts of the steps in one message.
 
-    Raises the RecipeError that the server's error stands for.
+    Raises BusyError where another run holds the lock, else the RecipeError that the server's error stands for.
     """
     statements = script(steps, chain, database.transaction_settings)
     current = 0
@@ -162,75 +167,119 @@ def run_atomic(database: Database, steps: Sequence[Step], chain: Sequence[Step],
             database.run([statement.sql for statement in statements], on_done)
     except StatementError as error:
         if error.sqlstate == _BUSY:
-            return Outcome.BUSY
-        raise _failure(database, chain, statements[: error.index + 1], error) from error
-    return Outcome.RAN
+            raise errors.BusyError(error.message) from error
+        raise _failure(statements[: error.index + 1], error) from error
 
 
 class Online:
-    """The online parts of one task's steps, round after round.
+    """The online parts of one task's steps, round after round; a context, which ends this run's turn.
 
     patience_s: how long a statement may wait for locks (seconds); None, through a pooler: as long as the role's
-    settings allow.
+    settings allow. open_second: opens the connection whose transaction holds the turn meanwhile.
     """
 
-    def __init__(self, database: Database, chain: Sequence[Step], patience_s: float | None, say: Say) -> None:
+    def __init__(
+        self,
+        database: Database,
+        chain: Sequence[Step],
+        patience_s: float | None,
+        say: Say,
+        open_second: Callable[[], Database],
+    ) -> None:
         self.database, self.chain, self.say = database, chain, say
+        self.pooled = patience_s is None
         self.refused: set[str] = set()
+        self._open_second = open_second
+        self._turn: Database | None = None
         if patience_s is not None:
             # The role's own limits are meant for queries. Through a pooler a SET would stay with another's session.
             database.run(["SET statement_timeout = 0", f"SET lock_timeout = {round(patience_s * 1000)}"])
 
-    def run(self, steps: Sequence[Step]) -> Outcome:
-        """Carry out what is missing; BUSY where another session is building it.
+    def __enter__(self) -> Online:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._turn is not None:
+            self._turn.close()
+
+    def run(self, steps: Sequence[Step]) -> None:
+        """Carry out what is missing.
 
         A statement that the rows themselves refuse (a key that is not unique, a reference to nothing) is said, and
-        passed over from then on: its item stays missing. Every other failure raises the RecipeError that it stands for.
+        passed over from then on: its item stays missing. Raises BusyError where another run, or another session, is
+        building; CrowdedError where there is no room for the second connection; else the RecipeError that the server's
+        error stands for.
         """
-        outcome = Outcome.BUSY
-        for step in steps:
-            started = time.monotonic()
-            statements = self._statements(step)
-            if not statements:
-                continue
-            outcome = Outcome.RAN
-            outcomes = [self._run_alone(step, statement) for statement in statements if statement not in self.refused]
-            if Outcome.BUSY in outcomes:
-                return Outcome.BUSY
-            if outcomes and not self.refused.issuperset(statements):
-                diary = _diary(step, "online", f"{time.monotonic() - started} s")
-                self.database.run([_BEGIN, f"SELECT {self.database.transaction_settings}", diary, "COMMIT"])
-        return outcome
+        self._take_turn()
+        found_work = [self._run_step(step) for step in steps]
+        if not any(found_work):
+            raise errors.BusyError("another session is building an index")
+
+    def _run_step(self, step: Step) -> bool:
+        """Run the step's online statements; tell whether it had any."""
+        started = time.monotonic()
+        statements = self._statements(step)
+        due = [statement for statement in statements if statement not in self.refused]
+        for statement in due:
+            self._run_alone(step, statement)
+        if not self.refused.issuperset(statements):
+            diary = _diary(step, "online", f"{time.monotonic() - started} s")
+            self.database.run([_BEGIN, f"SELECT {self.database.transaction_settings}", diary, "COMMIT"])
+        return bool(statements)
+
+    def _take_turn(self) -> None:
+        """Be the one who builds; a second connection is opened only where the turn seems free."""
+        if self._turn is not None:
+            return
+        if _took_turn(self.database, "COMMIT"):
+            second = self._open_other()
+            if _took_turn(second):  # its transaction stays open, without a snapshot that a build would wait for
+                self._turn = second
+                return
+            second.close()
+        raise errors.BusyError("another run is building indexes in this database")
+
+    def _open_other(self) -> Database:
+        try:
+            return self._open_second()
+        except errors.UnreachableError as error:
+            raise errors.CrowdedError(
+                "online work needs a second connection for a while", where=error.where or error.what
+            ) from error
 
     def _statements(self, step: Step) -> list[str]:
         settings = f"SELECT {self.database.transaction_settings}"
         _, _, *answers, _ = self.database.run([_BEGIN, settings, *step.online, "COMMIT"])
         return [statement for rows in answers for (statement,) in rows if statement is not None]
 
-    def _run_alone(self, step: Step, statement: str) -> Outcome:
+    def _run_alone(self, step: Step, statement: str) -> None:
         started, skipped = time.monotonic(), []
 
         def on_notice(notice: Diagnostic) -> None:
-            if notice.sqlstate == _DUPLICATE_TABLE:  # IF NOT EXISTS found that another run was faster
+            if notice.sqlstate == _DUPLICATE_TABLE:  # IF NOT EXISTS found that another session was faster
                 skipped.append(notice)
 
         try:
             with self.database.notices(on_notice):
                 self.database.run([statement])
         except StatementError as error:
-            if error.sqlstate == _DEADLOCK:
-                return Outcome.BUSY  # two builds on one table waited for each other; the other one goes on
+            if error.sqlstate == _DEADLOCK:  # two builds on one table waited for each other; the other one goes on
+                raise errors.BusyError("another session is building an index on the same table") from error
             if not (error.sqlstate or "").startswith(_INTEGRITY):
-                run = [Statement(step, Part.ONLINE, statement)]
-                raise _failure(self.database, self.chain, run, error) from error
+                raise _failure([Statement(step, Part.ONLINE, statement)], error, pooled=self.pooled) from error
             self.refused.add(statement)
-            reason = f"{error.message}\n{error.detail}"
-            self.say(step.label, f"{statement}: refused by the rows: {reason}")
+            self.say(step.label, f"{statement}: refused by the rows: {error.message}\n{error.detail}")
         else:
             if skipped:
-                return Outcome.BUSY
+                raise errors.BusyError("another session is building the same index")
             self.say(step.label, f"{statement}: done, {(time.monotonic() - started) * 1000:.0f} ms")
-        return Outcome.RAN
+
+
+def _took_turn(database: Database, *afterwards: str) -> bool:
+    """Try for the turn to build; it lasts as long as the transaction does."""
+    try_it = f"SELECT pg_try_advisory_xact_lock({ONLINE_LOCK})"
+    _, _, rows, *_ = database.run([_BEGIN + " READ ONLY", _STAY, try_it, *afterwards])
+    return rows == [("t",)]
 
 
 def _verification(step: Step, chain: Sequence[Step]) -> str:
@@ -252,9 +301,7 @@ def _literal(value: str | None) -> str:
     return sql.Literal(value).as_string()
 
 
-def _failure(
-    database: Database, chain: Sequence[Step], statements: Sequence[Statement], error: StatementError
-) -> errors.RecipeError:
+def _failure(statements: Sequence[Statement], error: StatementError, *, pooled: bool = False) -> errors.RecipeError:
     """Say what the server's error stands for; statements: those that were run, the failed one last."""
     failed = statements[-1]
     kind = errors.for_sqlstate(error.sqlstate)
@@ -263,14 +310,15 @@ def _failure(
     where = [
         _place(failed, error.context),
         error.detail,
-        *(survey.holders(database, chain) if kind is errors.LockTimeoutError else []),
+        *error.holders,
         _aftermath(failed, kind),
         f"done before it: {', '.join(done)}" if done else "",
     ]
+    ended = "got no lock in" if kind is errors.LockTimeoutError else "failed in"
     return kind(
-        error.message if expected else f"{failed.step.label} failed in {failed.part.value}: {error.message}",
+        error.message if expected else f"{failed.step.label} {ended} {failed.part.value}: {error.message}",
         where="\n".join(line for line in where if line),
-        remedy=error.hint,
+        remedy=_DIRECT if pooled and error.sqlstate in _TIMEOUTS else error.hint,
     )
 
 

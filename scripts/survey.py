@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,18 @@ class Item:
     def in_the_way(self) -> bool:
         """Whether something stands there that no step mends."""
         return not self.stands and self.mended_by is None
+
+    @property
+    def orphans(self) -> str | None:
+        """Query for the rows that keep the item's foreign key from being validated; None: it is something else."""
+        key = re.fullmatch(r"FOREIGN KEY \((\w+)\) REFERENCES (\w+)\((\w+)\).*", self.expected)
+        if key is None or self.actual != f"{self.expected} NOT VALID":
+            return None
+        column, parent, parent_key = key.groups()
+        return (
+            f"SELECT * FROM {self.table} AS child WHERE {column} IS NOT NULL"
+            f" AND NOT EXISTS (SELECT FROM {parent} AS parent WHERE parent.{parent_key} = child.{column})"
+        )
 
 
 @dataclass(frozen=True)
@@ -100,22 +113,6 @@ LEFT JOIN pg_class AS target ON target.oid = to_regclass(substring(expected FROM
 ORDER BY chain_position, item_position"""
 
 
-_HOLDERS = """
-SELECT DISTINCT ON (xact_start, pid)
-       format('pid %s (role %s, application %s) is %s, its transaction open for %s s, holding %s on %s: %s',
-              pid, usename, quote_literal(application_name), state,
-              round(extract(epoch FROM clock_timestamp() - xact_start)), mode, relation::regclass,
-              left(regexp_replace(query, '[[:space:]]+', ' ', 'g'), 80))
-FROM pg_locks JOIN pg_stat_activity USING (pid)
-WHERE locktype = 'relation' AND granted AND pid <> pg_backend_pid()
-  AND pg_locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-  AND relation IN (SELECT to_regclass(substring(item FROM '^[a-z_]+')) FROM (
-{promises}
-      ) AS promise)
-  AND xact_start < clock_timestamp() - {at_least}::interval
-ORDER BY xact_start, pid"""
-
-
 def read(database: Database, steps: Sequence[Step]) -> Survey:
     """Ask once for everything that the steps promise: one message, one round trip, no lock but ACCESS SHARE."""
     try:
@@ -124,7 +121,7 @@ def read(database: Database, steps: Sequence[Step]) -> Survey:
         if not issubclass(for_sqlstate(error.sqlstate), LockTimeoutError):
             raise
         # Printing some definitions takes ACCESS SHARE on their tables: it waits behind ACCESS EXCLUSIVE.
-        where = "\n".join(holders(database, steps))
+        where = "\n".join(error.holders)
         raise LockTimeoutError(f"the catalogs could not be read: {error.message}", where=where) from error
 
 
@@ -165,9 +162,18 @@ def _server(row: tuple[str | None, ...], database: Database) -> Server:
     return Server(str(version).split()[0], str(role), str(name), schema, read_only, str(search_path), pooled)
 
 
-def holders(database: Database, chain: Sequence[Step]) -> list[str]:
-    """Who has had locks on the chain's tables for longer than we waited."""
-    promises = "\nUNION ALL\n".join(f"SELECT item FROM (\n{step.verification}\n) AS v" for step in chain)
-    query = _HOLDERS.format(promises=promises, at_least=_literal(f"{database.lock_timeout_ms} ms"))
-    _, _, rows, _ = database.run([_BEGIN, f"SELECT {database.transaction_settings}", query, "COMMIT"])
-    return [str(row[0]) for row in rows]
+def orphans(database: Database, items: Sequence[Item]) -> list[str]:
+    """Count the rows that keep foreign keys among the items from being validated; say so, with the query for them.
+
+    It reads the tables, as long as it takes, and stands in nobody's way.
+    """
+    return [line for item in items if item.orphans for line in _count_orphans(database, item, item.orphans)]
+
+
+def _count_orphans(database: Database, item: Item, query: str) -> list[str]:
+    settings = f"SELECT {database.transaction_settings}, set_config('statement_timeout', '0', true)"
+    try:
+        _, _, [(count,)], _ = database.run([_BEGIN, settings, f"SELECT count(*) FROM ({query}) AS orphan", "COMMIT"])
+    except StatementError as error:
+        return [f"{item.table}: the rows that point to nothing could not be counted ({error}): {query}"]
+    return [f"{item.table}: {count} rows point to nothing: {query}"] if count != "0" else []

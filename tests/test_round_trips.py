@@ -57,14 +57,20 @@ def test_each_task_with_nothing_to_do_takes_5_round_trips(db: Db) -> None:
 
 
 def test_online_work_costs_one_message_per_statement_and_three_per_step(db: Db) -> None:
-    """The SETs once; per step the SELECT for the statements, each statement alone, the line in the diary."""
+    """The SETs and the turn once; per step the SELECT for the statements, each statement alone, the line in the diary.
+
+    The second connection is the turn: its transaction is open as long as this run builds.
+    """
     assert db.invoke("setup").code == 0
     db.execute("DROP INDEX idx_games_owner, idx_games_world, idx_slots_type")
-    done, conversation = through_proxy(db, "setup")
+    with Proxy(socket_of(db.cluster.sockets)) as proxy:
+        done = db.invoke("setup", env={"DATABASE_URL": proxy.url(db.name)})
     assert done.code == 0
     assert db.differing() == {}
+    conversation, turn = proxy.conversations
     steps, statements = 2, 3
-    assert conversation.kinds == [*LOGIN, *SURVEY, "Q", *["Q"] * (2 * steps + statements), *SURVEY, *TERMINATE]
+    assert conversation.kinds == [*LOGIN, *SURVEY, "Q", "Q", *["Q"] * (2 * steps + statements), *SURVEY, *TERMINATE]
+    assert turn.kinds == [*LOGIN, "Q", *TERMINATE]
 
 
 def test_failed_step_owes_one_rollback(db: Db) -> None:

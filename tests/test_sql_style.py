@@ -83,6 +83,7 @@ def test_only_gexec() -> None:
         ("  IF current_setting('lock_timeout')", "END IF;"),
         ("      SELECT format('CREATE POLICY", "END LOOP;"),
         ("JOIN pg_class AS standing ON", "CROSS JOIN"),
+        ("  -- All of them or none:", "PERFORM pg_sleep"),
         ("  AND NOT (built.indexrelid IS NOT NULL", "\\gexec"),
     ],
 )

@@ -19,6 +19,10 @@ DECLARE
     AND to_regrole('service_role') IS NOT NULL AND to_regrole('authenticated') IS NOT NULL;
   created text[] := '{}';
   relation text;
+  statement text;
+  needed text[];          -- the locks, as statements
+  moment text;
+  give_up timestamptz;
   obstacles text;
 BEGIN
   IF current_setting('lock_timeout') = '0' THEN
@@ -55,6 +59,32 @@ BEGIN
       HINT = 'Move what stands there out of the way (CREATE SCHEMA attic; ALTER TABLE ... SET SCHEMA attic takes its indexes along), then run '
              'db/migrations/20250130000000_core_schema.sql (invoke prereqs) again. This step changed nothing.';
   END IF;
+
+  needed := ARRAY(
+    SELECT format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', to_regclass(target))
+    FROM (VALUES ('entry_points', 'worlds'), ('entry_points', 'rulesets'), ('games', 'entry_points'), ('games', 'worlds'),
+                 ('games', 'rulesets'), ('turns', 'games')) AS link (source, target)
+    WHERE to_regclass(source) IS NULL AND has_table_privilege(to_regclass(target), 'UPDATE, DELETE, TRUNCATE')
+    GROUP BY target);
+  -- All of them or none: who waits for one table while holding another holds up everybody who wants that one. So the queue is for
+  -- the first only, while nothing is held; what comes after it is waited for a moment at most, which is shorter than the
+  -- deadlock_timeout: nobody dies in a deadlock with us.
+  give_up := clock_timestamp() + current_setting('lock_timeout')::interval;
+  moment := ceil(1000 * extract(epoch FROM least('100 ms', current_setting('lock_timeout')::interval)));
+  LOOP
+    BEGIN
+      FOREACH statement IN ARRAY needed LOOP
+        EXECUTE statement;
+        PERFORM set_config('lock_timeout', moment, true);
+      END LOOP;
+      EXIT;
+    EXCEPTION WHEN lock_not_available THEN  -- this lets go of those that were locked
+      IF clock_timestamp() > give_up THEN
+        RAISE;
+      END IF;
+    END;
+    PERFORM pg_sleep(0.02);
+  END LOOP;
 
   -- Primary keys are left to PostgreSQL to name (worlds_pkey): where a table that was renamed has that name, it takes another.
   IF to_regclass('worlds') IS NULL THEN
@@ -224,6 +254,7 @@ BEGIN
                            to_regclass('prompt_segments'), to_regclass('games'), to_regclass('turns')) AND NOT relrowsecurity
   LOOP
     EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', relation);
+    PERFORM set_config('lock_timeout', moment, true);
     RAISE NOTICE 'row-level security of % turned on', relation;
   END LOOP;
 END

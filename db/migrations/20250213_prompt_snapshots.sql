@@ -22,14 +22,16 @@ DECLARE
     WHERE attrelid = to_regclass('profiles') AND (attname = 'role' OR attname = 'id' AND atttypid = 'uuid'::regtype));
   is_admin CONSTANT text :=
     'EXISTS (SELECT 1 FROM profiles AS p WHERE p.id = (SELECT auth.uid()) AND p.role::text = ''admin'')';
-  auth_users CONSTANT boolean := EXISTS (
-    SELECT FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid
+  auth_users CONSTANT oid := (
+    SELECT a.attrelid FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid
     WHERE c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = 'auth')
       AND c.relname = 'users' AND a.attname = 'id' AND a.atttypid = 'uuid'::regtype);
   statement text;
   progress text;
-  obstacles text;
+  needed text[] := '{}';  -- the locks, as statements
+  moment text;
   give_up timestamptz;
+  obstacles text;
 BEGIN
   IF current_setting('lock_timeout') = '0' THEN
     PERFORM set_config('lock_timeout', '2s', true);
@@ -81,23 +83,32 @@ BEGIN
         HINT = 'Move the older tables out of the way (CREATE SCHEMA attic; ALTER TABLE ... SET SCHEMA attic), then run '
                'db/migrations/20250130000000_core_schema.sql (invoke prereqs). This step changed nothing.';
     END IF;
+    needed := ARRAY(
+      SELECT format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', target::regclass)
+      FROM unnest(ARRAY[to_regclass('turns')::oid, to_regclass('games')::oid, auth_users]) AS target
+      WHERE has_table_privilege(target, 'UPDATE, DELETE, TRUNCATE'));
+  END IF;
+  -- All of them or none: who waits for one table while holding another holds up everybody who wants that one. So the queue is for
+  -- the first only, while nothing is held; what comes after it is waited for a moment at most, which is shorter than the
+  -- deadlock_timeout: nobody dies in a deadlock with us.
+  give_up := clock_timestamp() + current_setting('lock_timeout')::interval;
+  moment := ceil(1000 * extract(epoch FROM least('100 ms', current_setting('lock_timeout')::interval)));
+  LOOP
+    BEGIN
+      FOREACH statement IN ARRAY needed LOOP
+        EXECUTE statement;
+        PERFORM set_config('lock_timeout', moment, true);
+      END LOOP;
+      EXIT;
+    EXCEPTION WHEN lock_not_available THEN  -- this lets go of those that were locked
+      IF clock_timestamp() > give_up THEN
+        RAISE;
+      END IF;
+    END;
+    PERFORM pg_sleep(0.02);
+  END LOOP;
 
-    -- Both tables that it points to, or neither: who waits for the second while holding the first holds up all who want that.
-    give_up := clock_timestamp() + current_setting('lock_timeout')::interval;
-    LOOP
-      EXIT WHEN NOT (has_table_privilege('games', 'UPDATE, DELETE, TRUNCATE') AND has_table_privilege('turns', 'UPDATE, DELETE, TRUNCATE'));
-      BEGIN
-        LOCK TABLE games IN SHARE ROW EXCLUSIVE MODE;
-        LOCK TABLE turns IN SHARE ROW EXCLUSIVE MODE NOWAIT;
-        EXIT;
-      EXCEPTION WHEN lock_not_available THEN  -- this lets go of games
-        IF clock_timestamp() > give_up THEN
-          RAISE;
-        END IF;
-      END;
-      PERFORM pg_sleep(0.02);
-    END LOOP;
-
+  IF to_regclass('prompt_snapshots') IS NULL THEN
     -- turn_id belongs to the fix and parent_id to slots_templates; a new table has both from the start.
     CREATE TABLE prompt_snapshots (
       id                      uuid        DEFAULT gen_random_uuid() PRIMARY KEY,
@@ -125,7 +136,7 @@ BEGIN
     CREATE INDEX idx_prompt_snapshots_source ON prompt_snapshots (source);
     CREATE INDEX idx_prompt_snapshots_created_by ON prompt_snapshots (created_by);
     CREATE INDEX idx_prompt_snapshots_parent_id ON prompt_snapshots (parent_id);
-    IF auth_users THEN
+    IF auth_users IS NOT NULL THEN
       ALTER TABLE prompt_snapshots ADD CONSTRAINT prompt_snapshots_created_by_fkey
         FOREIGN KEY (created_by) REFERENCES auth.users (id) ON DELETE SET NULL;
     END IF;
@@ -144,6 +155,7 @@ BEGIN
       WHERE oid IN (to_regclass('prompt_snapshots')) AND NOT relrowsecurity
     LOOP
       EXECUTE statement;
+      PERFORM set_config('lock_timeout', moment, true);
       RAISE NOTICE '%', progress;
     END LOOP;
     FOR statement, progress IN
@@ -166,6 +178,7 @@ BEGIN
                           AND polname NOT IN (SELECT p.name FROM policy AS p))
     LOOP
       EXECUTE statement;
+      PERFORM set_config('lock_timeout', moment, true);
       RAISE NOTICE '%', progress;
     END LOOP;
   END IF;

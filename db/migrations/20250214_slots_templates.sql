@@ -23,12 +23,15 @@ DECLARE
     WHERE attrelid = to_regclass('profiles') AND (attname = 'role' OR attname = 'id' AND atttypid = 'uuid'::regtype));
   is_admin CONSTANT text :=
     'EXISTS (SELECT 1 FROM profiles AS p WHERE p.id = (SELECT auth.uid()) AND p.role::text = ''admin'')';
-  auth_users CONSTANT boolean := EXISTS (
-    SELECT FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid
+  auth_users CONSTANT oid := (
+    SELECT a.attrelid FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid
     WHERE c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = 'auth')
       AND c.relname = 'users' AND a.attname = 'id' AND a.atttypid = 'uuid'::regtype);
   statement text;
   progress text;
+  needed text[];          -- the locks, as statements
+  moment text;
+  give_up timestamptz;
   obstacles text;
 BEGIN
   IF current_setting('lock_timeout') = '0' THEN
@@ -89,6 +92,43 @@ BEGIN
              'db/migrations/20250214_slots_templates.sql (invoke prereqs) again. This step changed nothing.';
   END IF;
 
+  needed := ARRAY(
+    SELECT format('LOCK TABLE %s IN %s MODE', relation::regclass, mode)
+    FROM (
+      SELECT to_regclass('prompt_snapshots')::oid, 'ACCESS EXCLUSIVE'
+      WHERE NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('prompt_snapshots') AND attname = 'parent_id')
+      UNION ALL
+      SELECT to_regclass('prompt_snapshots')::oid, 'SHARE ROW EXCLUSIVE'
+      FROM pg_attribute AS a
+      WHERE attrelid = to_regclass('prompt_snapshots') AND attname = 'parent_id'
+        AND NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'f')
+      UNION ALL
+      SELECT auth_users, 'SHARE ROW EXCLUSIVE' WHERE to_regclass('templates') IS NULL
+      UNION ALL
+      SELECT oid, 'ACCESS EXCLUSIVE' FROM pg_class
+      WHERE oid IN (to_regclass('slots'), to_regclass('templates')) AND supabase AND NOT relrowsecurity
+    ) AS changed (relation, mode)
+    WHERE has_table_privilege(relation, 'UPDATE, DELETE, TRUNCATE'));
+  -- All of them or none: who waits for one table while holding another holds up everybody who wants that one. So the queue is for
+  -- the first only, while nothing is held; what comes after it is waited for a moment at most, which is shorter than the
+  -- deadlock_timeout: nobody dies in a deadlock with us.
+  give_up := clock_timestamp() + current_setting('lock_timeout')::interval;
+  moment := ceil(1000 * extract(epoch FROM least('100 ms', current_setting('lock_timeout')::interval)));
+  LOOP
+    BEGIN
+      FOREACH statement IN ARRAY needed LOOP
+        EXECUTE statement;
+        PERFORM set_config('lock_timeout', moment, true);
+      END LOOP;
+      EXIT;
+    EXCEPTION WHEN lock_not_available THEN  -- this lets go of those that were locked
+      IF clock_timestamp() > give_up THEN
+        RAISE;
+      END IF;
+    END;
+    PERFORM pg_sleep(0.02);
+  END LOOP;
+
   IF to_regclass('slots') IS NULL THEN
     CREATE TABLE slots (
       id           uuid        DEFAULT gen_random_uuid() PRIMARY KEY,
@@ -126,7 +166,7 @@ BEGIN
     CREATE INDEX idx_templates_type_slot ON templates (type, slot);
     CREATE INDEX idx_templates_status ON templates (status);
     CREATE INDEX idx_templates_type_slot_status ON templates (type, slot, status);
-    IF auth_users THEN
+    IF auth_users IS NOT NULL THEN
       ALTER TABLE templates ADD CONSTRAINT templates_created_by_fkey
         FOREIGN KEY (created_by) REFERENCES auth.users (id) ON DELETE SET NULL;
     END IF;
@@ -159,6 +199,7 @@ BEGIN
       WHERE oid IN (to_regclass('slots'), to_regclass('templates')) AND NOT relrowsecurity
     LOOP
       EXECUTE statement;
+      PERFORM set_config('lock_timeout', moment, true);
       RAISE NOTICE '%', progress;
     END LOOP;
     FOR statement, progress IN
@@ -181,6 +222,7 @@ BEGIN
                           AND polname NOT IN (SELECT p.name FROM policy AS p))
     LOOP
       EXECUTE statement;
+      PERFORM set_config('lock_timeout', moment, true);
       RAISE NOTICE '%', progress;
     END LOOP;
   END IF;

@@ -25,6 +25,9 @@ DECLARE
   old_comment text;
   undo text;
   grants text;
+  statement text;
+  needed text[];          -- the locks, as statements
+  moment text;
   give_up timestamptz;
   obstacles text;
 BEGIN
@@ -123,18 +126,24 @@ BEGIN
     END IF;
   END IF;
 
-  -- Both tables, or neither: who waits for the second while holding the first holds up everybody who wants that one, and dies
-  -- with them in a deadlock. The queue is for prompt_snapshots only, while nothing else is held.
+  needed := ARRAY[format('LOCK TABLE %s IN %s MODE', target,
+                         CASE WHEN turn_id.atttypid = 'uuid'::regtype THEN 'ACCESS EXCLUSIVE' ELSE 'SHARE ROW EXCLUSIVE' END)];
+  IF has_table_privilege(turns, 'UPDATE, DELETE, TRUNCATE') THEN  -- else LOCK is not for us, and ALTER TABLE has to wait
+    needed := needed || format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', turns::regclass);
+  END IF;
+  -- All of them or none: who waits for one table while holding another holds up everybody who wants that one. So the queue is for
+  -- the first only, while nothing is held; what comes after it is waited for a moment at most, which is shorter than the
+  -- deadlock_timeout: nobody dies in a deadlock with us.
   give_up := clock_timestamp() + current_setting('lock_timeout')::interval;
+  moment := ceil(1000 * extract(epoch FROM least('100 ms', current_setting('lock_timeout')::interval)));
   LOOP
     BEGIN
-      EXECUTE format('LOCK TABLE %s IN %s MODE', target,
-                     CASE WHEN turn_id.atttypid = 'uuid'::regtype THEN 'ACCESS EXCLUSIVE' ELSE 'SHARE ROW EXCLUSIVE' END);
-      IF has_table_privilege(turns, 'UPDATE, DELETE, TRUNCATE') THEN  -- else LOCK is not for us, and ALTER TABLE has to wait
-        EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE NOWAIT', turns::regclass);
-      END IF;
+      FOREACH statement IN ARRAY needed LOOP
+        EXECUTE statement;
+        PERFORM set_config('lock_timeout', moment, true);
+      END LOOP;
       EXIT;
-    EXCEPTION WHEN lock_not_available THEN  -- this lets go of prompt_snapshots
+    EXCEPTION WHEN lock_not_available THEN  -- this lets go of those that were locked
       IF clock_timestamp() > give_up THEN
         RAISE;
       END IF;

@@ -28,6 +28,9 @@ DECLARE
   metrics oid := to_regclass('turn_metrics');
   statement text;
   progress text;
+  needed text[];          -- the locks, as statements
+  moment text;
+  give_up timestamptz;
   obstacles text;
 BEGIN
   IF current_setting('lock_timeout') = '0' THEN
@@ -89,6 +92,39 @@ BEGIN
       HINT = 'Move what stands there out of the way (CREATE SCHEMA attic; ALTER TABLE ... SET SCHEMA attic takes its indexes along), then run '
              'db/migrations/20250222_turn_metrics.sql (invoke turn-metrics) again. This step changed nothing.';
   END IF;
+
+  needed := ARRAY(
+    SELECT format('LOCK TABLE %s IN %s MODE', relation::regclass, mode)
+    FROM (
+      SELECT 1, metrics, 'ACCESS EXCLUSIVE'
+      WHERE EXISTS (SELECT FROM pg_attribute WHERE attrelid = metrics AND NOT atthasdef
+                      AND attname IN ('created_at', 'trims_count', 'top_trim_keys', 'rejects'))
+      UNION ALL
+      SELECT 2, unnest(ARRAY[metrics, turns]), 'SHARE ROW EXCLUSIVE'
+      WHERE NOT EXISTS (SELECT FROM pg_constraint AS f JOIN pg_attribute AS a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum]
+                        WHERE f.conrelid = metrics AND a.attname = 'turn_id' AND f.contype = 'f' AND f.confrelid = turns)
+    ) AS changed (position, relation, mode)
+    WHERE has_table_privilege(relation, 'UPDATE, DELETE, TRUNCATE')
+    ORDER BY position);
+  -- All of them or none: who waits for one table while holding another holds up everybody who wants that one. So the queue is for
+  -- the first only, while nothing is held; what comes after it is waited for a moment at most, which is shorter than the
+  -- deadlock_timeout: nobody dies in a deadlock with us.
+  give_up := clock_timestamp() + current_setting('lock_timeout')::interval;
+  moment := ceil(1000 * extract(epoch FROM least('100 ms', current_setting('lock_timeout')::interval)));
+  LOOP
+    BEGIN
+      FOREACH statement IN ARRAY needed LOOP
+        EXECUTE statement;
+        PERFORM set_config('lock_timeout', moment, true);
+      END LOOP;
+      EXIT;
+    EXCEPTION WHEN lock_not_available THEN  -- this lets go of those that were locked
+      IF clock_timestamp() > give_up THEN
+        RAISE;
+      END IF;
+    END;
+    PERFORM pg_sleep(0.02);
+  END LOOP;
 
   IF metrics IS NULL THEN
     CREATE TABLE turn_metrics (
@@ -155,6 +191,7 @@ BEGIN
       WHERE oid IN (to_regclass('turn_metrics')) AND NOT relrowsecurity
     LOOP
       EXECUTE statement;
+      PERFORM set_config('lock_timeout', moment, true);
       RAISE NOTICE '%', progress;
     END LOOP;
     FOR statement, progress IN
@@ -175,6 +212,7 @@ BEGIN
                           AND polname NOT IN (SELECT p.name FROM policy AS p))
     LOOP
       EXECUTE statement;
+      PERFORM set_config('lock_timeout', moment, true);
       RAISE NOTICE '%', progress;
     END LOOP;
   END IF;

@@ -97,7 +97,7 @@ def busy(db: Db, *statements: str) -> Iterator[list[BaseException]]:
 
 @pytest.mark.parametrize("task", ["fix", "setup"])
 def test_two_busy_tables_are_got_all_the_same(db: Db, task: str) -> None:
-    """There is never a moment in which nobody writes: whoever only tries, without ever waiting, would not get both."""
+    """Sessions write either table, or both in the other order, without a pause; no deadlock ends one of them."""
     db.execute(with_uuid())
     new_turn = """INSERT INTO turns (game_id, idx, role, content)
                   SELECT game_id, max(idx) + 1, 'player', '{}' FROM turns GROUP BY game_id ORDER BY random() LIMIT 1

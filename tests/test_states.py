@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterator
 
@@ -424,6 +425,11 @@ def test_orphans_are_said_and_kept_and_all_else_is_done(db: Db) -> None:
             )
         }
         assert lost(before, contents(db), {}) == []
+        for said in (done, db.invoke("verify")):
+            assert said.code == 5, said
+            found = re.search(r"prompt_snapshots: (\d+) rows point to nothing: (SELECT .*)", said.err)
+            assert found is not None, said
+            assert int(found[1]) == len(db.rows(found[2])) == 1
     db.execute("UPDATE prompt_snapshots SET turn_id = NULL WHERE turn_id = 999999")
     assert_ready(db)
 

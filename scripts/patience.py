@@ -37,8 +37,11 @@ class Patience:
 
         The pauses double from first_s on, each shortened by chance, so that many who wait fall out of step.
         """
-        left_s = self.limit_s - (self.clock() - self._since)
+        spent_s = self.clock() - self._since
+        left_s = self.limit_s - spent_s
         if left_s <= 0:
+            if self.tries:
+                why.where = f"{why.where}\ntried {self.tries + 1} times in {spent_s:.0f} s".strip()
             raise why
         longest_s = min(first_s * 2**self.tries, _LONGEST_PAUSE_S)
         pause_s = min(random.uniform(longest_s / 2, longest_s), left_s)  # noqa: S311 - nothing secret

@@ -44,6 +44,9 @@ class Watcher(Protocol):
     def begin(self) -> None:
         """Begin to look: a message goes out."""
 
+    def answered(self) -> None:
+        """Know that something has come back."""
+
     def idle(self) -> None:
         """Take a look, perhaps: nothing has come back for a moment."""
 
@@ -192,8 +195,8 @@ class Database:
             wanted = next(waiting)
             while True:
                 ready = yield wanted
-                if ready == Ready.NONE and self.watch is not None:
-                    self.watch.idle()
+                if self.watch is not None:
+                    self.watch.idle() if ready == Ready.NONE else self.watch.answered()
                 wanted = waiting.send(ready)
         except StopIteration as done:
             result: _T = done.value

@@ -105,9 +105,11 @@ _STARTED = "set_config('budget_engine.started_at', extract(epoch FROM clock_time
 
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 
-# Nobody's setting may end the transaction that holds the turn (transaction_timeout is new in 17).
-_STAY = """SELECT set_config(name, '0', true) FROM pg_settings
-WHERE name IN ('idle_in_transaction_session_timeout', 'transaction_timeout')"""
+# For the session that builds, and for the transaction that holds the turn meanwhile (transaction_timeout is new in 17).
+_UNLIMITED = """SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN '{lock_timeout_ms}' ELSE '0' END, false)
+FROM pg_settings WHERE name IN ('statement_timeout', 'transaction_timeout', 'lock_timeout')"""
+_STAY = """SELECT set_config(name, '0', true)
+FROM pg_settings WHERE name IN ('idle_in_transaction_session_timeout', 'transaction_timeout')"""
 
 
 class Part(Enum):
@@ -193,7 +195,7 @@ class Online:
         self._turn: Database | None = None
         if patience_s is not None:
             # The role's own limits are meant for queries. Through a pooler a SET would stay with another's session.
-            database.run(["SET statement_timeout = 0", f"SET lock_timeout = {round(patience_s * 1000)}"])
+            database.run([_UNLIMITED.format(lock_timeout_ms=round(patience_s * 1000))])
 
     def __enter__(self) -> Online:
         return self

@@ -16,7 +16,7 @@ from scripts import errors
 from scripts.console import CONSOLE
 from scripts.database import Database
 
-_FIRST_LOOK_S = 0.25  # a statement that takes longer is waiting, or has much to do; sooner where it gives up sooner
+_FIRST_LOOK_S = 1.0  # of silence: a statement is waiting, or has much to do; sooner where it gives up sooner
 _LONGEST_PAUSE_S = 1.0  # between two looks; they begin close together
 
 # Through a pooler nobody knows which server process is ours: then it is any that bears our name.
@@ -78,6 +78,10 @@ class Watch:
     def begin(self) -> None:
         """Begin to look: a message goes out."""
         self.holders = ()
+        self.answered()
+
+    def answered(self) -> None:
+        """Begin to count the silence anew: something has come back."""
         self._pause_s = self._first_look_s
         self._next_look = time.monotonic() + self._pause_s
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 import uuid
 from pathlib import Path
 
@@ -67,6 +69,18 @@ def test_the_undo_of_the_comment_gives_back_what_was(old: Db, tmp_path: Path) ->
         undo(old, tmp_path)
         old.execute(f"ALTER TABLE prompt_snapshots DROP {taken}")
         assert old.dump(data=True) == before
+
+
+def test_the_undo_is_printed_too(old: Db, tmp_path: Path) -> None:
+    before = held(old, "turn_id")
+    done = old.invoke("fix")
+    assert done.code == 0, done
+    printed = re.search(r"to undo it:\n(.*?COMMIT;)$", done.out, re.S | re.M)
+    assert printed is not None, done
+    (tmp_path / "undo.sql").write_text(textwrap.dedent(printed[1]))
+    undone = old.psql("-f", str(tmp_path / "undo.sql"))
+    assert (undone.code, undone.err) == (0, "")
+    assert held(old, "turn_id") == before
 
 
 def test_after_an_undo_setup_fixes_again_and_keeps_both(old: Db, tmp_path: Path) -> None:

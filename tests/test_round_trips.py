@@ -9,12 +9,13 @@ from scripts import chain
 
 LOGIN = ["SSLRequest", "Startup"]
 SURVEY, ATOMIC, TERMINATE = ["Q"], ["Q"], ["X"]
+CALM = {"LOCK_TIMEOUT": "60s"}  # on a loaded machine a watch would soon open a connection to see what takes so long
 TASKS = ["prereqs", "fix", "slots-flags", "budget-report", "turn-metrics", "verify"]
 
 
 def through_proxy(db: Db, *words: str, parameters: str = "") -> tuple[Run, Conversation]:
     with Proxy(socket_of(db.cluster.sockets)) as proxy:
-        done = db.invoke(*words, env={"DATABASE_URL": proxy.url(db.name) + parameters})
+        done = db.invoke(*words, env={"DATABASE_URL": proxy.url(db.name) + parameters} | CALM)
         [conversation] = proxy.conversations
     print(f"{' '.join(words)}: {conversation.round_trips} round trips, messages {conversation.kinds}")
     return done, conversation
@@ -64,7 +65,7 @@ def test_online_work_costs_one_message_per_statement_and_three_per_step(db: Db) 
     assert db.invoke("setup").code == 0
     db.execute("DROP INDEX idx_games_owner, idx_games_world, idx_slots_type")
     with Proxy(socket_of(db.cluster.sockets)) as proxy:
-        done = db.invoke("setup", env={"DATABASE_URL": proxy.url(db.name)})
+        done = db.invoke("setup", env={"DATABASE_URL": proxy.url(db.name)} | CALM)
     assert done.code == 0
     assert db.differing() == {}
     conversation, turn = proxy.conversations

@@ -13,7 +13,7 @@ from functools import partial
 
 from psycopg.conninfo import make_conninfo
 
-from scripts import chain, embedded, errors, plan, report, runner, survey
+from scripts import chain, embedded, errors, plan, recreation, report, runner, survey
 from scripts.chain import ROOT, Step
 from scripts.console import CONSOLE
 from scripts.database import Database
@@ -40,6 +40,54 @@ def run(task: str | None, *, dry: bool = False) -> None:
         after = _Work(database, given, everything, wanted).carry_out(before)
     CONSOLE.say(f"{'done' if todo.to_do else 'nothing to do'}: {report.summary(_items(wanted, after))}")
     _judge(_plan(wanted, after), remedy="Mend the rows that refuse it (they are named above), then run the task again.")
+
+
+def recreate(*, with_dependants: bool, yes: bool, dry: bool) -> None:
+    """Bring the prerequisites to where their promises stand; core tables in an older form move out of their way."""
+    given, where = _announced(dry=dry)
+    everything = (chain.load_recreate(), *chain.load())
+    connect = _WithDependants if with_dependants else Database
+    with connect(where, given) as database:
+        found = _look(database, everything, [step for step in everything if step.task == "prereqs"])
+        CONSOLE.say(report.server(found.server, found.items))
+        wanted, before = recreation.wanted(everything, found), recreation.foreseen(found)
+        todo, moving = _plan(wanted, before), recreation.moves(found.items)
+        CONSOLE.say(*([] if moving else ["no core table stands in an older form: none is moved"]))
+        if dry:
+            CONSOLE.say(*report.steps(todo), "nothing was changed (--dry)")
+        _refuse_what_cannot_be(before.server, todo)
+        if dry:
+            return
+        if moving and not yes:
+            _ask(database, moving)
+        after = _Work(database, given, everything, wanted).carry_out(before)
+    CONSOLE.say(f"{'done' if todo.to_do else 'nothing to do'}: {report.summary(_items(wanted, after))}")
+    _judge(_plan(wanted, after), remedy="Mend the rows that refuse it (they are named above), then run the task again.")
+
+
+class _WithDependants(Database):
+    """A connection in whose transactions tables of others are told to move along."""
+
+    @property
+    def transaction_settings(self) -> str:
+        """Return the settings of any transaction, and this one: through a pooler it must come with each."""
+        return f"{super().transaction_settings}, set_config('budget_engine.with_dependants', 'on', true)"
+
+
+def _ask(database: Database, moving: Sequence[recreation.Move]) -> None:
+    """Ask once before tables with rows, or those of another machine, move."""
+    rows = survey.rows_of(database, [move.table for move in moving])
+    if database.is_near and all(held is None for held in rows.values()):
+        return
+    CONSOLE.say(*report.moves(database.target, moving, rows))
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise errors.InTheWayError(
+            "this is to be confirmed, and there is no terminal to ask on",
+            where="Nothing was changed.",
+            remedy="Add --yes (invoke prereqs --recreate --yes).",
+        )
+    if input("Move them? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise errors.InTheWayError("not confirmed: the old core tables stay in the way", where="Nothing was changed.")
 
 
 def verify() -> None:
@@ -190,7 +238,7 @@ def _judge(found: plan.Plan, *, remedy: str = "", listed: bool = False) -> None:
         raise errors.InTheWayError(
             "something stands in the way, and no step may touch it",
             where="" if listed else "\n".join(report.obstacles(found.in_the_way)),
-            remedy='README.md, "In the way", has the command for each case; then run the task again.',
+            remedy=report.way_out(found.in_the_way),
         )
     if found.missing:
         raise errors.MissingError(

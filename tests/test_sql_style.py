@@ -12,7 +12,7 @@ from pglast.parser import scan
 
 from scripts import chain
 
-STEPS = chain.load()
+STEPS = (*chain.load(), chain.load_recreate())
 FILES = sorted([*MIGRATIONS.glob("*.sql"), *VERIFICATIONS.glob("*.sql")])
 BODY = re.compile(r"(\$(?:migration|body|function)\$)(.*?)\1", re.S)
 
@@ -84,6 +84,12 @@ def test_only_gexec() -> None:
         ("      SELECT format('CREATE POLICY", "END LOOP;"),
         ("JOIN pg_class AS standing ON", "CROSS JOIN"),
         ("  AND NOT (built.indexrelid IS NOT NULL", "\\gexec"),
+        ("  -- Primary keys are left to PostgreSQL to name", "  FOREACH relation"),
+        ("  FOREACH relation IN ARRAY created LOOP", "turned on', relation;"),
+        ("    -- turn_id belongs to the fix", "RAISE NOTICE"),
+        ("    CREATE TABLE turn_metrics", "ON turn_metrics (created_at DESC);"),
+        ("    ALTER TABLE prompt_snapshots ADD COLUMN budget_report", ";"),
+        ("    COMMENT ON COLUMN prompt_snapshots.budget_report", "recorded"),
     ],
 )
 def test_what_each_file_has_to_say_is_said_alike(begin: str, end: str) -> None:

@@ -80,14 +80,12 @@ def _ask(database: Database, moving: Sequence[recreation.Move]) -> None:
     if database.is_near and all(held is None for held in rows.values()):
         return
     CONSOLE.say(*report.moves(database.target, moving, rows))
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    confirmed = CONSOLE.confirms("Move them?")
+    if not confirmed:
         raise errors.InTheWayError(
-            "this is to be confirmed, and there is no terminal to ask on",
-            where="Nothing was changed.",
-            remedy="Add --yes (invoke prereqs --recreate --yes).",
+            "not confirmed: the old core tables stay in the way, and nothing was changed",
+            remedy="Where there is no terminal to ask on, add --yes." if confirmed is None else "",
         )
-    if input("Move them? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise errors.InTheWayError("not confirmed: the old core tables stay in the way", where="Nothing was changed.")
 
 
 def verify() -> None:

@@ -87,11 +87,11 @@ SELECT current_setting('server_version'), current_user, current_database(), curr
 _ITEMS = """
 SELECT stem, item, expected, actual, mended_by,
        CASE WHEN actual IS NOT DISTINCT FROM expected OR mended_by IS NULL THEN NULL
+            WHEN item LIKE '% place' AND NOT has_database_privilege(current_database(), 'CREATE')
+              THEN 'CREATE on database ' || current_database()
             WHEN (home.oid IS NULL OR item LIKE '% index %' OR item LIKE '% function %' OR item LIKE '% place')
                  AND NOT has_schema_privilege(place.oid, 'CREATE')
               THEN 'CREATE on schema ' || place.nspname
-            WHEN item LIKE '% place' AND NOT has_database_privilege(current_database(), 'CREATE')
-              THEN 'CREATE on database ' || current_database()
             WHEN (item LIKE '% function %' OR item LIKE '% place')
                  AND NOT has_schema_privilege(home.relowner, place.oid, 'CREATE')
                  AND NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)

@@ -531,9 +531,10 @@ BEGIN
     IF was.relforcerowsecurity THEN
       EXECUTE format('ALTER TABLE %s FORCE ROW LEVEL SECURITY', wanted::regclass);
     END IF;
-    SELECT string_agg(polname, ', ' ORDER BY polname) INTO progress FROM pg_policy WHERE polrelid = was.oid;
-    IF was.relrowsecurity OR progress IS NOT NULL THEN
-      RAISE NOTICE 'row-level security of % is on as before, but its policies went with the old table, to be made anew: %', was.relname, coalesce(progress, 'none');
+    SELECT string_agg(polname, ', ' ORDER BY polname) INTO progress
+      FROM pg_policy WHERE polrelid = was.oid AND polname NOT IN (SELECT polname FROM pg_policy WHERE polrelid = wanted);
+    IF progress IS NOT NULL THEN
+      RAISE NOTICE 'policies of % went with the old table, to be made anew: %', was.relname, progress;
     END IF;
 
     -- Ids of turns are in snapshots and metrics, too: an old row must not come to belong to a new turn.

@@ -61,7 +61,7 @@ WITH RECURSIVE core (relation, oid) AS (
   -- what goes: of the chain, and of others where they are to move along
   SELECT format('%s %s', pg_class.oid::regclass, CASE WHEN unasked THEN 'place' ELSE 'dependant' END),
          'schema ' || attic.name, 'schema ' || relnamespace::regnamespace, '20250130000002_recreate_core_schema'
-  FROM moving JOIN pg_class USING (oid) CROSS JOIN attic
+  FROM (SELECT * FROM moving ORDER BY unasked DESC, oid) AS moving JOIN pg_class USING (oid) CROSS JOIN attic
   WHERE unasked OR current_setting('budget_engine.with_dependants', true) = 'on'
   UNION ALL
   -- foreign keys of others' tables

@@ -32,13 +32,22 @@ def setup(c: Context) -> None:
     flow.run(None, dry=c.config.run.dry)
 
 
-@task
+@task(
+    help={
+        "recreate": "where core tables stand in an older form: move them, rows and all, and create new, empty ones",
+        "with-dependants": "with --recreate: other tables whose foreign keys lead there move along",
+        "yes": "with --recreate: do not ask",
+    }
+)
 @reported()
-def prereqs(c: Context) -> None:
+def prereqs(c: Context, recreate: bool = False, with_dependants: bool = False, yes: bool = False) -> None:
     """Create the core schema, slots and templates, prompt snapshots: each only where missing."""
     from scripts import flow
 
-    flow.run("prereqs", dry=c.config.run.dry)
+    if recreate:
+        flow.recreate(with_dependants=with_dependants, yes=yes, dry=c.config.run.dry)
+    else:
+        flow.run("prereqs", dry=c.config.run.dry)
 
 
 @task

@@ -24,6 +24,10 @@ _DOCUMENTED_ORDER = (
 )
 
 
+# The alternative to the first one, run only where it is asked for.
+RECREATE = "20250130000002_recreate_core_schema"
+
+
 @dataclass(frozen=True)
 class Step:
     """One migration with its verification.
@@ -63,6 +67,11 @@ def label(stem: str) -> str:
 def load(task: str | None = None) -> tuple[Step, ...]:
     """Read the steps that a task runs (None: all of them), in the documented order."""
     return tuple(_read(stem, of) for stem, of in _DOCUMENTED_ORDER if task in (None, of))
+
+
+def load_recreate() -> Step:
+    """Read the step that makes the core schema anew."""
+    return _read(RECREATE, "prereqs")
 
 
 def _read(stem: str, task: str) -> Step:

@@ -34,6 +34,13 @@ class Console:
         except BrokenPipeError:  # whoever read has seen enough; the work goes on
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+    def confirms(self, question: str) -> bool | None:
+        """Ask the person at the terminal, where no is the default; None: there is no terminal."""
+        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            return None
+        print(self.mask(question), "[y/N] ", end="", flush=True)  # input() would write it to stderr
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
     def complain(self, error: errors.RecipeError) -> None:
         """Print what is wrong, what it concerns, and what helps."""
         self.progress("")

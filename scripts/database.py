@@ -10,6 +10,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from ipaddress import ip_address
 from typing import NoReturn, Protocol, TypeVar
 
 import psycopg
@@ -76,6 +77,12 @@ class Database:
     def backend_pid(self) -> int:
         """Process id of the server process that we logged in to (a pooler's, if there is one)."""
         return self._connection.info.backend_pid
+
+    @property
+    def is_near(self) -> bool:
+        """Whether the server is on this machine, for all that its name says: a tunnel leads elsewhere."""
+        host, address = self._connection.info.host, self._connection.info.hostaddr
+        return host.startswith(("/", "@")) or all(_is_loopback(name) for name in (host, address))
 
     @property
     def transaction_settings(self) -> str:
@@ -201,6 +208,13 @@ class Database:
         except StopIteration as done:
             result: _T = done.value
             return result
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return name == "localhost" or ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def _rows(result: pq.abc.PGresult) -> Rows:

@@ -12,7 +12,7 @@ from functools import partial
 
 from psycopg.conninfo import make_conninfo
 
-from scripts import chain, embedded, errors, plan, report, runner, survey
+from scripts import chain, embedded, errors, plan, recreation, report, runner, survey
 from scripts.chain import ROOT, Step
 from scripts.console import CONSOLE
 from scripts.database import Database
@@ -28,27 +28,68 @@ def run(task: str | None, *, dry: bool = False) -> None:
     given, where = _announced(dry=dry)
     everything = chain.load()
     wanted = [step for step in everything if task in (None, step.task)]
-    with _Work(where, given, everything, wanted) as work:
+    with _Work(partial(Database, where, given), given, everything, wanted) as work:
         before = work.look()
         CONSOLE.say(report.server(before.server, before.items))
-        todo = _plan(wanted, before)
-        if dry:
-            CONSOLE.say(*report.steps(todo), "nothing was changed (--dry)")
-        _refuse_what_cannot_be(before.server, todo)
-        if dry:
+        if _is_to_be_done(before, _plan(wanted, before), dry=dry):
+            work.carry_out(before)
+
+
+def recreate(*, with_dependants: bool, yes: bool, dry: bool) -> None:
+    """Bring the prerequisites to where their promises stand; core tables in an older form move out of their way."""
+    given, where = _announced(dry=dry)
+    everything = (chain.load_recreate(), *chain.load())
+    prerequisites = [step for step in everything if step.task == "prereqs"]
+    connect = partial(_WithDependants if with_dependants else Database, where, given)
+    with _Work(connect, given, everything, prerequisites) as work:
+        found = work.look()
+        CONSOLE.say(report.server(found.server, found.items))
+        work.wanted, before = recreation.wanted(everything, found), recreation.foreseen(found)
+        moving = recreation.moves(found.items)
+        CONSOLE.say(*([] if moving else ["no core table stands in an older form: none is moved"]))
+        if not _is_to_be_done(before, _plan(work.wanted, before), dry=dry):
             return
-        after = work.carry_out(before)
-        CONSOLE.say(f"{'done' if todo.to_do else 'nothing to do'}: {report.summary(_items(wanted, after))}")
-        left = _plan(wanted, after)
-        rows = survey.orphans(work.database, left.missing)
-    _judge(left, rows=rows, remedy="Mend those rows, then run the task again; no row was deleted or changed.")
+        if moving and not yes:
+            _ask(work.database, moving)
+        work.carry_out(before)
+
+
+def _is_to_be_done(before: survey.Survey, todo: plan.Plan, *, dry: bool) -> bool:
+    """Say what is to be done, where that is all that was wanted; raise where it cannot be."""
+    if dry:
+        CONSOLE.say(*report.steps(todo), "nothing was changed (--dry)")
+    _refuse_what_cannot_be(before.server, todo)
+    return not dry
+
+
+class _WithDependants(Database):
+    """A connection in whose transactions tables of others are told to move along."""
+
+    @property
+    def transaction_settings(self) -> str:
+        """Return the settings of any transaction, and this one: through a pooler it must come with each."""
+        return f"{super().transaction_settings}, set_config('budget_engine.with_dependants', 'on', true)"
+
+
+def _ask(database: Database, moving: Sequence[recreation.Move]) -> None:
+    """Ask once before tables with rows, or those of another machine, move."""
+    rows = survey.rows_of(database, [move.table for move in moving])
+    if database.is_near and all(held is None for held in rows.values()):
+        return
+    CONSOLE.say(*report.moves(database.target, moving, rows))
+    confirmed = CONSOLE.confirms("Move them?")
+    if not confirmed:
+        raise errors.InTheWayError(
+            "not confirmed: the old core tables stay in the way, and nothing was changed",
+            remedy="Where there is no terminal to ask on, add --yes." if confirmed is None else "",
+        )
 
 
 def verify() -> None:
     """Compare every promise of the chain with what stands."""
     given, where = _announced()
     everything = chain.load()
-    with _Work(where, given, everything, everything) as work:
+    with _Work(partial(Database, where, given), given, everything, everything) as work:
         found = work.look(believes=lambda todo: not todo.missing)
         CONSOLE.say(report.server(found.server, found.items))
         todo = _plan(everything, found)
@@ -176,7 +217,7 @@ def _judge(found: plan.Plan, *, rows: Sequence[str] = (), remedy: str = "", list
         raise errors.InTheWayError(
             "something stands in the way, and no step may touch it",
             where="" if listed else "\n".join(report.obstacles(found.in_the_way)),
-            remedy='README.md, "In the way", has the command for each case; then run the task again.',
+            remedy=report.way_out(found.in_the_way),
         )
     if found.missing:
         raise errors.MissingError(
@@ -189,10 +230,12 @@ def _judge(found: plan.Plan, *, rows: Sequence[str] = (), remedy: str = "", list
 class _Work:
     """One task against one database: looking, and carrying out the plan until its promises stand."""
 
-    def __init__(self, where: Target, given: Settings, everything: Sequence[Step], wanted: Sequence[Step]) -> None:
+    def __init__(
+        self, connect: Callable[[], Database], given: Settings, everything: Sequence[Step], wanted: Sequence[Step]
+    ) -> None:
         self.given, self.everything, self.wanted = given, everything, wanted
         self.patience = Patience(given.lock_wait_s)
-        self._open = partial(Database, where, given)
+        self._open = connect
         self._open_connections = ExitStack()
         self._online: runner.Online | None = None
 
@@ -221,7 +264,17 @@ class _Work:
             found = again
         return found
 
-    def carry_out(self, found: survey.Survey) -> survey.Survey:
+    def carry_out(self, before: survey.Survey) -> None:
+        """Do what is to be done, and say what stands then; raise where that is not all that is promised."""
+        started_with = _plan(self.wanted, before)
+        after = self._go_on(before)
+        left = _plan(self.wanted, after)
+        did = "done" if started_with.to_do else "nothing to do"
+        CONSOLE.say(f"{did}: {report.summary(_items(self.wanted, after))}")
+        rows = survey.orphans(self.database, left.missing)
+        _judge(left, rows=rows, remedy="Mend those rows, then run the task again; no row was deleted or changed.")
+
+    def _go_on(self, found: survey.Survey) -> survey.Survey:
         """Run all atomic parts, then all online parts, as often as it takes and LOCK_WAIT allows."""
         self.patience.restart()
         while (todo := _plan(self.wanted, found)).to_do:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from scripts.chain import label
+from scripts.chain import RECREATE, label
 from scripts.errors import RecipeError
 from scripts.plan import Plan, State
+from scripts.recreation import Move
 from scripts.settings import Settings, Target
 from scripts.survey import ONLINE, Item, Server
 
@@ -85,6 +86,28 @@ def obstacles(items: Sequence[Item]) -> list[str]:
             for item in shown
             if item.actual is not None or item.table not in lacking
         ),
+    ]
+
+
+def way_out(items: Sequence[Item]) -> str:
+    """Say what helps against these obstacles."""
+    ways = ['README.md, "In the way", has the command for each case; then run the task again.']
+    if any(item.on_request == RECREATE for item in items):
+        ways += ["Or invoke prereqs --recreate: it moves the old core tables, rows and all, and creates new ones."]
+    if any(item.stem == RECREATE for item in items):
+        ways += ["Or add --with-dependants: tables whose foreign keys lead into the old core tables move along."]
+    return "\n".join(ways)
+
+
+def moves(target: Target, moving: Sequence[Move], rows: Mapping[str, int | None]) -> list[str]:
+    """Say what would move where; rows: about how many each table has (see survey.rows_of)."""
+
+    def held(table: str) -> str:
+        return "empty" if rows[table] is None else f"about {rows[table]} rows" if rows[table] else "with rows"
+
+    return [
+        f"to be moved on {target.display}, new and empty tables to take their place:",
+        *(f"  {move.table} ({held(move.table)}) to schema {move.where}" for move in moving),
     ]
 
 

@@ -52,12 +52,13 @@ DECLARE
   obstructed boolean;
 BEGIN
   SELECT string_agg(format('%s is %s, promised: %s', item, coalesce(actual, 'missing'), expected), E'\\n'),
-         bool_or(mended_by IS NULL)
+         bool_or(mended_by IS DISTINCT FROM {stem})
     INTO broken, obstructed
     FROM (
 {promises}
     ) AS promise
-   WHERE actual IS DISTINCT FROM expected AND (mended_by = {stem} OR mended_by IS NULL AND own);
+   WHERE actual IS DISTINCT FROM expected
+     AND (mended_by = {stem} OR own AND coalesce(split_part(mended_by, ' ', 1) <> ALL ({stems}), true));
   IF broken IS NOT NULL THEN
     RAISE EXCEPTION USING ERRCODE = CASE WHEN obstructed THEN 'TB002' ELSE 'TB003' END,
       MESSAGE = 'the step ran, but what it promises does not stand', DETAIL = broken;
@@ -291,7 +292,8 @@ def _verification(step: Step, chain: Sequence[Step]) -> str:
         for other in chain
         if other is step or step.stem in other.verification
     )
-    return _VERIFICATION.format(promises=promises, stem=_literal(step.stem))
+    stems = ", ".join(_literal(other.stem) for other in chain)
+    return _VERIFICATION.format(promises=promises, stem=_literal(step.stem), stems=f"ARRAY[{stems}]")
 
 
 def _diary(step: Step, part: str, duration: str | None) -> str:

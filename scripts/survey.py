@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 from psycopg import sql
 
@@ -20,7 +20,7 @@ class Item:
     """One promise of one step, and what stands in its place.
 
     mended_by: a stem, a stem + ONLINE, or None (it stands, or is in the way); lacking: the right that this role lacks
-    to mend it, or None.
+    to mend it, or None; on_request: the stem of a step that would mend it, but is run only where it is asked for.
     """
 
     stem: str
@@ -29,6 +29,7 @@ class Item:
     actual: str | None
     mended_by: str | None = None
     lacking: str | None = None
+    on_request: str | None = None
 
     @property
     def table(self) -> str:
@@ -56,6 +57,13 @@ class Item:
             f"SELECT * FROM {self.table} AS child WHERE {column} IS NOT NULL"
             f" AND NOT EXISTS (SELECT FROM {parent} AS parent WHERE parent.{parent_key} = child.{column})"
         )
+
+
+def at_hand(item: Item, stems: Collection[str]) -> Item:
+    """Return the item as it is for a chain of these stems: without its mender at hand, it is in the way."""
+    if item.mended_by is None or item.mended_by.removesuffix(ONLINE) in stems:
+        return item
+    return replace(item, mended_by=None, lacking=None, on_request=item.mended_by)
 
 
 @dataclass(frozen=True)
@@ -92,10 +100,13 @@ SELECT current_setting('server_version'), current_user, current_database(), curr
 _ITEMS = """
 SELECT stem, item, expected, actual, mended_by,
        CASE WHEN actual IS NOT DISTINCT FROM expected OR mended_by IS NULL THEN NULL
-            WHEN (home.oid IS NULL OR item LIKE '% index %' OR item LIKE '% function %')
+            WHEN item LIKE '% place' AND NOT has_database_privilege(current_database(), 'CREATE')
+              THEN 'CREATE on database ' || current_database()
+            WHEN (home.oid IS NULL OR item LIKE '% index %' OR item LIKE '% function %' OR item LIKE '% place')
                  AND NOT has_schema_privilege(place.oid, 'CREATE')
               THEN 'CREATE on schema ' || place.nspname
-            WHEN item LIKE '% function %' AND NOT has_schema_privilege(home.relowner, place.oid, 'CREATE')
+            WHEN (item LIKE '% function %' OR item LIKE '% place')
+                 AND NOT has_schema_privilege(home.relowner, place.oid, 'CREATE')
                  AND NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
               THEN format('CREATE on schema %s for %s, the owner of %s',
                           place.nspname, home.relowner::regrole, home.relname)
@@ -106,7 +117,9 @@ SELECT stem, item, expected, actual, mended_by,
 FROM (
 {items}
 ) AS promise
-LEFT JOIN pg_class AS home ON home.oid = to_regclass(substring(item FROM '^[a-z_]+'))
+LEFT JOIN pg_class AS home
+       ON home.oid = to_regclass(coalesce(substring(item FROM '^(.*) (?:place|dependant)$'),
+                                          substring(item FROM '^[a-z_]+')))
 LEFT JOIN pg_namespace AS place
        ON place.oid = home.relnamespace OR home.oid IS NULL AND place.nspname = current_schema()
 LEFT JOIN pg_class AS target ON target.oid = to_regclass(substring(expected FROM 'REFERENCES ([a-z_]+)'))
@@ -136,7 +149,8 @@ def _read(database: Database, steps: Sequence[Step]) -> Survey:
             "COMMIT",
         ]
     )
-    return Survey(_server(server[0], database), tuple(_item(row) for row in items))
+    stems = {step.stem for step in steps}
+    return Survey(_server(server[0], database), tuple(at_hand(_item(row), stems) for row in items))
 
 
 def _union(steps: Sequence[Step]) -> str:
@@ -177,3 +191,21 @@ def _count_orphans(database: Database, item: Item, query: str) -> list[str]:
     except StatementError as error:
         return [f"{item.table}: the rows that point to nothing could not be counted ({error}): {query}"]
     return [f"{item.table}: {count} rows point to nothing: {query}"] if count != "0" else []
+
+
+def rows_of(database: Database, tables: Sequence[str]) -> dict[str, int | None]:
+    """Look which tables hold rows, and about how many (0: nobody counted them yet); None: not a single one.
+
+    tables: their names as SQL writes them. Estimates, because counting takes as long as the table is.
+    """
+    query = "\nUNION ALL\n".join(
+        f"SELECT {position}, EXISTS (SELECT FROM {table}), greatest(reltuples, 0)::bigint\n"
+        f"FROM pg_class WHERE oid = {_literal(table)}::regclass"
+        for position, table in enumerate(tables)
+    )
+    # Where row-level security hides rows from us, an error is better than a table that looks empty.
+    settings = f"SELECT {database.transaction_settings}, set_config('row_security', 'off', true)"
+    _, _, rows, _ = database.run([_BEGIN, settings, query, "COMMIT"])
+    return {
+        tables[int(position or 0)]: int(estimate or 0) if exists == "t" else None for position, exists, estimate in rows
+    }

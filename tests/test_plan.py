@@ -14,13 +14,14 @@ from conftest import MIGRATIONS, VERIFICATIONS
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from scripts import chain, errors, plan, report, runner, survey
+from scripts import chain, errors, plan, recreation, report, runner, survey
 from scripts.plan import State
 from scripts.settings import Settings, parse_target
 from scripts.survey import ONLINE, Item
 
 CHAIN = chain.load()
 STEMS = [step.stem for step in CHAIN]
+ALL = (chain.load_recreate(), *CHAIN)  # with the alternative, which is run only where it is asked for
 TABLES = ["slots", "turns", "prompt_snapshots"]
 
 names = st.one_of(
@@ -118,6 +119,46 @@ def test_a_task_does_its_share_of_what_setup_does(items: list[Item]) -> None:
         assert plan.make(stems, items).steps == tuple(whole[stem] for stem in stems)
 
 
+@given(surveys, choices)
+def test_without_its_mender_at_hand_an_item_is_in_the_way(items: list[Item], stems: list[str]) -> None:
+    for item in items:
+        seen = survey.at_hand(item, stems)
+        mender = (item.mended_by or "").removesuffix(ONLINE)
+        if not mender or mender in stems:
+            assert seen == item
+        else:
+            assert (seen.in_the_way, seen.on_request, seen.lacking) == (True, item.mended_by, None)
+
+
+# ── the core schema made anew ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _place(table: str) -> Item:
+    return Item(chain.RECREATE, f"{table} place", "schema core_attic", "schema public", chain.RECREATE)
+
+
+def _found(*items: Item) -> survey.Survey:
+    return survey.Survey(survey.Server("18.4", "me", "db", "app", None, "app", False), items)
+
+
+@given(surveys, st.sets(st.sampled_from(TABLES)))
+def test_of_what_moves_nothing_is_in_the_way(items: list[Item], tables: set[str]) -> None:
+    found = _found(*items, *map(_place, sorted(tables)))
+    made = plan.make([step.stem for step in ALL], recreation.foreseen(found).items)
+    assert {item.table for item in made.in_the_way} == {item.table for item in items if item.in_the_way} - tables
+    assert (chain.RECREATE in made.atomic) == bool(tables)
+    assert [move.table for move in recreation.moves(found.items)] == sorted(tables)
+
+
+def test_only_what_moves_is_made_anew_and_completed() -> None:
+    def wanted(*tables: str) -> list[str]:
+        return [step.label for step in recreation.wanted(ALL, _found(*map(_place, tables)))]
+
+    prereqs = ["recreate_core_schema", "core_schema", "slots_templates", "prompt_snapshots"]
+    assert wanted() == wanted("turns", "prompt_snapshots") == prereqs
+    assert wanted("turns", "turn_metrics") == [*prereqs, "turn_metrics"]
+
+
 # ── the report ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -205,12 +246,13 @@ def test_target_lines_mask_and_note() -> None:
 
 # ── the chain ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-each_step = pytest.mark.parametrize("step", CHAIN, ids=STEMS)
+each_step = pytest.mark.parametrize("step", ALL, ids=lambda step: step.stem)
 
 
 def test_every_file_belongs_to_one_step() -> None:
-    assert sorted(STEMS) == sorted(path.stem for path in MIGRATIONS.glob("*.sql"))
-    assert sorted(STEMS) == sorted(path.stem for path in VERIFICATIONS.glob("*.sql"))
+    stems = sorted(step.stem for step in ALL)
+    assert stems == sorted(path.stem for path in MIGRATIONS.glob("*.sql"))
+    assert stems == sorted(path.stem for path in VERIFICATIONS.glob("*.sql"))
 
 
 def test_tasks_share_the_chain_in_its_order() -> None:
@@ -262,7 +304,7 @@ def test_verification_is_one_select_of_its_own(step: chain.Step) -> None:
     assert select.startswith(("WITH", "SELECT"))
     assert re.search(rf"{step.stem}\b", step.verification)
     mentioned = set(re.findall(r"\b\d{8,14}_[a-z_]+", step.verification))
-    assert mentioned <= set(STEMS)
+    assert mentioned <= {step.stem for step in ALL}
 
 
 @each_step
@@ -305,7 +347,7 @@ def test_script_has_seven_statements_per_step_in_order(steps: Sequence[chain.Ste
 
 @each_step
 def test_parts_of_a_step_s_transaction(step: chain.Step) -> None:
-    message = runner.script([step], CHAIN, "set_config('lock_timeout', '2s', true)")
+    message = runner.script([step], ALL, "set_config('lock_timeout', '2s', true)")
     assert [said.sql.split()[0] for said in message] == ["BEGIN", "SELECT", "DO", "--", "DO", "DO", "COMMIT"]
     assert "set_config('lock_timeout', '2s', true)" in message[1].sql
     _, _, guard, migration, verification, diary, _ = (said.sql for said in message)
@@ -318,8 +360,8 @@ def test_parts_of_a_step_s_transaction(step: chain.Step) -> None:
 @each_step
 def test_verification_in_the_transaction_asks_what_this_step_mends(step: chain.Step) -> None:
     """Its own file, and each other one that names it as the mender of something."""
-    [text] = [said.sql for said in runner.script([step], CHAIN, "1") if said.part is runner.Part.VERIFICATION]
-    for other in CHAIN:
+    [text] = [said.sql for said in runner.script([step], ALL, "1") if said.part is runner.Part.VERIFICATION]
+    for other in ALL:
         assert (other.verification in text) == (other is step or step.stem in other.verification)
 
 

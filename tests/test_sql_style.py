@@ -12,7 +12,7 @@ from pglast.parser import scan
 
 from scripts import chain
 
-STEPS = chain.load()
+STEPS = (*chain.load(), chain.load_recreate())
 FILES = sorted([*MIGRATIONS.glob("*.sql"), *VERIFICATIONS.glob("*.sql")])
 BODY = re.compile(r"(\$(?:migration|body|function)\$)(.*?)\1", re.S)
 
@@ -85,10 +85,17 @@ def test_only_gexec() -> None:
         ("JOIN pg_class AS standing ON", "CROSS JOIN"),
         ("  -- All of them or none:", "PERFORM pg_sleep"),
         ("  AND NOT (built.indexrelid IS NOT NULL", "\\gexec"),
+        ("  -- Primary keys are left to PostgreSQL to name", "  FOREACH relation"),
+        ("  FOREACH relation IN ARRAY created LOOP", "turned on', relation;"),
+        ("    -- turn_id belongs to the fix", "RAISE NOTICE"),
+        ("    CREATE TABLE turn_metrics", "ON turn_metrics (created_at DESC);"),
+        ("    ALTER TABLE prompt_snapshots ADD COLUMN budget_report", ";"),
+        ("    COMMENT ON COLUMN prompt_snapshots.budget_report", "recorded"),
     ],
 )
 def test_what_each_file_has_to_say_is_said_alike(begin: str, end: str) -> None:
-    """Each file runs alone, so that some passages stand in several: word for word the same."""
-    texts = [path.read_text() for path in MIGRATIONS.glob("*.sql")]
-    passages = {text[text.index(begin) :].partition(end)[0] for text in texts if begin in text}
+    """Each file runs alone, so that some passages stand in several: word for word the same, however deep."""
+    texts = [" ".join(path.read_text().split()) for path in MIGRATIONS.glob("*.sql")]
+    begin, end = " ".join(begin.split()), " ".join(end.split())
+    passages = {passage.partition(end)[0] for text in texts for passage in text.split(begin)[1:]}
     assert len(passages) <= 1

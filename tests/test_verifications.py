@@ -25,6 +25,7 @@ from scripts import chain, errors, flow, plan, survey
 
 STEMS = tuple(step.stem for step in chain.load())
 CORE, SLOTS_TEMPLATES, SNAPSHOTS, FIX, FLAGS, REPORT, METRICS = STEMS
+RECREATE = chain.RECREATE  # mends the core tables, but only where it is asked for
 ONLINE = " online"
 
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -91,7 +92,7 @@ class Item:
         if self.kind == "index" or self.name == "turns (game_id, idx)":
             return self.stem + ONLINE
         if self.kind == "key" or (self.kind == "column" and self.name not in ADDED_LATER):
-            return None
+            return RECREATE if self.stem == CORE else None
         return self.stem
 
     @property
@@ -139,7 +140,7 @@ class Breakage:
 
     @property
     def mended(self) -> bool:
-        return all(by is not None for _, by in self.differs.values())
+        return all(by not in (None, RECREATE) for _, by in self.differs.values())
 
 
 def breakages(items: Items) -> list[Breakage]:
@@ -207,7 +208,10 @@ def _break_table(item: Item, items: Items) -> Iterator[Breakage]:
     stripped |= {name: ("off", by) for name, (_, by) in stripped.items() if items[name].kind == "row-level security"}
     for kind, statement in _INSTEAD.items():
         sql = f"DROP TABLE {item.table} CASCADE; {statement.format(table=item.table)}"
-        yield Breakage(item, kind, sql, stripped | {item.name: (kind, None)})
+        differs = stripped | {item.name: (kind, RECREATE if item.stem == CORE else None)}
+        if not kind.endswith(("table", "view")):  # what is no table or view stays
+            differs = {name: (actual, None if by == RECREATE else by) for name, (actual, by) in differs.items()}
+        yield Breakage(item, kind, sql, differs)
 
 
 # --- columns ---
@@ -236,7 +240,7 @@ def _break_column(item: Item, items: Items) -> Iterator[Breakage]:
     def as_another(what: str, form: str, by: str | None) -> Breakage:
         return Breakage(item, what, f"{drop}, ADD COLUMN {column} {form}", hanging | {item.name: (form, by)})
 
-    yield as_another("another type", _NEAR[type_], None)
+    yield as_another("another type", _NEAR[type_], RECREATE if item.stem == CORE else None)
     if item.name == "prompt_snapshots.turn_id":
         yield as_another("uuid", "uuid", FIX)
         yield as_another("uuid NOT NULL", "uuid NOT NULL", FIX)
@@ -253,7 +257,7 @@ def _with_the_other_nullability(item: Item, items: Items, not_null: bool) -> Bre
     form = item.expected.replace(" NOT NULL", "") if not_null else f"{item.expected} NOT NULL"
     if " DEFAULT " in form and not not_null:
         form = item.expected.replace(" DEFAULT ", " NOT NULL DEFAULT ")
-    differs: Differences = {item.name: (form, None)}
+    differs: Differences = {item.name: (form, RECREATE if item.stem == CORE else None)}
     primary = items.get(f"{item.table} ({item.column})")
     if primary and primary.expected == "PRIMARY KEY":
         sql = f"{_drop_key(primary)}; {sql}"
@@ -338,10 +342,11 @@ def _break_key(item: Item, items: Items) -> Iterator[Breakage]:
     yield Breakage(item, "deferrable", f"{drop}; {deferrable}", lost)
     # Where the name of the key is taken, nobody can build it.
     taken = f"{drop}; CREATE INDEX {name} ON {table} ({columns})"
-    yield Breakage(item, "not unique", taken, lost | {item.name: _name_taken(item.name, table)})
+    in_the_way = _name_taken(item.name, table) if item.name in _NAMED_KEYS else (None, item.cure)
+    yield Breakage(item, "not unique", taken, lost | {item.name: in_the_way})
     if item.expected == "PRIMARY KEY":
         unique = f"{drop}; ALTER TABLE {table} ADD CONSTRAINT other UNIQUE ({columns})"
-        yield Breakage(item, "unique only", unique, lost | {item.name: ("UNIQUE", None)})
+        yield Breakage(item, "unique only", unique, lost | {item.name: ("UNIQUE", item.cure)})
     yield Breakage(item, "renamed", f"ALTER INDEX {name} RENAME TO other", {})
     if item.expected == "UNIQUE":
         covering = f"{drop}; CREATE UNIQUE INDEX other ON {table} ({columns}) INCLUDE (created_at)"
@@ -594,7 +599,7 @@ def test_each_item_differs_when_it_is_broken_and_nothing_else_does(ready: Db) ->
                     _without_equals(differing(found), broken.differs),
                     _without_equals(broken.differs, differing(found)),
                 )
-            refused = bool(plan.make(STEMS, found).in_the_way)
+            refused = bool(plan.make(STEMS, [survey.at_hand(item, STEMS) for item in found]).in_the_way)
             if refused == broken.mended:
                 wrong[broken.name + " (plan)"] = (refused, not broken.mended)
     assert not wrong, pformat(wrong, width=200)

@@ -57,7 +57,8 @@ BEGIN
       MESSAGE = 'a table of the core schema stands in another form: it is in the way',
       DETAIL = obstacles,
       HINT = 'Move what stands there out of the way (CREATE SCHEMA attic; ALTER TABLE ... SET SCHEMA attic takes its indexes along), then run '
-             'db/migrations/20250130000000_core_schema.sql (invoke prereqs) again. This step changed nothing.';
+             'db/migrations/20250130000000_core_schema.sql (invoke prereqs) again. Or have it all moved, rows and keys: '
+             'db/migrations/20250130000002_recreate_core_schema.sql (invoke prereqs --recreate). This step changed nothing.';
   END IF;
 
   needed := ARRAY(

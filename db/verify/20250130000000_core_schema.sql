@@ -3,15 +3,20 @@
 --   psql "$DATABASE_URL" -f db/verify/20250130000000_core_schema.sql     or: invoke verify
 --
 -- Reads the catalogs only.
-WITH promises (item, expected, actual, mended_by) AS (
+WITH menders (relation, stem) AS (  -- of a table that is missing, or in the wrong form; what is no table or view is nobody's
+  SELECT relation, CASE WHEN oid IS NULL THEN '20250130000000_core_schema'
+                        WHEN relkind IN ('r', 'p', 'v', 'm', 'f') THEN '20250130000002_recreate_core_schema' END
+  FROM unnest('{worlds,rulesets,entry_points,prompt_segments,games,turns}'::text[]) AS relation
+  LEFT JOIN pg_class ON oid = to_regclass(relation)
+), promises (item, expected, actual, mended_by) AS (
   -- tables
   SELECT relation, 'table',
          (SELECT CASE relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view'
                               WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' WHEN 'S' THEN 'sequence'
                               WHEN 'i' THEN 'index' WHEN 'c' THEN 'type' END
           FROM pg_class WHERE oid = to_regclass(documented.relation)),
-         CASE WHEN to_regclass(documented.relation) IS NULL THEN '20250130000000_core_schema' END
-  FROM (VALUES ('worlds'), ('rulesets'), ('entry_points'), ('prompt_segments'), ('games'), ('turns')) AS documented (relation)
+         documented.stem
+  FROM menders AS documented
   UNION ALL
   -- columns: type and NOT NULL (!)
   SELECT documented.relation || '.' || split_part(spec, ' ', 1),
@@ -19,7 +24,7 @@ WITH promises (item, expected, actual, mended_by) AS (
          (SELECT format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END
           FROM pg_attribute
           WHERE attrelid = to_regclass(documented.relation) AND attname = split_part(spec, ' ', 1) AND attnum > 0 AND NOT attisdropped),
-         CASE WHEN to_regclass(documented.relation) IS NULL THEN '20250130000000_core_schema' END
+         (SELECT stem FROM menders WHERE menders.relation = documented.relation)
   FROM (VALUES
       ('worlds', 'id text!, version text!, status text!, doc jsonb!, created_at timestamptz!, updated_at timestamptz!'),
       ('rulesets', 'id text!, version text!, status text!, doc jsonb!, created_at timestamptz!, updated_at timestamptz!'),
@@ -42,8 +47,9 @@ WITH promises (item, expected, actual, mended_by) AS (
                 = ARRAY(SELECT name FROM unnest(documented.columns) AS name ORDER BY 1)
          ), 'none, and the name idx_turns_game_idx is taken by ' || taken.by),
          CASE WHEN taken.by IS NOT NULL THEN NULL
-              WHEN to_regclass(documented.relation) IS NULL THEN '20250130000000_core_schema'
-              WHEN documented.relation = 'turns' AND documented.kind = 'UNIQUE' THEN '20250130000000_core_schema online' END
+              WHEN to_regclass(documented.relation) IS NOT NULL AND documented.relation = 'turns' AND documented.kind = 'UNIQUE'
+                THEN '20250130000000_core_schema online'
+              ELSE (SELECT stem FROM menders WHERE menders.relation = documented.relation) END
   FROM (VALUES
       ('worlds', 'id', 'PRIMARY KEY'),
       ('rulesets', 'id', 'PRIMARY KEY'),

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
@@ -33,11 +34,11 @@ _BUSY = "TB004"  # raised by the guard
 _DEADLOCK = "40P01"
 _INTEGRITY = "23"  # the class of integrity constraint violations
 _DUPLICATE_TABLE = "42P07"
-_TIMEOUTS = {"57014", "55P03", "25P03"}  # what a role's own limits end a statement, or a turn, with
+_TIMEOUTS = {"57014", "55P03", "25P04"}  # what a role's own limits end a statement with
 _DIRECT = """\
-Online work takes as long as it takes, but the role brings a statement_timeout or lock_timeout along, which cannot be
-lifted through a transaction pooler: name the server itself in DATABASE_URL (the direct URL, not the pooler's), and run
-the task again; it finishes what is left."""
+Online work takes as long as it takes, but the role brings a statement_timeout, lock_timeout or transaction_timeout
+along, which cannot be lifted through a transaction pooler: name the server itself in DATABASE_URL (the direct URL, not
+the pooler's), and run the task again; it finishes what is left."""
 _GUARD = f"""DO $guard$
 BEGIN
   IF NOT pg_try_advisory_xact_lock({ADVISORY_LOCK}) THEN
@@ -105,7 +106,11 @@ _STARTED = "set_config('budget_engine.started_at', extract(epoch FROM clock_time
 
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 
-# Nobody's setting may end the transaction that holds the turn (transaction_timeout is new in 17).
+# For the session: online work takes as long as it takes (transaction_timeout is new in 17).
+_UNLIMITED = """SELECT set_config(name, '0', false) FROM pg_settings
+WHERE name IN ('statement_timeout', 'transaction_timeout')"""
+
+# Nobody's setting may end the transaction that holds the turn.
 _STAY = """SELECT set_config(name, '0', true) FROM pg_settings
 WHERE name IN ('idle_in_transaction_session_timeout', 'transaction_timeout')"""
 
@@ -193,7 +198,7 @@ class Online:
         self._turn: Database | None = None
         if patience_s is not None:
             # The role's own limits are meant for queries. Through a pooler a SET would stay with another's session.
-            database.run(["SET statement_timeout = 0", f"SET lock_timeout = {round(patience_s * 1000)}"])
+            database.run([_UNLIMITED, f"SET lock_timeout = {round(patience_s * 1000)}"])
 
     def __enter__(self) -> Online:
         return self
@@ -228,11 +233,16 @@ class Online:
         return bool(statements)
 
     def _take_turn(self) -> None:
-        """Be the one who builds; a second connection is opened only where the turn seems free."""
+        """Be the one who builds; a second connection, which keeps the turn, is opened only where it seems free.
+
+        The first one's transaction stays open until the second has had an answer: a pooler with a single server
+        connection would lend it to either, and then keep the work waiting for the turn to end.
+        """
         if self._turn is not None:
             return
-        if _took_turn(self.database, "COMMIT"):
-            second = self._open_other()
+        with _tried(self.database) as free:
+            second = self._open_other() if free else None
+        if second is not None:
             if _took_turn(second):  # its transaction stays open, without a snapshot that a build would wait for
                 self._turn = second
                 return
@@ -241,11 +251,12 @@ class Online:
 
     def _open_other(self) -> Database:
         try:
-            return self._open_second()
-        except errors.UnreachableError as error:
-            raise errors.CrowdedError(
-                "online work needs a second connection for a while", where=error.where or error.what
-            ) from error
+            second = self._open_second()
+            second.run(["SELECT"])
+        except (errors.UnreachableError, errors.StatementError) as error:
+            where = error.where or error.what if isinstance(error, errors.UnreachableError) else error.message
+            raise errors.CrowdedError("online work needs a second connection for a while", where=where) from error
+        return second
 
     def _statements(self, step: Step) -> list[str]:
         settings = f"SELECT {self.database.transaction_settings}"
@@ -275,11 +286,20 @@ class Online:
             self.say(step.label, f"{statement}: done, {(time.monotonic() - started) * 1000:.0f} ms")
 
 
-def _took_turn(database: Database, *afterwards: str) -> bool:
-    """Try for the turn to build; it lasts as long as the transaction does."""
-    try_it = f"SELECT pg_try_advisory_xact_lock({ONLINE_LOCK})"
-    _, _, rows, *_ = database.run([_BEGIN + " READ ONLY", _STAY, try_it, *afterwards])
+def _took_turn(database: Database) -> bool:
+    """Try for the turn to build; it lasts as long as the transaction that this opens."""
+    *_, rows = database.run([_BEGIN + " READ ONLY", _STAY, f"SELECT pg_try_advisory_xact_lock({ONLINE_LOCK})"])
     return rows == [("t",)]
+
+
+@contextmanager
+def _tried(database: Database) -> Iterator[bool]:
+    """Have the turn for a moment, if it is free, and let it go."""
+    taken = _took_turn(database)
+    try:
+        yield taken
+    finally:
+        database.run(["COMMIT"])
 
 
 def _verification(step: Step, chain: Sequence[Step]) -> str:
@@ -318,7 +338,7 @@ def _failure(statements: Sequence[Statement], error: StatementError, *, pooled: 
     return kind(
         error.message if expected else f"{failed.step.label} {ended} {failed.part.value}: {error.message}",
         where="\n".join(line for line in where if line),
-        remedy=_DIRECT if pooled and error.sqlstate in _TIMEOUTS else error.hint,
+        remedy=_DIRECT if pooled and error.sqlstate in _TIMEOUTS else error.remedy,
     )
 
 

@@ -1,7 +1,7 @@
 """A real PgBouncer in front of the tests' server: Debian's package in Debian's configuration, pooling transactions.
 
-Of the shipped pgbouncer.ini only the places are changed (sockets, log, list of users, the server behind it), how clients
-log in, and pool_mode; whatever a test asks for beyond that is appended.
+Of the shipped pgbouncer.ini only the places are changed (sockets, log, list of users, the server behind it), how one
+logs in, and pool_mode; whatever a test asks for beyond that is appended.
 """
 
 from __future__ import annotations

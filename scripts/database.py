@@ -233,5 +233,6 @@ def _refuse(target: Target, reason: str, remedy: str = "") -> NoReturn:
     raise UnreachableError(
         f"cannot use {target.display}",
         where=mask(reason.strip(), target.secrets),
-        remedy=remedy or "Check host, port, user, password and database in DATABASE_URL, and that the server runs.",
+        remedy=remedy
+        or "Check host, port, user, password and database in DATABASE_URL, and that the server runs and has room.",
     )

@@ -135,6 +135,7 @@ _BY_SQLSTATE: dict[str | None, type[RecipeError]] = {
     "57P01": UnreachableError,  # admin_shutdown
     "57P02": UnreachableError,  # crash_shutdown
     "57P03": UnreachableError,  # cannot_connect_now
+    "57P05": UnreachableError,  # idle_session_timeout: the role's own, between two tries
     "53300": UnreachableError,  # too_many_connections
     "08": UnreachableError,  # the class of connection exceptions: all that PgBouncer ever says
     "53100": NoRoomError,  # disk_full

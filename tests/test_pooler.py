@@ -267,6 +267,22 @@ def test_pooler_restarts_in_the_middle(db: Db, pooler: Pooler, missing: str) -> 
     assert lost(before, contents(db), {}) == []
 
 
+def test_server_ends_the_session_behind_the_pooler(db: Db, pooler: Pooler) -> None:
+    db.execute(by_hand())
+    db.migrate(*STEMS)
+    db.execute("DROP INDEX idx_slots_type")
+    with holding(db.connect(), "LOCK TABLE slots IN ROW EXCLUSIVE MODE"):
+        process = db.start("setup", DATABASE_URL=pooler.url(db))
+        until(lambda: db.value(BUILDING), process)
+        db.rows(BUILDING.replace("count(*)", "pg_terminate_backend(pid, 10000)"))
+        done = ended(process)
+    assert done.code == 4, done
+    assert done.err.count("error: ") == 1, done
+    again = through(pooler, db, "setup")
+    assert again.code == 0, again
+    assert db.differing() == {}
+
+
 @pytest.mark.parametrize("state", ["", by_hand()], ids=["nothing", "online work"])
 def test_two_server_connections_are_enough(db: Db, state: str) -> None:
     db.execute(state)

@@ -240,23 +240,18 @@ class Online:
         """
         if self._turn is not None:
             return
-        with _tried(self.database) as free:
-            second = self._open_other() if free else None
+        with _tried(self.database) as free, _needing_room():
+            second = self._open_second() if free else None
+            if second is not None:
+                second.run(["SELECT"])
         if second is not None:
-            if _took_turn(second):  # its transaction stays open, without a snapshot that a build would wait for
+            with _needing_room():
+                taken = _took_turn(second)  # its transaction stays open, without a snapshot that a build would wait for
+            if taken:
                 self._turn = second
                 return
             second.close()
         raise errors.BusyError("another run is building indexes in this database")
-
-    def _open_other(self) -> Database:
-        try:
-            second = self._open_second()
-            second.run(["SELECT"])
-        except (errors.UnreachableError, errors.StatementError) as error:
-            where = error.where or error.what if isinstance(error, errors.UnreachableError) else error.message
-            raise errors.CrowdedError("online work needs a second connection for a while", where=where) from error
-        return second
 
     def _statements(self, step: Step) -> list[str]:
         settings = f"SELECT {self.database.transaction_settings}"
@@ -290,6 +285,16 @@ def _took_turn(database: Database) -> bool:
     """Try for the turn to build; it lasts as long as the transaction that this opens."""
     *_, rows = database.run([_BEGIN + " READ ONLY", _STAY, f"SELECT pg_try_advisory_xact_lock({ONLINE_LOCK})"])
     return rows == [("t",)]
+
+
+@contextmanager
+def _needing_room() -> Iterator[None]:
+    """Say of a failure that it is the second connection's."""
+    try:
+        yield
+    except (errors.UnreachableError, StatementError) as error:
+        where = error.message if isinstance(error, StatementError) else error.where
+        raise errors.CrowdedError("online work needs a second connection for a while", where=where) from error
 
 
 @contextmanager

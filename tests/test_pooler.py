@@ -306,7 +306,7 @@ def test_no_room_for_the_connection_that_online_work_needs(db: Db, settings: dic
     with Pooler(db.cluster, settings=settings) as pooler:
         began = time.monotonic()
         done = through(pooler, db, "setup", CONNECT_TIMEOUT="1s", LOCK_WAIT="2s")
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 60  # not PgBouncer's 120
     assert done.code == 4, done
     assert "waiting   online work needs a second connection" in done.out
     assert "the direct URL" in done.err
@@ -342,7 +342,7 @@ def test_who_holds_the_lock_also_takes_the_last_server_connection(db: Db) -> Non
         with holding(pooler.connect(db), "LOCK TABLE slots IN ROW EXCLUSIVE MODE"):
             began = time.monotonic()
             done = through(pooler, db, "setup", CONNECT_TIMEOUT="1s", LOCK_TIMEOUT="300ms", LOCK_WAIT="0")
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < 60  # not PgBouncer's 120
             assert done.code == 7, done
             assert "could not be asked" in done.err
         assert through(pooler, db, "setup").code == 0

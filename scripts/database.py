@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from ipaddress import ip_address
@@ -56,10 +57,14 @@ class Watcher(Protocol):
 
 
 class Database:
-    """A connection to the target. Raises UnreachableError where there is none to be had."""
+    """A connection to the target. Raises UnreachableError where there is none to be had.
 
-    def __init__(self, target: Target, settings: Settings) -> None:
-        self.target = target
+    answer_s: how long an answer may take (seconds; None: for ever); then the connection counts as gone. A pooler lets
+    everybody in, and keeps waiting whom it has no server connection for: those that our own first one keeps, say.
+    """
+
+    def __init__(self, target: Target, settings: Settings, *, answer_s: float | None = None) -> None:
+        self.target, self._answer_s = target, answer_s
         self.lock_timeout_ms = settings.lock_timeout_ms
         self.watch: Watcher | None = None
         defaults = {"application_name": APPLICATION_NAME, "connect_timeout": str(settings.connect_timeout_s)}
@@ -189,21 +194,25 @@ class Database:
         moment_s = min(
             _MOMENT_S, self.lock_timeout_ms / 10_000
         )  # a watcher has to see who is in the way before it is over
-        while (result := self._connection.wait(self._idling(self._fetch()), moment_s)) is not None:
+        deadline = None if self._answer_s is None else time.monotonic() + self._answer_s
+        while (result := self._connection.wait(self._idling(self._fetch(), deadline), moment_s)) is not None:
             yield result
 
     def _fetch(self) -> PQGen[pq.abc.PGresult | None]:
         waiting: PQGen[pq.abc.PGresult | None] = generators.fetch(self._connection.pgconn)
         return waiting
 
-    def _idling(self, waiting: PQGen[_T]) -> PQGen[_T]:
-        """Pass on psycopg's generator, and tell the watcher of each moment in which nothing came."""
+    def _idling(self, waiting: PQGen[_T], deadline: float | None) -> PQGen[_T]:
+        """Pass on psycopg's generator, tell the watcher of each moment in which nothing came, raise at the deadline."""
         try:
             wanted = next(waiting)
             while True:
                 ready = yield wanted
                 if self.watch is not None:
                     self.watch.idle() if ready == Ready.NONE else self.watch.answered()
+                if ready == Ready.NONE and deadline is not None and time.monotonic() > deadline:
+                    self.close()
+                    raise psycopg.OperationalError(f"no answer within {self._answer_s} s")
                 wanted = waiting.send(ready)
         except StopIteration as done:
             result: _T = done.value
@@ -241,5 +250,6 @@ def _refuse(target: Target, reason: str, remedy: str = "") -> NoReturn:
     raise UnreachableError(
         f"cannot use {target.display}",
         where=mask(reason.strip(), target.secrets),
-        remedy=remedy or "Check host, port, user, password and database in DATABASE_URL, and that the server runs.",
+        remedy=remedy
+        or "Check host, port, user, password and database in DATABASE_URL, and that the server runs and has room.",
     )

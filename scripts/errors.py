@@ -34,6 +34,12 @@ class StepFailedError(RecipeError):
     """A step failed, or its prerequisites are missing; the database is as before that step."""
 
 
+class NoRoomError(StepFailedError):
+    """The server's disk is full."""
+
+    usual_remedy = "Make room on the server's disk, then run the task again: what was committed stands."
+
+
 class SettingsError(RecipeError):
     """There is no usable DATABASE_URL, or another setting cannot be read."""
 
@@ -50,7 +56,9 @@ class UnreachableError(RecipeError):
 class CrowdedError(UnreachableError):
     """The server, which took one connection, refuses the second one that online work needs."""
 
-    usual_remedy = "Run the task again when other sessions have ended; LOCK_WAIT sets how long to wait."
+    usual_remedy = """\
+Run the task again when other sessions have ended (LOCK_WAIT sets how long to wait), or, where a pooler
+stands between, name the server itself in DATABASE_URL (the direct URL)."""
 
 
 class MissingError(RecipeError):
@@ -110,6 +118,11 @@ class StatementError(Exception):
     def __str__(self) -> str:
         return self.message
 
+    @property
+    def remedy(self) -> str:
+        """What helps: we say it where we know the case; else the hint does, our files' or the server's."""
+        return for_sqlstate(self.sqlstate).usual_remedy or self.hint
+
 
 _BY_SQLSTATE: dict[str | None, type[RecipeError]] = {
     "TB001": StepFailedError,  # ours: a prerequisite is missing
@@ -121,11 +134,15 @@ _BY_SQLSTATE: dict[str | None, type[RecipeError]] = {
     "25006": NotPermittedError,  # read_only_sql_transaction
     "57P01": UnreachableError,  # admin_shutdown
     "57P02": UnreachableError,  # crash_shutdown
+    "57P03": UnreachableError,  # cannot_connect_now
+    "57P05": UnreachableError,  # idle_session_timeout: the role's own, between two tries
     "53300": UnreachableError,  # too_many_connections
+    "08": UnreachableError,  # the class of connection exceptions: all that PgBouncer ever says
+    "53100": NoRoomError,  # disk_full
     None: UnreachableError,  # not the server's: the connection is gone
 }
 
 
 def for_sqlstate(sqlstate: str | None) -> type[RecipeError]:
     """Return the error that a SQLSTATE (PostgreSQL manual, appendix A) stands for; None: the server sent none."""
-    return _BY_SQLSTATE.get(sqlstate, StepFailedError)
+    return _BY_SQLSTATE.get(sqlstate) or _BY_SQLSTATE.get((sqlstate or "")[:2], StepFailedError)

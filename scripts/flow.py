@@ -231,17 +231,18 @@ class _Work:
     """One task against one database: looking, and carrying out the plan until its promises stand."""
 
     def __init__(
-        self, connect: Callable[[], Database], given: Settings, everything: Sequence[Step], wanted: Sequence[Step]
+        self, connect: Callable[..., Database], given: Settings, everything: Sequence[Step], wanted: Sequence[Step]
     ) -> None:
         self.given, self.everything, self.wanted = given, everything, wanted
         self.patience = Patience(given.lock_wait_s)
         self._open = connect
+        self._open_second = partial(connect, answer_s=given.connect_timeout_s)  # all that it is asked takes moments
         self._open_connections = ExitStack()
         self._online: runner.Online | None = None
 
     def __enter__(self) -> _Work:
         self.database = self._open_connections.enter_context(self._open())
-        watch = self._open_connections.enter_context(closing(Watch(self.database, self._open)))
+        watch = self._open_connections.enter_context(closing(Watch(self.database, self._open_second)))
         self.database.watch = watch
         return self
 
@@ -311,7 +312,7 @@ class _Work:
     def _builder(self, pooled: bool) -> runner.Online:
         if self._online is None:
             patience_s = None if pooled else self.given.lock_wait_s
-            online = runner.Online(self.database, self.everything, patience_s, _say_step, self._open)
+            online = runner.Online(self.database, self.everything, patience_s, _say_step, self._open_second)
             self._online = self._open_connections.enter_context(online)
         return self._online
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
@@ -33,11 +34,11 @@ _BUSY = "TB004"  # raised by the guard
 _DEADLOCK = "40P01"
 _INTEGRITY = "23"  # the class of integrity constraint violations
 _DUPLICATE_TABLE = "42P07"
-_TIMEOUTS = {"57014", "55P03", "25P03"}  # what a role's own limits end a statement, or a turn, with
+_TIMEOUTS = {"57014", "55P03", "25P04"}  # what a role's own limits end a statement with
 _DIRECT = """\
-Online work takes as long as it takes, but the role brings a statement_timeout or lock_timeout along, which cannot be
-lifted through a transaction pooler: name the server itself in DATABASE_URL (the direct URL, not the pooler's), and run
-the task again; it finishes what is left."""
+Online work takes as long as it takes, but the role brings a statement_timeout, lock_timeout or transaction_timeout
+along, which cannot be lifted through a transaction pooler: name the server itself in DATABASE_URL (the direct URL, not
+the pooler's), and run the task again; it finishes what is left."""
 _GUARD = f"""DO $guard$
 BEGIN
   IF NOT pg_try_advisory_xact_lock({ADVISORY_LOCK}) THEN
@@ -231,24 +232,25 @@ class Online:
         return bool(statements)
 
     def _take_turn(self) -> None:
-        """Be the one who builds; a second connection is opened only where the turn seems free."""
+        """Be the one who builds; a second connection, which keeps the turn, is opened only where it seems free.
+
+        The first one's transaction stays open until the second has had an answer: a pooler with a single server
+        connection would lend it to either, and then keep the work waiting for the turn to end.
+        """
         if self._turn is not None:
             return
-        if _took_turn(self.database, "COMMIT"):
-            second = self._open_other()
-            if _took_turn(second):  # its transaction stays open, without a snapshot that a build would wait for
+        with _tried(self.database) as free, _needing_room():
+            second = self._open_second() if free else None
+            if second is not None:
+                second.run(["SELECT"])
+        if second is not None:
+            with _needing_room():
+                taken = _took_turn(second)  # its transaction stays open, without a snapshot that a build would wait for
+            if taken:
                 self._turn = second
                 return
             second.close()
         raise errors.BusyError("another run is building indexes in this database")
-
-    def _open_other(self) -> Database:
-        try:
-            return self._open_second()
-        except errors.UnreachableError as error:
-            raise errors.CrowdedError(
-                "online work needs a second connection for a while", where=error.where or error.what
-            ) from error
 
     def _statements(self, step: Step) -> list[str]:
         settings = f"SELECT {self.database.transaction_settings}"
@@ -278,11 +280,30 @@ class Online:
             self.say(step.label, f"{statement}: done, {(time.monotonic() - started) * 1000:.0f} ms")
 
 
-def _took_turn(database: Database, *afterwards: str) -> bool:
-    """Try for the turn to build; it lasts as long as the transaction does."""
-    try_it = f"SELECT pg_try_advisory_xact_lock({ONLINE_LOCK})"
-    _, _, rows, *_ = database.run([_BEGIN + " READ ONLY", _STAY, try_it, *afterwards])
+def _took_turn(database: Database) -> bool:
+    """Try for the turn to build; it lasts as long as the transaction that this opens."""
+    *_, rows = database.run([_BEGIN + " READ ONLY", _STAY, f"SELECT pg_try_advisory_xact_lock({ONLINE_LOCK})"])
     return rows == [("t",)]
+
+
+@contextmanager
+def _needing_room() -> Iterator[None]:
+    """Say of a failure that it is the second connection's."""
+    try:
+        yield
+    except (errors.UnreachableError, StatementError) as error:
+        where = error.message if isinstance(error, StatementError) else error.where
+        raise errors.CrowdedError("online work needs a second connection for a while", where=where) from error
+
+
+@contextmanager
+def _tried(database: Database) -> Iterator[bool]:
+    """Have the turn for a moment, if it is free, and let it go."""
+    taken = _took_turn(database)
+    try:
+        yield taken
+    finally:
+        database.run(["COMMIT"])
 
 
 def _verification(step: Step, chain: Sequence[Step]) -> str:
@@ -322,7 +343,7 @@ def _failure(statements: Sequence[Statement], error: StatementError, *, pooled: 
     return kind(
         error.message if expected else f"{failed.step.label} {ended} {failed.part.value}: {error.message}",
         where="\n".join(line for line in where if line),
-        remedy=_DIRECT if pooled and error.sqlstate in _TIMEOUTS else error.hint,
+        remedy=_DIRECT if pooled and error.sqlstate in _TIMEOUTS else error.remedy,
     )
 
 

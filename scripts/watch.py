@@ -89,21 +89,25 @@ class Watch:
         """Take a look, if it is time to: nothing has come back yet."""
         if time.monotonic() < self._next_look:
             return
+        began = time.monotonic()
         try:
             self._look()
         except (errors.UnreachableError, errors.StatementError) as error:
             self.holders = (f"(who is in the way could not be asked: {error})",)
+            self.close()
+        ended = time.monotonic()
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
-        self._next_look = time.monotonic() + self._pause_s
+        self._next_look = ended + max(self._pause_s, ended - began)
 
     def end(self) -> None:
         """Leave off: the message has been answered."""
         CONSOLE.progress("")
 
     def close(self) -> None:
-        """End the second session, if there is one."""
+        """End the second session, if there is one; the next look would open another."""
         if self._second is not None:
             self._second.close()
+            self._second = None
 
     def _look(self) -> None:
         if self._second is None:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,3 +185,11 @@ def pytest_report_header() -> str:
     return subprocess.run(
         [binaries / "postgres", "--version"], capture_output=True, text=True, check=True
     ).stdout.strip()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was left out, and why: pytest -q would hide it behind a letter."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    left_out = Counter((report.location[0], report.longrepr[2].removeprefix("Skipped: ")) for report in skipped)
+    for (file, reason), tests in left_out.items():
+        terminalreporter.write_line(f"left out: {tests} tests of {file} ({reason})")

@@ -142,14 +142,18 @@ class Proxy:
             thread.start()
 
     def _converse(self, client: socket.socket, conversation: Conversation) -> None:
-        with client, self._dial() as server, contextlib.suppress(OSError, CutError):
+        with client, contextlib.suppress(OSError, CutError), self._dial() as server:
             _Relay(self, client, server, conversation).run()
 
     def _dial(self) -> socket.socket:
         if isinstance(self.upstream, tuple):
             return socket.create_connection(self.upstream)
         server = socket.socket(socket.AF_UNIX)
-        server.connect(self.upstream)
+        try:
+            server.connect(self.upstream)
+        except OSError:
+            server.close()
+            raise
         return server
 
 

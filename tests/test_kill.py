@@ -343,3 +343,70 @@ FAULTS = {
     "one server process is terminated": Fault(terminate_the_youngest, (0, 4)),
     "the server is stopped, immediate": Fault(stop_the_server, (0, 4), (0, 4)),
 }
+
+
+# ── inside what takes long ─────────────────────────────────────────────────────────────────────────────────────────
+
+WAITING = f"SELECT pid FROM pg_stat_activity WHERE {OURS} AND wait_event_type = 'Lock' AND query"
+BUILDING = f"{WAITING} LIKE 'CREATE INDEX CONCURRENTLY%'"
+VALIDATING = f"{WAITING} LIKE '%VALIDATE CONSTRAINT%'"
+UNUSABLE = "SELECT indexrelid::int FROM pg_index WHERE NOT indisvalid"
+STANDS = "SELECT indexrelid::int, indisvalid FROM pg_index WHERE indexrelid = to_regclass('{}')"
+
+
+@pytest.mark.parametrize("missing", [["idx_slots_type"], ["idx_games_owner", "idx_games_world"]], ids=["one", "two"])
+@pytest.mark.parametrize("held", HOLDS_UP[::2], ids=["old snapshot", "writer"])
+def test_orphan_that_builds_is_waited_for(db: Db, missing: list[str], held: str) -> None:
+    """The client is killed, its server process builds on: nobody drops what it builds, or builds beside it.
+
+    Three sessions: the orphan, the next run, and the turn of that.
+    """
+    assert db.invoke("setup").code == 0
+    db.execute("DROP INDEX " + ", ".join(missing))
+    with transaction(db, held.replace("slots", "slots, games")):
+        process = db.start("setup")
+        until(lambda: db.rows(BUILDING), process)
+        [(orphan,)] = db.rows(BUILDING)
+        process.kill()
+        ended(process)
+        unfinished = db.rows(UNUSABLE)
+        assert len(unfinished) == 1
+        after = db.start("setup")
+        until(lambda: db.value(f"SELECT count(*) FROM pg_stat_activity WHERE {OURS}") == 3, after)
+        time.sleep(1)  # it looks a few times
+        assert db.rows(BUILDING) == [(orphan,)]
+        assert db.rows(UNUSABLE) == unfinished
+    done = ended(after)
+    assert done.code == 0, done
+    assert db.differing() == {}
+    assert db.rows(STANDS.format(missing[0])) == [(*unfinished[0], True)]
+    assert not [line for line in done.out.splitlines() if missing[0] in line]
+    assert db.rows("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()") == [(0,)]
+
+
+@pytest.mark.parametrize("killed", ["client", "server process"])
+def test_killed_while_it_validates(db: Db, killed: str) -> None:
+    """It waits for turns, where it looks each row up; the client's orphan does so still when the next run comes."""
+    db.execute(OLD["bigint"])
+    assert db.invoke("setup").code == 0
+    db.execute("ALTER TABLE prompt_snapshots DROP CONSTRAINT prompt_snapshots_turn_id_fkey")
+    fix = next(step for step in chain.load() if step.task == "fix")
+    db.execute(fix.atomic)
+    before, things = contents(db), set(db.rows(THINGS))
+    with transaction(db, "LOCK TABLE turns IN EXCLUSIVE MODE"):
+        process = db.start("setup")
+        until(lambda: db.rows(VALIDATING), process)
+        if killed == "client":
+            process.kill()
+        else:
+            db.rows(f"SELECT pg_terminate_backend(pid) FROM ({VALIDATING}) AS v")
+        judge(ended(process), [-signal.SIGKILL, 4])
+        assert db.rows("SELECT conname FROM pg_constraint WHERE NOT convalidated") == [
+            ("prompt_snapshots_turn_id_fkey",)
+        ]
+        after = db.start("setup")
+        until(lambda: db.rows(VALIDATING), after)
+    done = ended(after)
+    assert done.code == 0, done
+    assert db.differing() == {}
+    assert (contents(db), set(db.rows(THINGS))) == (before, things)

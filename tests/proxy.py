@@ -154,7 +154,7 @@ class Proxy:
             thread.start()
 
     def _converse(self, client: socket.socket, conversation: Conversation) -> None:
-        with client, self._dial() as server, contextlib.suppress(OSError, CutError):
+        with contextlib.suppress(OSError, CutError), client, self._dial() as server:
             client.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
             )  # a small message would wait for the last one's ACK
@@ -165,7 +165,11 @@ class Proxy:
         if isinstance(self.upstream, tuple):
             return socket.create_connection(self.upstream)
         server = socket.socket(socket.AF_UNIX)
-        server.connect(self.upstream)
+        try:
+            server.connect(self.upstream)
+        except OSError:  # it is down
+            server.close()
+            raise
         return server
 
 

@@ -34,16 +34,20 @@ _WAITS = (
     + """
 SELECT coalesce(wanted.mode || ' on ' || wanted.relation::regclass, 'a transaction to end'),
        coalesce(
-         format('pid %s (role %s, application %s) is %s%s, its transaction open for %s s: %s',
-                a.pid, a.usename, quote_literal(a.application_name), coalesce(a.state, a.backend_type, 'busy'),
-                CASE WHEN a.wait_event_type = 'Lock' THEN ' and waits itself' ELSE '' END,
-                coalesce(round(extract(epoch FROM clock_timestamp() - a.xact_start))::text, '?'),
-                left(regexp_replace(a.query, '[[:space:]]+', ' ', 'g'), 80)),
+         CASE WHEN a.pid IS NOT NULL THEN
+           format('pid %s (role %s, application %s) is %s%s, its transaction open for %s s: %s',
+                  a.pid, a.usename, quote_literal(a.application_name), coalesce(a.state, a.backend_type, 'busy'),
+                  CASE WHEN a.wait_event_type = 'Lock' THEN ' and waits itself' ELSE '' END,
+                  coalesce(round(extract(epoch FROM clock_timestamp() - a.xact_start))::text, '?'),
+                  left(regexp_replace(a.query, '[[:space:]]+', ' ', 'g'), 80)) END,
          (SELECT string_agg(format('prepared transaction %s (role %s), prepared %s s ago: COMMIT PREPARED or ROLLBACK '
                                    'PREPARED ends it', quote_literal(p.gid), p.owner,
                                    round(extract(epoch FROM clock_timestamp() - p.prepared))), E'\\n')
-          FROM pg_locks AS l JOIN pg_prepared_xacts AS p ON l.virtualtransaction LIKE '%/' || p.transaction
-          WHERE blocker.pid = 0 AND l.relation = wanted.relation AND l.granted),
+          FROM pg_prepared_xacts AS p
+          JOIN pg_locks AS own ON own.transactionid = p.transaction AND own.pid IS NULL
+          JOIN pg_locks AS l ON l.virtualtransaction = own.virtualtransaction AND l.pid IS NULL
+          WHERE blocker.pid = 0
+            AND (l.relation = wanted.relation OR l.transactionid = wanted.transactionid)),  -- a build waits for its end
          format('pid %s', blocker.pid))
 FROM mine
 JOIN pg_locks AS wanted ON wanted.pid = mine.pid AND NOT wanted.granted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import signal
@@ -13,6 +14,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MIGRATIONS = ROOT / "db" / "migrations"
 VERIFICATIONS = ROOT / "db" / "verify"
+# FAULT_SEED repeats a sample of faults; the processes of one pytest -n have to draw the same one.
+SEED = os.environ.get("FAULT_SEED") or os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(random.randrange(10**6))
 
 
 @dataclass(frozen=True)
@@ -154,19 +158,31 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> No
         time.sleep(0.01)
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[embedded.Cluster]:
-    """The server of this test process; it need not survive a power cut, so that fsync may be off."""
+@contextmanager
+def a_server(**settings: str) -> Iterator[embedded.Cluster]:
+    """A running embedded server of one's own, with these settings."""
     home = Path(tempfile.mkdtemp(prefix="budget-engine-tests-"))
     home.chmod(0o755)  # as root the server runs as another user, who must be able to reach its data
     cluster = embedded.locate(home)
-    url = embedded.start(cluster)
-    with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute("ALTER SYSTEM SET fsync = off")
+    with psycopg.connect(embedded.start(cluster), autocommit=True) as connection:
+        for name, value in {"fsync": "off", **settings}.items():
+            connection.execute(f"ALTER SYSTEM SET {name} = {value}".encode())
         connection.execute("SELECT pg_reload_conf()")
-    yield cluster
-    embedded.stop(cluster)
-    shutil.rmtree(home, ignore_errors=True)
+    if settings:  # some of them are read at the start only
+        embedded.stop(cluster)
+        embedded.start(cluster)
+    try:
+        yield cluster
+    finally:
+        embedded.stop(cluster)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[embedded.Cluster]:
+    """The server of this test process; it need not survive a power cut, so that fsync may be off."""
+    with a_server() as cluster:
+        yield cluster
 
 
 @pytest.fixture

@@ -50,6 +50,12 @@ class Conversation:
         return [message.kind for message in self.from_client]
 
     @property
+    def backend_pid(self) -> int | None:
+        """Process id of the server process (BackendKeyData); None: not logged in yet."""
+        keys = [message.raw for message in self.from_server if message.kind == "K"]
+        return int.from_bytes(keys[0][5:9], "big") if keys else None
+
+    @property
     def startup(self) -> dict[str, str]:
         """The parameters that the client sent when it logged in."""
         raw = next(message.raw for message in self.from_client if message.kind == "Startup")
@@ -116,6 +122,12 @@ class Proxy:
         """The way to a database through here."""
         return f"postgresql://{role}@127.0.0.1:{self.port}/{database}"
 
+    def cut(self) -> None:
+        """End every connection, at once and without a word."""
+        for end in list(self._sockets):
+            with contextlib.suppress(OSError):  # it ended already
+                end.shutdown(socket.SHUT_RDWR)
+
     def __enter__(self) -> Proxy:
         self._threads[0].start()
         return self
@@ -142,7 +154,11 @@ class Proxy:
             thread.start()
 
     def _converse(self, client: socket.socket, conversation: Conversation) -> None:
-        with client, contextlib.suppress(OSError, CutError), self._dial() as server:
+        with contextlib.suppress(OSError, CutError), client, self._dial() as server:
+            client.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+            )  # a small message would wait for the last one's ACK
+            self._sockets += [client, server]
             _Relay(self, client, server, conversation).run()
 
     def _dial(self) -> socket.socket:
@@ -151,7 +167,7 @@ class Proxy:
         server = socket.socket(socket.AF_UNIX)
         try:
             server.connect(self.upstream)
-        except OSError:
+        except OSError:  # it is down
             server.close()
             raise
         return server

@@ -222,9 +222,9 @@ def contents(db: Db) -> Contents:
     tables = db.rows("""
         SELECT format('%I.%I', nspname, relname) FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
         WHERE relkind IN ('r', 'p') AND nspname !~ '^pg_|^information_schema$|^budget_engine$' ORDER BY 1""")
-    query = (
-        "SELECT coalesce(jsonb_agg(to_jsonb(t) ORDER BY to_jsonb(t) ->> 'id', to_jsonb(t)::text), '[]') FROM {} AS t"
-    )
+    query = """
+        SELECT coalesce(json_agg(line ORDER BY line ->> 'id', line::text), '[]')
+        FROM (SELECT to_jsonb(t) AS line FROM {} AS t OFFSET 0) AS lines"""
     return {table: db.value(query.format(table)) for (table,) in tables}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from conftest import MIGRATIONS, Db, Run, ended, until
+from conftest import MIGRATIONS, SEED, Db, Run, ended, until
 from proxy import COMMITTED, Message, Proxy, Watcher, containing, cut, on_nth, socket_of, unchanged
 
 from scripts import chain
@@ -22,8 +21,6 @@ from scripts.runner import ADVISORY_LOCK
 
 STEMS = [step.stem for step in chain.load()]
 NEEDED_FROM_NOTHING = [stem for stem in STEMS if "fix" not in stem]
-# FAULT_SEED repeats a sample; the processes of one pytest -n have to draw the same one.
-SEED = os.environ.get("FAULT_SEED") or os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(random.randrange(10**6))
 RANDOM_POINTS = 6
 
 # Counts the DDL commands of a session that has our name, and acts on the one that is asked for.

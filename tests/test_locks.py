@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,10 +15,12 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import MIGRATIONS, VERIFICATIONS, Db, Run, ended, until
+from conftest import MIGRATIONS, VERIFICATIONS, Db, Run, a_server, clean_environment, ended, until
 from proxy import Proxy, containing, on_nth, socket_of
+from states import with_uuid
 
 from scripts import chain, runner
+from scripts.chain import ROOT
 
 TASKS = ["setup", "prereqs", "fix", "slots-flags", "budget-report", "turn-metrics", "verify"]
 STEMS = [step.stem for step in chain.load()]
@@ -72,6 +80,10 @@ def make_old(db: Db) -> None:
 def diary(db: Db) -> list[tuple[Any, ...]]:
     return db.rows("SELECT step, part FROM budget_engine.diary ORDER BY id")
 
+
+# A million as the issue has it: CROWD_ROWS=1000000. As many as that take a while to make.
+CROWD_ROWS = int(os.environ.get("CROWD_ROWS", "50000"))
+LONGEST_AFTERWARDS_S = 15.0  # the longest pause (patience.py), a last look, and a machine with much to do
 
 # Our sessions that run, or wait for a lock in, a statement that begins so.
 OURS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'budget-engine-recipes'"
@@ -190,15 +202,39 @@ def test_online_build_gives_up_and_the_next_run_finishes(db: Db) -> None:
 # ── two runs at once ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("prepare", [lambda db: None] * 2 + [make_old], ids=["empty 1", "empty 2", "old"])
-def test_runs_at_once_all_succeed_and_do_each_step_once(db: Db, prepare: Callable[[Db], None]) -> None:
+def make_big(db: Db) -> None:
+    """An old database with many rows, and every kind of work still to do."""
+    db.execute(with_uuid())
+    db.execute(f"""
+        INSERT INTO turns (game_id, idx, role, content)
+        SELECT md5('game 1')::uuid, i + 10, 'player', '{{}}' FROM generate_series(1, {CROWD_ROWS}) AS i;
+        DROP INDEX idx_turns_game_idx, idx_games_owner, idx_slots_type;
+        ALTER TABLE prompt_snapshots DROP CONSTRAINT prompt_snapshots_parent_id_fkey""")
+
+
+def ends(processes: list[subprocess.Popen[str]]) -> list[float]:
+    """Wait for all of them; return when each ended, as the server's clock has it."""
+    times: dict[int, float] = {}
+    while len(times) < len(processes):
+        times |= {p.pid: time.time() for p in processes if p.pid not in times and p.poll() is not None}
+        time.sleep(0.05)
+    return list(times.values())
+
+
+@pytest.mark.parametrize("prepare", [lambda db: None, make_old, make_big], ids=["empty", "old", "many rows"])
+def test_twenty_runs_at_once_all_succeed_and_do_each_step_once(db: Db, prepare: Callable[[Db], None]) -> None:
     prepare(db)
-    runs = [ended(process) for process in [db.start("setup") for _ in range(3)]]
+    processes = [db.start("setup", LOCK_WAIT="5min") for _ in range(20)]
+    times = ends(processes)
+    runs = [ended(process) for process in processes]
     assert {done.code for done in runs} == {0}, "\n".join(map(str, runs))
+    assert {"Traceback" in done.err for done in runs} == {False}
     assert db.differing() == {}
     lines = diary(db)
-    assert [line for line in lines if line[1] == "atomic" and lines.count(line) > 1] == []
-    assert {"Traceback" in done.err for done in runs} == {False}
+    assert len(lines) == len(set(lines)), lines
+    assert db.value("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()") == 0
+    last = float(db.value("SELECT max(extract(epoch FROM finished_at)) FROM budget_engine.diary"))
+    assert max(times) - last < LONGEST_AFTERWARDS_S
 
 
 def test_verify_during_a_run_sees_nothing_in_the_way(db: Db) -> None:
@@ -289,3 +325,205 @@ def test_who_holds_up_a_pending_step_with_access_exclusive_is_named(db: Db) -> N
         assert done.code == 7, done
         assert f"pid {holder.info.backend_pid} " in done.err, done
     assert db.dump(data=True) == before
+
+
+# ── the budget for locks ───────────────────────────────────────────────────────────────────────────────────────────
+
+REPORT_MISSING = "ALTER TABLE prompt_snapshots DROP COLUMN budget_report"
+READER = "LOCK TABLE prompt_snapshots IN ACCESS SHARE MODE"
+NAMED, AGAIN = re.compile(r"^waiting   for .*: pid \d+ ", re.M), re.compile(r"^waiting   .* again in ", re.M)
+
+
+def said(process: subprocess.Popen[str], pattern: re.Pattern[str]) -> str:
+    """Read what the process prints until a line matches; return all of it."""
+    assert process.stdout is not None
+    text = ""
+    for line in process.stdout:
+        text += line
+        if pattern.search(line):
+            return text
+    raise AssertionError((text, ended(process)))
+
+
+def the_rest(process: subprocess.Popen[str], text: str) -> Run:
+    done = ended(process)
+    return Run(done.code, text + done.out, done.err)
+
+
+def test_holder_lets_go_after_the_first_attempt(db: Db) -> None:
+    assert db.invoke("setup").code == 0
+    db.execute(REPORT_MISSING)
+    with holding(db, READER) as holder:
+        process = db.start("setup", LOCK_TIMEOUT="500ms")
+        pid, text = holder.info.backend_pid, said(process, AGAIN)
+        holder.rollback()
+        done = the_rest(process, text)
+    assert done.code == 0, done
+    assert db.differing() == {}
+    assert (len(NAMED.findall(done.out)), len(AGAIN.findall(done.out))) == (1, 1), done
+    for words in (f"pid {pid} ", "role postgres", "'the other one'", "idle in transaction", READER):
+        assert words in done.out
+
+
+def test_holder_never_lets_go(db: Db) -> None:
+    """The queue behind a waiting step is never longer than one LOCK_TIMEOUT."""
+    assert db.invoke("setup").code == 0
+    db.execute(REPORT_MISSING)
+    before, waits = db.dump(data=True), [0.0]
+    with holding(db, READER), db.connect() as third:
+        began = time.monotonic()
+        process = db.start("setup", LOCK_TIMEOUT="500ms", LOCK_WAIT="4s")
+        while process.poll() is None:
+            asked = time.monotonic()
+            third.execute("SELECT count(*) FROM prompt_snapshots")
+            waits.append(time.monotonic() - asked)
+        done, took_s = ended(process), time.monotonic() - began
+    assert done.code == 7, done
+    assert 4 < took_s < 10
+    attempts = len(AGAIN.findall(done.out))
+    assert attempts >= 3
+    assert len(NAMED.findall(done.out)) in (attempts, attempts + 1), done
+    assert 0.25 < max(waits) < 0.9  # it did queue, but not for two of them
+    assert db.dump(data=True) == before
+
+
+def test_deadlock_is_tried_again(db: Db) -> None:
+    """The step, which holds prompt_snapshots, wants worlds; the other one has that, and wants prompt_snapshots."""
+    assert db.invoke("setup").code == 0
+    db.execute(REPORT_MISSING)
+    db.execute("""
+        CREATE FUNCTION want_worlds() RETURNS event_trigger LANGUAGE plpgsql AS $$
+        BEGIN
+          IF current_setting('application_name') = 'budget-engine-recipes' THEN
+            LOCK TABLE worlds IN SHARE MODE;
+          END IF;
+        END $$;
+        CREATE EVENT TRIGGER want_worlds ON ddl_command_end WHEN TAG IN ('ALTER TABLE')
+          EXECUTE FUNCTION want_worlds()""")
+    with holding(db, "SET LOCAL deadlock_timeout = '1min'; LOCK TABLE worlds IN ROW EXCLUSIVE MODE") as other:
+        process = db.start("setup", LOCK_TIMEOUT="30s")
+        until(lambda: db.value(WAITING), process)
+        other.execute("INSERT INTO prompt_snapshots (tp, linearized_prompt_text) VALUES ('{}', 'meanwhile')")
+        other.commit()
+        done = ended(process)
+    assert done.code == 0, done
+    assert "deadlock" in done.out
+    assert len(AGAIN.findall(done.out)) == 1
+    assert db.value("SELECT count(*) FROM prompt_snapshots WHERE linearized_prompt_text = 'meanwhile'") == 1
+    assert db.differing() == {}
+
+
+# What is missing, and the transaction that holds it up.
+PREPARED = {
+    "atomic": (REPORT_MISSING, READER),
+    "online": ("DROP INDEX idx_slots_type", "LOCK TABLE slots IN ROW EXCLUSIVE MODE"),
+}
+
+
+@pytest.fixture(scope="module")
+def preparing() -> Iterator[Db]:
+    """A server that takes prepared transactions."""
+    with a_server(max_prepared_transactions="5") as cluster:
+        yield Db(cluster, "postgres")
+
+
+@pytest.mark.parametrize(("missing", "lock"), PREPARED.values(), ids=PREPARED)
+def test_prepared_transaction_is_named(preparing: Db, missing: str, lock: str) -> None:
+    db = preparing
+    assert db.invoke("setup").code == 0
+    db.execute(missing)
+    with db.connect() as connection:
+        for statement in ("BEGIN", lock, "PREPARE TRANSACTION 'forgotten one'"):
+            connection.execute(statement.encode())
+    done = db.invoke("setup", env={"LOCK_TIMEOUT": "500ms", "LOCK_WAIT": "1s"})
+    assert done.code == 7, done
+    for text in (done.out, done.err):
+        assert "prepared transaction 'forgotten one' (role postgres)" in text, done
+    db.execute("ROLLBACK PREPARED 'forgotten one'")
+    assert db.invoke("setup").code == 0
+    assert db.differing() == {}
+
+
+@contextmanager
+def old_snapshot(db: Db) -> Iterator[psycopg.Connection[Any]]:
+    """A transaction that touched nothing of ours; an online build waits for it all the same."""
+    with db.connect(autocommit=False) as holder:
+        holder.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        holder.execute("SET application_name = 'a report'")
+        holder.execute("SELECT 'something else'")
+        yield holder
+        holder.rollback()
+
+
+def test_old_snapshot_that_holds_up_a_build_is_named(db: Db) -> None:
+    assert db.invoke("setup").code == 0
+    db.execute("DROP INDEX idx_slots_type")
+    with old_snapshot(db) as holder:
+        process = db.start("setup")
+        pid, text = holder.info.backend_pid, said(process, NAMED)
+        holder.rollback()
+        done = the_rest(process, text)
+    assert done.code == 0, done
+    assert db.differing() == {}
+    [line] = [line for line in done.out.splitlines() if NAMED.match(line)]
+    for words in (f"pid {pid} ", "'a report'", "idle in transaction", "SELECT 'something else'"):
+        assert words in line
+
+
+def test_limits_of_the_role_do_not_end_an_online_build(db: Db) -> None:
+    assert db.invoke("setup").code == 0
+    db.execute("DROP INDEX idx_slots_type")
+    role = db.name
+    db.execute(f"""
+        CREATE ROLE {role} LOGIN SUPERUSER;
+        ALTER ROLE {role} SET statement_timeout = '1s';
+        ALTER ROLE {role} SET lock_timeout = '1ms'""")
+    with old_snapshot(db) as holder:
+        process = db.start("setup", DATABASE_URL=db.url_as(role))
+        until(lambda: db.value(BUILDING), process)
+        time.sleep(3)
+        holder.rollback()
+        done = ended(process)
+    db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+    assert done.code == 0, done
+    assert "again" not in done.out
+    assert db.value("SELECT indisvalid FROM pg_index WHERE indexrelid = 'idx_slots_type'::regclass")
+
+
+def build_held_up(db: Db, stdout: int, shown: Callable[[subprocess.Popen[str]], str]) -> str:
+    """Run setup while an old snapshot holds a build up, until what it shows is read; return that."""
+    assert db.invoke("setup").code == 0
+    db.execute("DROP INDEX idx_slots_type")
+    environment = clean_environment() | {"DATABASE_URL": db.url}
+    command = [sys.executable, "-m", "invoke", "setup"]
+    with old_snapshot(db) as holder:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, text=True)
+        text = shown(process)
+        holder.rollback()
+        rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    return text + (rest or "")
+
+
+def test_progress_is_shown_on_a_terminal(db: Db) -> None:
+    master, slave = pty.openpty()
+
+    def shown(_: subprocess.Popen[str]) -> str:
+        text = ""
+        while "waiting for old snapshots" not in text and select.select([master], [], [], 30)[0]:
+            text += os.read(master, 4096).decode()
+        return text
+
+    text = build_held_up(db, slave, shown)
+    os.close(slave)
+    os.close(master)
+    assert "\r\x1b[Kbuilding  slots: waiting for old snapshots" in text
+
+
+def test_progress_is_not_shown_in_a_pipe(db: Db) -> None:
+    def shown(process: subprocess.Popen[str]) -> str:
+        return said(process, NAMED)  # the watch has looked
+
+    text = build_held_up(db, subprocess.PIPE, shown)
+    assert "building  " not in text
+    assert "\x1b" not in text

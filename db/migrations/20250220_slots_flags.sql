@@ -191,7 +191,8 @@ CROSS JOIN LATERAL (VALUES
             wanted.name, standing.relnamespace::regnamespace, standing.relname, wanted.definition))
   ) AS online (position, is_needed, statement)
 WHERE online.is_needed
-  AND NOT (built.indexrelid IS NOT NULL AND EXISTS (  -- invalid because somebody is building it at this moment
+  -- Invalid perhaps because somebody is building it at this moment: two builds on one table would wait for each other.
+  AND NOT (EXISTS (SELECT FROM pg_index WHERE indrelid = standing.oid AND NOT indisvalid) AND EXISTS (
     SELECT FROM pg_locks
     WHERE locktype = 'relation' AND relation = standing.oid AND mode = 'ShareUpdateExclusiveLock' AND granted
       AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND pid <> pg_backend_pid()

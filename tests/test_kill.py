@@ -1,0 +1,412 @@
+"""Killed anywhere, finished by the next run: a seeded random walk, and the two places that take long.
+
+FAULT_POINTS: how many points the walk has (the ordinary run takes a sample); FAULT_SEED repeats what a walk draws. When
+a delay ends, the machine's load decides how far the run has come: the same seed draws the same faults, near the same
+places.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+import pytest
+from conftest import SEED, Db, Run, a_server, ended, until
+from proxy import Message, Proxy, on_nth, socket_of
+from states import Contents, by_hand, contents, lost, with_uuid
+
+from scripts import chain, embedded
+from scripts.survey import ONLINE
+
+STEMS = [step.stem for step in chain.load()]
+POINTS_OF_ONE_WALK = 3
+POINTS = int(os.environ.get("FAULT_POINTS", 4 * POINTS_OF_ONE_WALK))
+LONGEST_S = 1.5  # for which a message is waited for
+OURS = "application_name = 'budget-engine-recipes' AND datname = current_database()"
+
+# Rows enough for a build to take its moment; indexes missing and INVALID; parent_id to be validated. What the atomic
+# parts have to do is all there, too.
+ROWS = 3_000
+WEAR = f"""
+INSERT INTO turns (game_id, idx, role, content)
+SELECT md5('game 1')::uuid, i + 10, 'player', '{{}}' FROM generate_series(1, {ROWS}) AS i;
+INSERT INTO prompt_snapshots (id, snapshot_id, tp, linearized_prompt_text)
+SELECT md5('more ' || i)::uuid, md5('name of more ' || i)::uuid, '{{}}', 'Prompt ' || i
+FROM generate_series(1, {ROWS}) AS i;
+ALTER TABLE prompt_snapshots ADD COLUMN IF NOT EXISTS parent_id uuid;
+UPDATE prompt_snapshots SET parent_id = md5('snapshot 1')::uuid WHERE linearized_prompt_text LIKE '%7';
+ALTER TABLE prompt_snapshots DROP CONSTRAINT IF EXISTS prompt_snapshots_parent_id_fkey;
+DROP INDEX IF EXISTS idx_turns_game_idx, idx_prompt_snapshots_created_at;
+UPDATE pg_index SET indisvalid = false
+WHERE indexrelid IN ('idx_slots_type'::regclass, 'idx_prompt_snapshots_source'::regclass, 'idx_games_owner'::regclass);
+"""
+OLD = {"uuid": with_uuid() + WEAR, "bigint": by_hand("bigint") + WEAR}
+KEPT = {"public.prompt_snapshots.turn_id": "turn_id_uuid"}
+
+# Whatever is there keeps its OID, under whatever name; an INVALID index may go.
+THINGS = """
+SELECT 'relation', c.oid::int, 0 FROM pg_class AS c LEFT JOIN pg_index AS i ON i.indexrelid = c.oid
+WHERE c.relnamespace = 'public'::regnamespace AND i.indisvalid IS NOT FALSE
+UNION ALL
+SELECT 'column', attrelid::int, attnum FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = attrelid
+WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'r' AND attnum > 0 AND NOT attisdropped
+UNION ALL
+SELECT 'constraint', oid::int, 0 FROM pg_constraint WHERE connamespace = 'public'::regnamespace
+UNION ALL
+SELECT 'trigger', oid::int, 0 FROM pg_trigger"""
+INVALID = """
+SELECT indexrelid::regclass::text FROM pg_index
+WHERE NOT indisvalid AND indrelid IN (SELECT oid FROM pg_class WHERE relnamespace = 'public'::regnamespace)"""
+
+
+def pending(db: Db) -> dict[str, set[str]]:
+    """Return stem → the items that its atomic part is to mend; without those that have nothing to do."""
+    due: dict[str, set[str]] = {}
+    for name, (_, _, mended_by) in db.differing().items():
+        assert mended_by is not None, name
+        if not mended_by.endswith(ONLINE):
+            due.setdefault(mended_by, set()).add(name)
+    return due
+
+
+@dataclass(frozen=True)
+class Before:
+    """How an old database was before anything happened to it."""
+
+    contents: Contents
+    things: set[tuple[Any, ...]]
+    pending: dict[str, set[str]]
+
+    @property
+    def stems(self) -> list[str]:
+        """What is to be done, in order."""
+        return [stem for stem in STEMS if stem in self.pending]
+
+    def compare(self, db: Db) -> list[str]:
+        """No value, no object is gone, and no step stands in part; return the steps that stand."""
+        uuid_kept = db.rows("SELECT FROM pg_attribute WHERE attname = 'turn_id_uuid'")
+        assert lost(self.contents, contents(db), KEPT if uuid_kept else {}) == []
+        assert self.things - set(db.rows(THINGS)) == set()
+        left = pending(db)
+        assert left == {stem: items for stem, items in self.pending.items() if stem in left}
+        done = [stem for stem in self.stems if stem not in left]
+        assert done == self.stems[: len(done)]
+        assert atomic_in_diary(db) == done
+        return done
+
+
+def atomic_in_diary(db: Db) -> list[str]:
+    if db.value("SELECT to_regclass('budget_engine.diary')") is None:
+        return []
+    return [stem for (stem,) in db.rows("SELECT step FROM budget_engine.diary WHERE part = 'atomic' ORDER BY id")]
+
+
+@dataclass(frozen=True)
+class Mortal:
+    """A server that may be stopped, with the old databases to clone, and what an undisturbed run on each is like."""
+
+    cluster: embedded.Cluster
+    before: dict[str, Before]
+    seconds: dict[str, float]
+    messages: dict[str, int]
+
+
+@pytest.fixture(scope="module")
+def mortal() -> Iterator[Mortal]:
+    with a_server() as cluster:
+        this = Mortal(cluster, {}, {}, {})
+        for name, state in OLD.items():
+            admin(cluster, f"CREATE DATABASE {name} TEMPLATE template0")
+            template = Db(cluster, name)
+            template.execute(state)
+            this.before[name] = Before(contents(template), set(template.rows(THINGS)), pending(template))
+            with clone(cluster, name) as db:
+                this.seconds[name], this.messages[name] = undisturbed(db)
+        yield this
+
+
+def admin(cluster: embedded.Cluster, sql: str) -> None:
+    with psycopg.connect(cluster.url, autocommit=True) as connection:
+        connection.execute(sql.encode())
+
+
+@contextmanager
+def clone(cluster: embedded.Cluster, template: str) -> Iterator[Db]:
+    """A copy of an old database, OIDs and all."""
+    admin(cluster, f"CREATE DATABASE walk TEMPLATE {template}")
+    yield Db(cluster, "walk")
+    admin(cluster, "DROP DATABASE walk WITH (FORCE)")
+
+
+def counts(message: Message) -> bool:
+    """Rows of the survey are many, and all the same to us."""
+    return message.kind != "D"
+
+
+def undisturbed(db: Db) -> tuple[float, int]:
+    """Run setup; return for how long it was connected, and how many messages were exchanged."""
+    times: list[float] = []
+
+    def watch(message: Message) -> Message:
+        times.extend([time.monotonic()] * counts(message))
+        return message
+
+    with Proxy(socket_of(db.cluster.sockets), client_says=watch, server_says=watch) as proxy:
+        done = db.invoke("setup", env={"DATABASE_URL": proxy.url(db.name)})
+    assert done.code == 0, done
+    return times[-1] - times[0], len(times)
+
+
+# ── the walk ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+# An old snapshot, which every build waits for; a reader and a writer, who hold up atomic parts, too.
+HOLDS_UP = [
+    "SELECT 1",
+    "LOCK TABLE prompt_snapshots IN ACCESS SHARE MODE",
+    "LOCK TABLE slots IN ROW EXCLUSIVE MODE",
+]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One fault: what happens when, and what else goes on.
+
+    after_s: since the login; message: which one it strikes at (one of the two is None); meanwhile: what another session
+    has done, in a transaction that stays open until the fault; beside: a second setup runs; at_once: nobody waits for
+    what the server does yet before the next point.
+    """
+
+    fault: str
+    after_s: float | None
+    message: int | None
+    meanwhile: str | None
+    beside: bool
+    at_once: bool
+
+
+def draw_point(draw: random.Random, seconds: float, messages: int) -> Point:
+    timed = draw.random() < 0.6
+    share = draw.random() ** 1.5  # of an undisturbed run; the early ones more often, for later runs find less to do
+    return Point(
+        draw.choice(list(FAULTS)),
+        1.2 * seconds * share if timed else None,
+        None if timed else 1 + int(messages * share),
+        draw.choice([*HOLDS_UP, *[None] * len(HOLDS_UP)]),
+        draw.random() < 0.3,
+        draw.random() < 0.3,
+    )
+
+
+@pytest.mark.parametrize("walk", range(-(-POINTS // POINTS_OF_ONE_WALK)))
+def test_random_walk(mortal: Mortal, walk: int) -> None:
+    draw = random.Random(f"{SEED} {walk}")
+    state = draw.choice(list(OLD))
+    before = mortal.before[state]
+    print(f"FAULT_SEED={SEED} FAULT_POINTS={POINTS}, walk {walk}, turn_id {state}")
+    with clone(mortal.cluster, state) as db:
+        for _ in range(POINTS_OF_ONE_WALK):
+            point = draw_point(draw, mortal.seconds[state], mortal.messages[state])
+            print(point)
+            strike(db, point)
+            if not point.at_once:
+                quiet(db)
+                print(f"  stands: {before.compare(db)}")
+        finished(db, before)
+
+
+def strike(db: Db, point: Point) -> None:
+    """Start setup, let the fault happen, wait for its end; bring the server up again."""
+    once = threading.Lock()
+    processes: list[subprocess.Popen[str]] = []
+
+    def act() -> None:
+        if once.acquire(blocking=False):
+            FAULTS[point.fault].strike(db, processes[0], proxy)
+
+    watch = on_nth(counts, point.message or 0, act)
+    with Proxy(socket_of(db.cluster.sockets), client_says=watch, server_says=watch) as proxy:
+        with transaction(db, point.meanwhile) if point.meanwhile else nullcontext():
+            processes.append(db.start("setup", DATABASE_URL=proxy.url(db.name)))
+            beside = [db.start("setup")] if point.beside else []
+            if point.after_s is not None:
+                until_connected(proxy, processes[0])
+                time.sleep(point.after_s)
+                act()
+            elif not ends_within(processes[0], LONGEST_S):
+                act()  # it is held up, and does not come to that message
+            fate = FAULTS[point.fault]
+        embedded.start(db.cluster)
+        judge(ended(processes[0]), fate.codes)
+    for process in beside:
+        judge(ended(process), fate.codes_beside)
+
+
+def judge(done: Run, codes: Sequence[int]) -> None:
+    print(f"  exit {done.code}: {done.err.splitlines()[:1]}")
+    assert done.code in codes, done
+    assert "Traceback" not in done.err, done
+
+
+def ends_within(process: subprocess.Popen[str], seconds: float) -> bool:
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    return process.returncode is not None
+
+
+def until_connected(proxy: Proxy, process: subprocess.Popen[str]) -> None:
+    until(lambda: proxy.conversations and proxy.conversations[0].from_client, process)
+
+
+@contextmanager
+def transaction(db: Db, sql: str) -> Iterator[None]:
+    """Another session's transaction, which did this and stays open; how it ends depends on the server, too."""
+    connection = db.connect(autocommit=False)
+    connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    connection.execute(sql.encode())
+    try:
+        yield
+    finally:
+        connection.close()
+
+
+def quiet(db: Db) -> None:
+    """Wait for the orphans: a server process goes on with its statement when its client is gone."""
+    deadline = time.monotonic() + 30
+    while db.value(f"SELECT count(*) FROM pg_stat_activity WHERE {OURS}"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def finished(db: Db, before: Before) -> None:
+    """One more run, undisturbed, and everything stands."""
+    done = db.invoke("setup")
+    assert done.code == 0, done
+    assert db.differing() == {}
+    assert set(db.rows(INVALID)) <= {("idx_prompt_snapshots_turn_id_uuid",)}
+    assert before.compare(db) == before.stems
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens, how the run that it strikes may end, and how another one beside it."""
+
+    strike: Callable[[Db, subprocess.Popen[str], Proxy], None]
+    codes: tuple[int, ...]
+    codes_beside: tuple[int, ...] = (0,)
+
+
+def kill(_db: Db, process: subprocess.Popen[str], _proxy: Proxy) -> None:
+    process.kill()
+
+
+def cut(_db: Db, _process: subprocess.Popen[str], proxy: Proxy) -> None:
+    proxy.cut()
+
+
+def terminate(db: Db, _process: subprocess.Popen[str], proxy: Proxy) -> None:
+    for pid in [conversation.backend_pid for conversation in proxy.conversations]:
+        if pid is not None:
+            db.execute(f"SELECT pg_terminate_backend({pid})")
+
+
+def terminate_the_youngest(db: Db, _process: subprocess.Popen[str], proxy: Proxy) -> None:
+    """The one that has the turn to build, or looks who is in the way, if there is one."""
+    pids = [conversation.backend_pid for conversation in proxy.conversations if conversation.backend_pid]
+    if pids:
+        db.execute(f"SELECT pg_terminate_backend({pids[-1]})")
+
+
+def stop_the_server(db: Db, _process: subprocess.Popen[str], _proxy: Proxy) -> None:
+    """What pg_ctl stop -m immediate does."""
+    server = int((db.cluster.data / "postmaster.pid").read_text().split()[0])
+    os.kill(server, signal.SIGQUIT)
+    deadline = time.monotonic() + 30
+    while (db.cluster.data / "postmaster.pid").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+FAULTS = {
+    "the client is killed": Fault(kill, (-signal.SIGKILL, 0)),
+    "the connections are cut": Fault(cut, (0, 4)),
+    "the server's processes are terminated": Fault(terminate, (0, 4)),
+    "one server process is terminated": Fault(terminate_the_youngest, (0, 4)),
+    "the server is stopped, immediate": Fault(stop_the_server, (0, 4), (0, 4)),
+}
+
+
+# ── inside what takes long ─────────────────────────────────────────────────────────────────────────────────────────
+
+WAITING = f"SELECT pid FROM pg_stat_activity WHERE {OURS} AND wait_event_type = 'Lock' AND query"
+BUILDING = f"{WAITING} LIKE 'CREATE INDEX CONCURRENTLY%'"
+VALIDATING = f"{WAITING} LIKE '%VALIDATE CONSTRAINT%'"
+UNUSABLE = "SELECT indexrelid::int FROM pg_index WHERE NOT indisvalid"
+STANDS = "SELECT indexrelid::int, indisvalid FROM pg_index WHERE indexrelid = to_regclass('{}')"
+
+
+@pytest.mark.parametrize("missing", [["idx_slots_type"], ["idx_games_owner", "idx_games_world"]], ids=["one", "two"])
+@pytest.mark.parametrize("held", HOLDS_UP[::2], ids=["old snapshot", "writer"])
+def test_orphan_that_builds_is_waited_for(db: Db, missing: list[str], held: str) -> None:
+    """The client is killed, its server process builds on: nobody drops what it builds, or builds beside it.
+
+    Three sessions: the orphan, the next run, and the turn of that.
+    """
+    assert db.invoke("setup").code == 0
+    db.execute("DROP INDEX " + ", ".join(missing))
+    with transaction(db, held.replace("slots", "slots, games")):
+        process = db.start("setup")
+        until(lambda: db.rows(BUILDING), process)
+        [(orphan,)] = db.rows(BUILDING)
+        process.kill()
+        ended(process)
+        unfinished = db.rows(UNUSABLE)
+        assert len(unfinished) == 1
+        after = db.start("setup")
+        until(lambda: db.value(f"SELECT count(*) FROM pg_stat_activity WHERE {OURS}") == 3, after)
+        time.sleep(1)  # it looks a few times
+        assert db.rows(BUILDING) == [(orphan,)]
+        assert db.rows(UNUSABLE) == unfinished
+    done = ended(after)
+    assert done.code == 0, done
+    assert db.differing() == {}
+    assert db.rows(STANDS.format(missing[0])) == [(*unfinished[0], True)]
+    assert not [line for line in done.out.splitlines() if missing[0] in line]
+    assert db.rows("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()") == [(0,)]
+
+
+@pytest.mark.parametrize("killed", ["client", "server process"])
+def test_killed_while_it_validates(db: Db, killed: str) -> None:
+    """It waits for turns, where it looks each row up; the client's orphan does so still when the next run comes."""
+    db.execute(OLD["bigint"])
+    assert db.invoke("setup").code == 0
+    db.execute("ALTER TABLE prompt_snapshots DROP CONSTRAINT prompt_snapshots_turn_id_fkey")
+    fix = next(step for step in chain.load() if step.task == "fix")
+    db.execute(fix.atomic)
+    before, things = contents(db), set(db.rows(THINGS))
+    with transaction(db, "LOCK TABLE turns IN EXCLUSIVE MODE"):
+        process = db.start("setup")
+        until(lambda: db.rows(VALIDATING), process)
+        if killed == "client":
+            process.kill()
+        else:
+            db.rows(f"SELECT pg_terminate_backend(pid) FROM ({VALIDATING}) AS v")
+        judge(ended(process), [-signal.SIGKILL, 4])
+        assert db.rows("SELECT conname FROM pg_constraint WHERE NOT convalidated") == [
+            ("prompt_snapshots_turn_id_fkey",)
+        ]
+        after = db.start("setup")
+        until(lambda: db.rows(VALIDATING), after)
+    done = ended(after)
+    assert done.code == 0, done
+    assert db.differing() == {}
+    assert (contents(db), set(db.rows(THINGS))) == (before, things)

@@ -4,7 +4,8 @@
 --
 -- Atomic part  creates the missing tables with their keys, indexes, trigger and comments; a new table that points to one
 --              that stands takes SHARE ROW EXCLUSIVE on that one for an instant. Tables that stand keep what their owner
---              gave them and are not locked; one that lacks a documented column, or has it in another form, is in the way.
+--              gave them and are not locked; one that lacks a documented column, or has it in another form, is in the way
+--              (20250130000002_recreate_core_schema is the alternative for that case).
 -- Online part  CREATE INDEX CONCURRENTLY for documented indexes that a standing table lacks.
 -- Run again    changes nothing, and where nothing is missing locks nothing.
 

@@ -81,7 +81,8 @@ BEGIN
         MESSAGE = 'the core schema stands in an older form: it is in the way',
         DETAIL = obstacles,
         HINT = 'Move the older tables out of the way (CREATE SCHEMA attic; ALTER TABLE ... SET SCHEMA attic), then run '
-               'db/migrations/20250130000000_core_schema.sql (invoke prereqs). This step changed nothing.';
+               'db/migrations/20250130000000_core_schema.sql (invoke prereqs). Or have it done, rows and keys: '
+               'db/migrations/20250130000002_recreate_core_schema.sql (invoke prereqs --recreate). This step changed nothing.';
     END IF;
     needed := ARRAY(
       SELECT format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', target::regclass)

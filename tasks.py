@@ -44,10 +44,7 @@ def prereqs(c: Context, recreate: bool = False, with_dependants: bool = False, y
     """Create the core schema, slots and templates, prompt snapshots: each only where missing."""
     from scripts import flow
 
-    if recreate:
-        flow.recreate(with_dependants=with_dependants, yes=yes, dry=c.config.run.dry)
-    else:
-        flow.run("prereqs", dry=c.config.run.dry)
+    flow.prereqs(recreate=recreate, with_dependants=with_dependants, yes=yes, dry=c.config.run.dry)
 
 
 @task

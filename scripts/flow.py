@@ -35,7 +35,17 @@ def run(task: str | None, *, dry: bool = False) -> None:
             work.carry_out(before)
 
 
-def recreate(*, with_dependants: bool, yes: bool, dry: bool) -> None:
+def prereqs(*, recreate: bool, with_dependants: bool, yes: bool, dry: bool) -> None:
+    """Run the prerequisites; recreate: with the alternative to the core schema."""
+    if recreate:
+        _recreate(with_dependants=with_dependants, yes=yes, dry=dry)
+    elif with_dependants or yes:
+        raise errors.StepFailedError("--with-dependants and --yes are for --recreate, which is not there")
+    else:
+        run("prereqs", dry=dry)
+
+
+def _recreate(*, with_dependants: bool, yes: bool, dry: bool) -> None:
     """Bring the prerequisites to where their promises stand; core tables in an older form move out of their way."""
     given, where = _announced(dry=dry)
     everything = (chain.load_recreate(), *chain.load())

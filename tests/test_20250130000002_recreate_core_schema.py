@@ -876,3 +876,11 @@ def test_no_row_is_read_or_written_whatever_the_size(db: Db) -> None:
             "SELECT seq_tup_read, idx_tup_fetch FROM pg_stat_xact_all_tables WHERE relid = 'core_attic.turns'::regclass"
         )
         assert connection.execute(read).fetchone() == (0, 1)
+
+
+@pytest.mark.parametrize("flag", ["--yes", "--with-dependants"])
+def test_a_flag_of_recreate_alone_is_refused(db: Db, flag: str) -> None:
+    done = db.invoke("prereqs", flag)
+    assert done.code == 1, done
+    assert "--recreate" in done.err
+    assert db.value("SELECT to_regclass('turns') IS NULL")

@@ -12,6 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,29 +154,47 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> No
         time.sleep(0.01)
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[embedded.Cluster]:
-    """The server of this test process; it need not survive a power cut, so that fsync may be off."""
+@contextmanager
+def private_server() -> Iterator[embedded.Cluster]:
+    """Run a server of our own, which is gone with its data afterwards."""
     home = Path(tempfile.mkdtemp(prefix="budget-engine-tests-"))
     home.chmod(0o755)  # as root the server runs as another user, who must be able to reach its data
     cluster = embedded.locate(home)
-    url = embedded.start(cluster)
-    with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute("ALTER SYSTEM SET fsync = off")
-        connection.execute("SELECT pg_reload_conf()")
-    yield cluster
-    embedded.stop(cluster)
-    shutil.rmtree(home, ignore_errors=True)
+    try:
+        embedded.start(cluster)
+        yield cluster
+    finally:
+        embedded.stop(cluster)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@contextmanager
+def database(cluster: embedded.Cluster, template: str = "template0") -> Iterator[Db]:
+    """Make a database, which is dropped afterwards."""
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(cluster.url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        try:
+            yield Db(cluster, name)
+        finally:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[embedded.Cluster]:
+    """The server of this test process; it need not survive a power cut, so that fsync may be off."""
+    with private_server() as cluster:
+        with psycopg.connect(cluster.url, autocommit=True) as connection:
+            connection.execute("ALTER SYSTEM SET fsync = off")
+            connection.execute("SELECT pg_reload_conf()")
+        yield cluster
 
 
 @pytest.fixture
 def db(cluster: embedded.Cluster) -> Iterator[Db]:
     """An empty database, dropped after the test."""
-    name = f"test_{uuid.uuid4().hex}"
-    with psycopg.connect(cluster.url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE template0")
-        yield Db(cluster, name)
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    with database(cluster) as db:
+        yield db
 
 
 def pytest_report_header() -> str:

@@ -1,0 +1,117 @@
+"""How figures are told: as tables on stdout, which the README can take as they are, and as charts."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import psycopg
+import psutil  # type: ignore[import-untyped]
+import pygal
+from pygal.style import CleanStyle
+
+from scripts import embedded
+
+_STYLE = CleanStyle(
+    background="white",
+    font_family="sans-serif",
+    title_font_size=15,
+    label_font_size=12,
+    major_label_font_size=12,
+    legend_font_size=12,
+    value_font_size=11,
+    colors=("#d1495b", "#1b7f79", "#e9a6ae", "#8fc7c3", "#8a8a8a"),
+)
+_WIDTH, _ROW_HEIGHT, _FRAME_HEIGHT = 860, 40, 150
+
+Series = Mapping[str, Sequence[float | None]]
+
+
+def machine(server_version: str) -> str:
+    """Where and when: figures say nothing without it."""
+    memory = psutil.virtual_memory().total / 2**30
+    system = f"{platform.system()} {platform.machine()}"
+    now = datetime.now(timezone.utc)
+    return (
+        f"{os.cpu_count()} cores ({_processor()}), {memory:.0f} GiB, {system}, "
+        f"PostgreSQL {server_version}, Python {platform.python_version()}, {now:%Y-%m-%d}"
+    )
+
+
+def _processor() -> str:
+    with open("/proc/cpuinfo") if Path("/proc/cpuinfo").exists() else open(os.devnull) as lines:
+        found = re.search(r"model name\s*: (.*)", lines.read())
+    return found[1] if found else platform.processor()
+
+
+class Report:
+    """Prints, and writes charts into a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.machine = "?"
+
+    def begin(self, cluster: embedded.Cluster) -> None:
+        """Say where and when; the charts repeat it."""
+        with psycopg.connect(cluster.url) as connection:
+            self.machine = machine(connection.info.parameter_status("server_version") or "?")
+        self.say(self.machine)
+
+    def say(self, line: str) -> None:
+        """Print a line at once."""
+        print(line, flush=True)
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a Markdown table whose columns are aligned; all but the first to the right."""
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        rule = ["-" * widths[0], *["-" * (width - 1) + ":" for width in widths[1:]]]
+        self.say("")
+        for row in (head, rule, *rows):
+            cells = [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+            self.say(f"| {' | '.join(cells)} |")
+        self.say("")
+
+    def chart(self, name: str, drawn: pygal.Graph) -> None:
+        """Write a chart with the machine under it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        drawn.x_title = self.machine
+        file = self.folder / f"{name}.svg"
+        file.write_bytes(drawn.render(disable_xml_declaration=False))
+        self.say(f"chart {file}")
+
+
+def bar_chart(title: str, names: Sequence[str], series: Series, unit: str) -> pygal.Graph:
+    """Horizontal bars, the first name on top."""
+    names = list(reversed(names))
+    height = _FRAME_HEIGHT + _ROW_HEIGHT * len(names)
+    chart = pygal.HorizontalBar(**_look(title, unit), height=height, x_labels=names)
+    return _filled(chart, {name: list(reversed(values)) for name, values in series.items()})
+
+
+def line_chart(title: str, names: Sequence[str], series: Series, unit: str) -> pygal.Graph:
+    """Lines over names, on a logarithmic axis."""
+    chart = pygal.Line(**_look(title, unit), height=420, x_labels=names, logarithmic=True, dots_size=4)
+    return _filled(chart, series)
+
+
+def _look(title: str, unit: str) -> dict[str, object]:
+    return {
+        "title": title,
+        "width": _WIDTH,
+        "style": _STYLE,
+        "js": (),
+        "legend_at_bottom": True,
+        "print_values": True,
+        "print_values_position": "top",
+        "value_formatter": lambda value: f"{value:.3g} {unit}",
+    }
+
+
+def _filled(chart: pygal.Graph, series: Series) -> pygal.Graph:
+    for name, values in series.items():
+        chart.add(name, list(values))
+    return chart

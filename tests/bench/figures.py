@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -9,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-import psycopg
 import psutil  # type: ignore[import-untyped]
+import psycopg
 import pygal
 from pygal.style import CleanStyle
 
@@ -19,16 +20,19 @@ from scripts import embedded
 _STYLE = CleanStyle(
     background="white",
     font_family="sans-serif",
-    title_font_size=15,
+    title_font_size=14,
     label_font_size=12,
     major_label_font_size=12,
     legend_font_size=12,
     value_font_size=11,
-    colors=("#d1495b", "#1b7f79", "#e9a6ae", "#8fc7c3", "#8a8a8a"),
+    value_colors=("#444444",) * 3,
+    colors=("#d1495b", "#1b7f79", "#8a8a8a"),
 )
-_WIDTH, _ROW_HEIGHT, _FRAME_HEIGHT = 860, 40, 150
+_WIDTH, _ROW_HEIGHT, _FRAME_HEIGHT, _LINES_HEIGHT = 860, 42, 130, 400
 
-Series = Mapping[str, Sequence[float | None]]
+_ROUND = 100  # from here on figures are written without decimals
+
+Series = Mapping[str, Sequence[float]]
 
 
 def machine(server_version: str) -> str:
@@ -43,8 +47,8 @@ def machine(server_version: str) -> str:
 
 
 def _processor() -> str:
-    with open("/proc/cpuinfo") if Path("/proc/cpuinfo").exists() else open(os.devnull) as lines:
-        found = re.search(r"model name\s*: (.*)", lines.read())
+    described = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", described.read_text()) if described.exists() else None
     return found[1] if found else platform.processor()
 
 
@@ -70,15 +74,15 @@ class Report:
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         rule = ["-" * widths[0], *["-" * (width - 1) + ":" for width in widths[1:]]]
         self.say("")
-        for row in (head, rule, *rows):
-            cells = [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        for first, *others in (head, rule, *rows):
+            cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
             self.say(f"| {' | '.join(cells)} |")
         self.say("")
 
     def chart(self, name: str, drawn: pygal.Graph) -> None:
-        """Write a chart with the machine under it."""
+        """Write a chart with the machine below its title."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        drawn.x_title = self.machine
+        drawn.config.title += f"\n{self.machine}"
         file = self.folder / f"{name}.svg"
         file.write_bytes(drawn.render(disable_xml_declaration=False))
         self.say(f"chart {file}")
@@ -86,15 +90,19 @@ class Report:
 
 def bar_chart(title: str, names: Sequence[str], series: Series, unit: str) -> pygal.Graph:
     """Horizontal bars, the first name on top."""
-    names = list(reversed(names))
     height = _FRAME_HEIGHT + _ROW_HEIGHT * len(names)
-    chart = pygal.HorizontalBar(**_look(title, unit), height=height, x_labels=names)
-    return _filled(chart, {name: list(reversed(values)) for name, values in series.items()})
+    chart = pygal.HorizontalBar(**_look(title, unit), height=height, show_y_guides=False, x_labels=names[::-1])
+    return _filled(chart, {name: values[::-1] for name, values in series.items()})
 
 
 def line_chart(title: str, names: Sequence[str], series: Series, unit: str) -> pygal.Graph:
-    """Lines over names, on a logarithmic axis."""
-    chart = pygal.Line(**_look(title, unit), height=420, x_labels=names, logarithmic=True, dots_size=4)
+    """Lines over names, on a logarithmic axis with a mark at each power of ten."""
+    values = [value for line in series.values() for value in line]
+    lowest, highest = (math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))))
+    marks = [10.0**power for power in range(lowest, highest + 1)]
+    chart = pygal.Line(
+        **_look(title, unit), height=_LINES_HEIGHT, x_labels=names, logarithmic=True, y_labels=marks, dots_size=4
+    )
     return _filled(chart, series)
 
 
@@ -103,11 +111,11 @@ def _look(title: str, unit: str) -> dict[str, object]:
         "title": title,
         "width": _WIDTH,
         "style": _STYLE,
-        "js": (),
+        "js": (),  # no script from elsewhere
         "legend_at_bottom": True,
         "print_values": True,
         "print_values_position": "top",
-        "value_formatter": lambda value: f"{value:.3g} {unit}",
+        "value_formatter": lambda value: f"{value:,.3g} {unit}" if value < _ROUND else f"{value:,.0f} {unit}",
     }
 
 

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.figures import Report, bar_chart
-from bench.tools import FLOOR, OURS, Tool, all_tools
 from conftest import Db, clean_environment, database, private_server
 from conftest import run as run_command
 from proxy import Proxy, socket_of
 
+from bench.figures import Report, bar_chart
+from bench.tools import FLOOR, OURS, Tool, all_tools
 from scripts import embedded
 
 FAR_S = 0.05  # there and back
@@ -55,14 +55,19 @@ class Figures:
         return statistics.median(self.seconds[Key(tool, case, place)])
 
 
-def run(rounds: int, report: Report) -> None:
-    """Measure, print the tables, draw the charts."""
+def run(rounds: int, only: Sequence[str] | None, report: Report) -> None:
+    """Measure the tools (only: of the others, those whose names contain one of these), print tables, draw charts."""
     with private_server() as cluster, tempfile.TemporaryDirectory() as workshop:
         report.begin(cluster)
-        tools = all_tools(cluster.binaries / "psql", Path(workshop))
+        everything = all_tools(cluster.binaries / "psql", Path(workshop))
+        tools = [tool for tool in everything if only is None or _wanted(tool, only)]
         figures = _measure(cluster, [tool for tool in tools if tool.command], rounds)
     _print(figures, tools, rounds, report)
     _draw(figures, [tool.name for tool in tools if tool.command], report)
+
+
+def _wanted(tool: Tool, only: Sequence[str]) -> bool:
+    return tool.name in (FLOOR, OURS) or any(word in tool.name for word in only)
 
 
 # ── measuring ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -130,9 +135,9 @@ def _environment(url: str) -> dict[str, str]:
 
 
 def _print(figures: Figures, tools: Sequence[Tool], rounds: int, report: Report) -> None:
-    report.say(f"Medians of {rounds} interleaved rounds, whole processes; × is the ratio to {FLOOR} in the same column.")
+    report.say(f"Medians of {rounds} interleaved rounds, whole processes; ratio: to {FLOOR} in the same column.")
     for case in CASES:
-        columns = [head for place in PLACES for head in (place, "×")]
+        columns = [head for place in PLACES for head in (place, "ratio")]
         report.table(
             [case, *columns, "round trips"],
             [[tool.name, *_cells(figures, tool, case)] for tool in tools],
@@ -153,4 +158,4 @@ def _cells(figures: Figures, tool: Tool, case: str) -> list[str]:
 def _draw(figures: Figures, names: Sequence[str], report: Report) -> None:
     for file, place in zip(("startup-direct", "startup-far"), PLACES, strict=True):
         series = {case: [figures.median(name, case, place) for name in names] for case in CASES}
-        report.chart(file, bar_chart(f"The whole chain, server {place}: seconds", names, series, "s"))
+        report.chart(file, bar_chart(f"The whole chain, server {place}", names, series, "s"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from conftest import Db
 from states import CORE, SLOT_ROWS, SLOTS_TEMPLATES, snapshots
@@ -12,8 +12,10 @@ TABLES = ("prompt_snapshots", "turns", "slots")
 _TURNS_PER_GAME = 100
 _LOST_INDEX = "idx_slots_type"  # and idx_prompt_snapshots_created_by, which the older application never made
 _PLAIN_INDEXES = """
-    SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid) FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
-    WHERE relnamespace = 'public'::regnamespace AND NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid)"""
+    SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid)
+    FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+    WHERE relnamespace = 'public'::regnamespace
+      AND NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid)"""
 
 
 def build(db: Db, rows: int, slots: int) -> None:
@@ -64,35 +66,28 @@ SELECT {_key("i")}, 'ux', 'slot ' || i, {_text(64)}, i % 10 FROM generate_series
 """
 
 
-def reads(slots: int) -> Mapping[str, str]:
-    """Write each table's reading statement."""
+def statements(slots: int) -> Mapping[str, Sequence[str]]:
+    """Write the statements of each reader and each writer, which runs them in turn."""
+    this_snapshot = f"id = {_key('%(row)s')}"
+    slot = f"'slot ' || (%(row)s %% {slots} + 1)::text"
+    this_slot = f"type = 'ux' AND name = {slot}"
     return {
-        "prompt_snapshots": f"SELECT tp, linearized_prompt_text FROM prompt_snapshots WHERE id = {_key('%(row)s')}",
-        "turns": "SELECT role, content FROM turns WHERE id = %(row)s",
-        "slots": f"SELECT description, max_len FROM slots WHERE type = 'ux' AND name = {_slot(slots)}",
-    }
-
-
-def writes(slots: int) -> Mapping[str, tuple[str, ...]]:
-    """Write each table's writing statements, which take turns."""
-    return {
-        "prompt_snapshots": (
+        "prompt_snapshots read": [f"SELECT tp, linearized_prompt_text FROM prompt_snapshots WHERE {this_snapshot}"],
+        "prompt_snapshots write": [
             "INSERT INTO prompt_snapshots (tp, linearized_prompt_text, game_id)"
             f" VALUES ('{{\"slots\": {{}}}}', repeat('prompt ', 50), {_key('1')})",
-            f"UPDATE prompt_snapshots SET templates_version = '1.0.1' WHERE id = {_key('%(row)s')}",
-        ),
-        "turns": (
+            f"UPDATE prompt_snapshots SET templates_version = '1.0.1' WHERE {this_snapshot}",
+        ],
+        "turns read": ["SELECT role, content FROM turns WHERE id = %(row)s"],
+        "turns write": [
             "INSERT INTO turns (game_id, idx, role, content)"
             f" VALUES ({_key('1')}, 1000 + %(n)s, 'player', '{{\"text\": \"north\"}}')",
             "UPDATE turns SET costs = '{\"cents\": 1}' WHERE id = %(row)s",
-        ),
-        "slots": (
-            f"INSERT INTO slots (type, name, description) VALUES ('ux', {_slot(slots)}, 'another text')"
+        ],
+        "slots read": [f"SELECT description, max_len FROM slots WHERE {this_slot}"],
+        "slots write": [
+            f"INSERT INTO slots (type, name, description) VALUES ('ux', {slot}, 'another text')"
             " ON CONFLICT (type, name) DO UPDATE SET description = EXCLUDED.description",
-            f"UPDATE slots SET priority = priority + 1 WHERE type = 'ux' AND name = {_slot(slots)}",
-        ),
+            f"UPDATE slots SET priority = priority + 1 WHERE {this_slot}",
+        ],
     }
-
-
-def _slot(slots: int) -> str:
-    return f"'slot ' || (%(row)s %% {slots} + 1)::text"

@@ -1,7 +1,7 @@
 """The tools that setup is measured against: each runs the SQL of db/migrations on a URL, as a process of its own.
 
-dbmate, alembic and yoyo know no \\gexec: they, and the bare script, get the online parts as the SELECTs that they are. On
-a database made from nothing those return no statement, so that all of them do the same work.
+dbmate, alembic and yoyo know no \\gexec: they, and the bare script, get the online parts as the SELECTs that they are.
+On a database made from nothing those return no statement, so that all of them do the same work.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ def _alembic(files: Sequence[Path], folder: Path) -> Tool:
     (folder / "env.py").write_text(_ALEMBIC_ENV)
     (folder / "alembic.ini").write_text(f"[alembic]\nscript_location = {folder}\n")
     for number, file in enumerate(files, start=1):
-        version = _ALEMBIC_VERSION.format(revision=f"{number}", previous=f"{number - 1}" if number > 1 else None, file=str(file))
+        version = _ALEMBIC_VERSION.format(
+            revision=f"{number}", previous=f"{number - 1}" if number > 1 else None, file=str(file)
+        )
         (folder / "versions" / f"v{number}.py").write_text(version)
     program = _installed("alembic")
     words = [str(program), "-c", str(folder / "alembic.ini")]

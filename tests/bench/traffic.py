@@ -1,6 +1,6 @@
 """Readers and writers of the tables, each a process of its own with one connection and one transaction per statement.
 
-    python -m bench.traffic URL NAME RATE STATEMENT…
+    python tests/bench/traffic.py URL NAME ROWS RATE STATEMENT…
 
 runs the statements in turn, so many in a second, until stdin ends (with its parent, however that ends), and prints when
 each began and how long it took. A statement finds the number of its row in %(row)s and its own number in %(n)s.
@@ -63,10 +63,9 @@ class Traffic:
 @contextmanager
 def running(url: str, statements: Mapping[str, Sequence[str]], rows: int, rate: float) -> Iterator[Traffic]:
     """Run the statements of every name, and a watcher, while entered."""
-    environment_words = [sys.executable, "-m", "bench.traffic", url]
     processes = {
         name: subprocess.Popen(
-            [*environment_words, name, str(rows), str(rate), *texts],
+            [sys.executable, __file__, url, name, str(rows), str(rate), *texts],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

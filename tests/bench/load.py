@@ -24,6 +24,9 @@ from bench.ways import PLAIN, WAYS, WHAT
 RATE = 50  # statements a second, of each reader and each writer
 NAMES = [f"{table} {kind}" for table in tables.TABLES for kind in ("read", "write")]
 
+_DISK = "SELECT pg_database_size(current_database())"
+_LOOK_S = 0.1
+
 
 @dataclass(frozen=True)
 class Size:
@@ -51,6 +54,10 @@ class Window:
         """How long it was."""
         return self.end - self.begin
 
+    def meets(self, began: float, seconds: float) -> bool:
+        """Whether what began then and took so long was under way in it."""
+        return began < self.end and began + seconds > self.begin
+
 
 @dataclass(frozen=True)
 class Busy:
@@ -62,7 +69,7 @@ class Busy:
 
     def longest(self, window: Window, name: str) -> float:
         """The longest wait of a reader or writer ("turns read") in that time, in seconds."""
-        return max((call.seconds for call in self.log.calls[name] if call.within(window.begin, window.end)), default=0)
+        return max((call.seconds for call in self.log.calls[name] if window.meets(call.began, call.seconds)), default=0)
 
     def waited_for(self, window: Window) -> str:
         """What statements that took long were waiting for, most often seen first."""
@@ -123,7 +130,7 @@ def _copy(template: Db, size: Size) -> Iterator[Db]:
     with database(template.cluster, f"{template.name} STRATEGY file_copy") as db:
         db.execute("CHECKPOINT")
         os.sync()
-        time.sleep(size.pause_s)
+        time.sleep(5 * size.pause_s)  # the file system is still busy with what was dropped before
         yield db
 
 
@@ -156,7 +163,7 @@ def _wal(db: Db) -> int:
 
 
 def _disk(db: Db) -> int:
-    return int(db.value("SELECT pg_database_size(current_database())"))
+    return int(db.value(_DISK))
 
 
 @contextmanager
@@ -166,8 +173,9 @@ def _watched_disk(db: Db) -> Iterator[list[int]]:
     done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.1):
-            sizes.append(_disk(db))
+        with db.connect() as connection:
+            while not done.wait(_LOOK_S):
+                sizes.extend(int(size) for (size,) in connection.execute(_DISK))
 
     thread = threading.Thread(target=watch)
     thread.start()

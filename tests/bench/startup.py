@@ -34,25 +34,16 @@ _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 @dataclass(frozen=True)
-class Key:
-    """What was measured."""
-
-    tool: str
-    case: str
-    place: str
-
-
-@dataclass(frozen=True)
 class Figures:
     """What came out: seconds of each round, and round trips."""
 
-    seconds: dict[Key, list[float]]
+    seconds: dict[tuple[str, str, str], list[float]]  # by tool, case and place
     round_trips: dict[tuple[str, str], int]  # by tool and case
     peak_bytes: int
 
     def median(self, tool: str, case: str, place: str) -> float:
         """The median of the rounds, in seconds."""
-        return statistics.median(self.seconds[Key(tool, case, place)])
+        return statistics.median(self.seconds[tool, case, place])
 
 
 def run(rounds: int, only: Sequence[str] | None, report: Report) -> None:
@@ -74,7 +65,7 @@ def _wanted(tool: Tool, only: Sequence[str]) -> bool:
 
 
 def _measure(cluster: embedded.Cluster, tools: Sequence[Tool], rounds: int) -> Figures:
-    seconds: dict[Key, list[float]] = defaultdict(list)
+    seconds: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     round_trips: dict[tuple[str, str], int] = {}
     with contextlib.ExitStack() as finished:
         databases = {tool: finished.enter_context(_finished(cluster, tool)) for tool in tools}
@@ -84,7 +75,7 @@ def _measure(cluster: embedded.Cluster, tools: Sequence[Tool], rounds: int) -> F
                     with database(cluster) as empty:
                         for case, db in zip(CASES, (empty, databases[tool]), strict=True):
                             taken, trips = _timed(tool, db, delay_s)
-                            seconds[Key(tool.name, case, place)].append(taken)
+                            seconds[tool.name, case, place].append(taken)
                             round_trips[tool.name, case] = trips or round_trips.get((tool.name, case), 0)
     with database(cluster) as empty:
         return Figures(seconds, round_trips, _peak(next(tool for tool in tools if tool.name == OURS), empty))

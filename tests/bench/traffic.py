@@ -31,18 +31,12 @@ class Call:
     began: float
     seconds: float
 
-    def within(self, begin: float, end: float) -> bool:
-        """Whether it was under way at some time between the two."""
-        return self.began < end and self.began + self.seconds > begin
-
 
 @dataclass(frozen=True)
 class Look:
-    """A statement of the traffic that was seen to take long: whose, at what age, what it was waiting for."""
+    """A statement of the traffic was seen to take long: when, and what it was waiting for."""
 
     at: float
-    name: str
-    age: float
     waits_for: str
 
 
@@ -81,6 +75,8 @@ def running(url: str, statements: Mapping[str, Sequence[str]], rows: int, rate: 
         yield traffic
     finally:
         said = {name: process.communicate()[0] for name, process in processes.items()}  # closes stdin
+    if broken := [name for name, process in processes.items() if process.returncode]:
+        raise SystemExit(f"the traffic broke off ({', '.join(broken)}); its error is above")
     looks = [Look(*row) for row in json.loads(said.pop(_WATCHER))]
     traffic.log = Log({name: [Call(*row) for row in json.loads(text)] for name, text in said.items()}, looks)
 
@@ -90,9 +86,7 @@ def running(url: str, statements: Mapping[str, Sequence[str]], rows: int, rate: 
 _WATCHER = "watcher"
 _LONG_S = 0.01
 _LOOK = f"""
-SELECT substring(application_name FROM {len(APPLICATION) + 2}),
-       extract(epoch FROM clock_timestamp() - query_start)::float8,
-       coalesce(wait_event_type || ' ' || wait_event, 'CPU')
+SELECT coalesce(wait_event_type || ' ' || wait_event, 'CPU')
 FROM pg_stat_activity
 WHERE application_name LIKE '{APPLICATION} %' AND state = 'active' AND pid <> pg_backend_pid()
   AND query_start < clock_timestamp() - interval '{_LONG_S} s'"""
@@ -123,7 +117,7 @@ def _work(connection: psycopg.Connection, rows: int, rate: float, statements: Se
 
 def _watch(connection: psycopg.Connection, rate: float) -> Rows:
     looks: Rows = []
-    _paced(rate, lambda n: looks.extend((time.monotonic(), *row) for row in connection.execute(_LOOK.encode())))
+    _paced(rate, lambda n: looks.extend((time.monotonic(), *row) for row in connection.execute(_LOOK)))
     return looks
 
 

@@ -146,6 +146,7 @@ class Proxy:
             thread.start()
 
     def _converse(self, client: socket.socket, conversation: Conversation) -> None:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # we pass on message by message; none is to wait
         time.sleep(2 * self.delay_s)  # the handshake; this end of it was near
         with client, self._dial() as server, contextlib.suppress(OSError, CutError):
             _Relay(self, client, server, conversation).run()

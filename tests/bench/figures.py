@@ -28,9 +28,9 @@ _STYLE = CleanStyle(
     value_colors=("#444444",) * 3,
     colors=("#d1495b", "#1b7f79", "#8a8a8a"),
 )
-_WIDTH, _ROW_HEIGHT, _FRAME_HEIGHT, _LINES_HEIGHT = 860, 42, 130, 400
+_WIDTH, _ROW_HEIGHT, _FRAME_HEIGHT, _LINES_HEIGHT, _LAST_LABEL_WIDTH = 860, 42, 130, 400, 80
 
-_ROUND = 100  # from here on figures are written without decimals
+_ROUND = 10  # from here on figures are written without decimals
 
 Series = Mapping[str, Sequence[float]]
 
@@ -91,18 +91,17 @@ class Report:
 def bar_chart(title: str, names: Sequence[str], series: Series, unit: str) -> pygal.Graph:
     """Horizontal bars, the first name on top."""
     height = _FRAME_HEIGHT + _ROW_HEIGHT * len(names)
-    chart = pygal.HorizontalBar(**_look(title, unit), height=height, show_y_guides=False, x_labels=names[::-1])
+    chart = pygal.HorizontalBar(**_look(title, unit), height=height, x_labels=names[::-1])
     return _filled(chart, {name: values[::-1] for name, values in series.items()})
 
 
 def line_chart(title: str, names: Sequence[str], series: Series, unit: str) -> pygal.Graph:
     """Lines over names, on a logarithmic axis with a mark at each power of ten."""
     values = [value for line in series.values() for value in line]
-    lowest, highest = (math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))))
+    lowest, highest = (math.floor(math.log10(min(values) / 2)), math.ceil(math.log10(max(values))))
     marks = [10.0**power for power in range(lowest, highest + 1)]
-    chart = pygal.Line(
-        **_look(title, unit), height=_LINES_HEIGHT, x_labels=names, logarithmic=True, y_labels=marks, dots_size=4
-    )
+    space = {"height": _LINES_HEIGHT, "margin_right": _LAST_LABEL_WIDTH}
+    chart = pygal.Line(**_look(title, unit), **space, x_labels=names, logarithmic=True, y_labels=marks, dots_size=4)
     return _filled(chart, series)
 
 
@@ -115,7 +114,7 @@ def _look(title: str, unit: str) -> dict[str, object]:
         "legend_at_bottom": True,
         "print_values": True,
         "print_values_position": "top",
-        "value_formatter": lambda value: f"{value:,.3g} {unit}" if value < _ROUND else f"{value:,.0f} {unit}",
+        "value_formatter": lambda value: f"{value:.2g} {unit}" if value < _ROUND else f"{value:,.0f} {unit}",
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ NAMES = [f"{table} {kind}" for table in tables.TABLES for kind in ("read", "writ
 
 _DISK = "SELECT pg_database_size(current_database())"
 _LOOK_S = 0.1
+_REASONS = 3
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,13 @@ class Busy:
         return max((call.seconds for call in self.log.calls[name] if window.meets(call.began, call.seconds)), default=0)
 
     def waited_for(self, window: Window) -> str:
-        """What statements that took long were waiting for, most often seen first."""
-        seen = Counter(look.waits_for for look in self.log.looks if window.begin < look.at < window.end)
-        return ", ".join(f"{what} {count} times" for what, count in seen.most_common(3))
+        """What statements that took long were waiting for: how often that was seen, and the oldest of them, in ms."""
+        seen: dict[str, list[float]] = defaultdict(list)
+        for look in self.log.looks:
+            if window.begin < look.at < window.end:
+                seen[look.waits_for].append(look.age)
+        most = sorted(seen.items(), key=lambda item: max(item[1]), reverse=True)
+        return ", ".join(f"{what} {len(ages)} ({max(ages) * 1000:,.0f})" for what, ages in most[:_REASONS])
 
 
 @dataclass(frozen=True)
@@ -202,7 +207,7 @@ def _print(outcomes: Mapping[str, Outcome], report: Report) -> None:
         busy = outcome.busy
         rows.append([f"{way}: no step", f"{busy.baseline.seconds:.1f} s", *_waits(busy, busy.baseline)])
         rows += [[f"{way}: {WHAT[step]}", f"{w.seconds:.2f} s", *_waits(busy, w)] for step, w in busy.steps.items()]
-    report.table(["", "time", *tables.TABLES, "seen waiting for"], rows)
+    report.table(["", "time", *tables.TABLES, "seen waiting for, times (ms)"], rows)
     report.say("The same steps on a copy without traffic, MB of 10⁶ bytes:")
     rows = [
         [f"{way}: {WHAT[step]}", f"{cost.seconds:.2f} s", *map(_megabytes, (cost.wal, cost.disk, cost.most_disk))]

@@ -34,10 +34,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Look:
-    """A statement of the traffic was seen to take long: when, and what it was waiting for."""
+    """A statement of the traffic was seen to take long: when, what it was waiting for, since when it had run."""
 
     at: float
     waits_for: str
+    age: float
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def running(url: str, statements: Mapping[str, Sequence[str]], rows: int, rate: 
 _WATCHER = "watcher"
 _LONG_S = 0.01
 _LOOK = f"""
-SELECT coalesce(wait_event_type || ' ' || wait_event, 'CPU')
+SELECT coalesce(wait_event_type || ' ' || wait_event, 'CPU'),
+       extract(epoch FROM clock_timestamp() - query_start)::float8
 FROM pg_stat_activity
 WHERE application_name LIKE '{APPLICATION} %' AND state = 'active' AND pid <> pg_backend_pid()
   AND query_start < clock_timestamp() - interval '{_LONG_S} s'"""

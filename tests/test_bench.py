@@ -15,7 +15,7 @@ from conftest import Db, Run, clean_environment, run
 
 
 def bench(*words: str, out: Path) -> Run:
-    done = run([sys.executable, "-m", "invoke", "bench", *words, f"--out={out}"], clean_environment())
+    done = run([sys.executable, "-m", "invoke", "bench", *words, f"--out={out}"], clean_environment(), timeout=600)
     assert done.code == 0, done
     return done
 

@@ -39,4 +39,5 @@ def main() -> None:
         startup.run(given.rounds, given.only, report)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
+from pathlib import Path
 
 from invoke.collection import Collection
 from invoke.context import Context
@@ -134,6 +137,35 @@ def test(c: Context, only: str = "") -> None:  # noqa: PT028
     c.run(f'"{sys.executable}" -m pytest -n auto {only}', pty=sys.stdout.isatty())
 
 
+@task(
+    help={
+        "load": "instead: the steps on tables of millions of rows, with readers and writers beside them",
+        "rounds": "how often each tool runs setup (9)",
+        "only": "tools to compare setup with, by parts of their names: psql,dbmate,… (all that are installed)",
+        "sizes": "--load: rows of prompt_snapshots and of turns (10_000,1_000_000,10_000_000)",
+        "slots": "--load: rows of slots, at most twice as many (2_000_000)",
+        "baseline": "--load: seconds of traffic without a step, to compare with (30)",
+        "out": "the folder for the charts (tests/bench/charts)",
+    }
+)
+def bench(
+    c: Context,
+    load: bool = False,
+    rounds: str = "",
+    only: str = "",
+    sizes: str = "",
+    slots: str = "",
+    baseline: str = "",
+    out: str = "",
+) -> None:
+    """Measure setup against other tools, or (--load) the steps under load; prints tables, draws charts."""
+    given = {"rounds": rounds, "only": only, "sizes": sizes, "slots": slots, "baseline": baseline, "out": out}
+    words = ["--load"] * load + [f"--{name}={value}" for name, value in given.items() if value]
+    root = Path(__file__).parent
+    path = os.pathsep.join([str(root / "tests"), str(root)])
+    c.run(shlex.join([sys.executable, "-m", "bench", *words]), env={"PYTHONPATH": path})
+
+
 @task
 def lint(c: Context) -> None:
     """Check style, types and SQL: ruff, mypy --strict, and the SQL's own rules."""
@@ -141,5 +173,5 @@ def lint(c: Context) -> None:
         c.run(f'"{sys.executable}" -m {command}')
 
 
-namespace = Collection(setup, prereqs, fix, slots_flags, budget_report, turn_metrics, verify, test, lint)
+namespace = Collection(setup, prereqs, fix, slots_flags, budget_report, turn_metrics, verify, test, lint, bench)
 namespace.add_collection(Collection("db", start, stop, url, psql))

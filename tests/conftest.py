@@ -159,40 +159,51 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> No
 
 
 @contextmanager
-def a_server(**settings: str) -> Iterator[embedded.Cluster]:
-    """A running embedded server of one's own, with these settings."""
+def private_server(**settings: str) -> Iterator[embedded.Cluster]:
+    """Run a server of our own with these settings, which is gone with its data afterwards."""
     home = Path(tempfile.mkdtemp(prefix="budget-engine-tests-"))
     home.chmod(0o755)  # as root the server runs as another user, who must be able to reach its data
     cluster = embedded.locate(home)
-    with psycopg.connect(embedded.start(cluster), autocommit=True) as connection:
-        for name, value in {"fsync": "off", **settings}.items():
-            connection.execute(f"ALTER SYSTEM SET {name} = {value}".encode())
-        connection.execute("SELECT pg_reload_conf()")
-    if settings:  # some of them are read at the start only
-        embedded.stop(cluster)
-        embedded.start(cluster)
     try:
+        with psycopg.connect(embedded.start(cluster), autocommit=True) as connection:
+            for name, value in settings.items():
+                connection.execute(f"ALTER SYSTEM SET {name} = {value}".encode())
+            connection.execute("SELECT pg_reload_conf()")
+            at_start = "SELECT FROM pg_settings WHERE name = ANY (%s) AND context = 'postmaster'"
+            needs_restart = connection.execute(at_start, [list(settings)]).rowcount
+        if needs_restart:
+            embedded.stop(cluster)
+            embedded.start(cluster)
         yield cluster
     finally:
         embedded.stop(cluster)
         shutil.rmtree(home, ignore_errors=True)
 
 
+@contextmanager
+def database(cluster: embedded.Cluster, template: str = "template0") -> Iterator[Db]:
+    """Make a database, which is dropped afterwards."""
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(cluster.url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        try:
+            yield Db(cluster, name)
+        finally:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[embedded.Cluster]:
     """The server of this test process; it need not survive a power cut, so that fsync may be off."""
-    with a_server() as cluster:
+    with private_server(fsync="off") as cluster:
         yield cluster
 
 
 @pytest.fixture
 def db(cluster: embedded.Cluster) -> Iterator[Db]:
     """An empty database, dropped after the test."""
-    name = f"test_{uuid.uuid4().hex}"
-    with psycopg.connect(cluster.url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE template0")
-        yield Db(cluster, name)
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    with database(cluster) as db:
+        yield db
 
 
 def pytest_report_header() -> str:

@@ -3,10 +3,14 @@
 A round trip is what makes the client wait for the length of the line: TCP's handshake, each burst of client bytes that
 the server answers (the bytes of one direction that follow each other without a byte of the other), and Terminate, which
 nobody answers. On a unix socket the server refuses TLS with the byte N: libpq's default sslmode works through here.
+
+A delay is the length of the line, not its width: what is sent in one go arrives in one go, so much later, and TCP's
+handshake takes it twice. (Its slow start is not imitated.)
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import re
 import select
@@ -100,7 +104,7 @@ def containing(pattern: str) -> Callable[[Message], bool]:
 
 
 class Proxy:
-    """Listens on loopback while it is entered; upstream is a socket's path or (host, port)."""
+    """Listens on loopback while it is entered; upstream is a socket's path or (host, port); delay_s is one way."""
 
     def __init__(
         self,
@@ -154,10 +158,9 @@ class Proxy:
             thread.start()
 
     def _converse(self, client: socket.socket, conversation: Conversation) -> None:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # we pass on message by message; none is to wait
+        time.sleep(2 * self.delay_s)  # the handshake; this end of it was near
         with contextlib.suppress(OSError, CutError), client, self._dial() as server:
-            client.setsockopt(
-                socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
-            )  # a small message would wait for the last one's ACK
             self._sockets += [client, server]
             _Relay(self, client, server, conversation).run()
 
@@ -181,15 +184,23 @@ class _Relay:
         self.unparsed = {client: b"", server: b""}
         self.started = False  # the startup message has passed: from now on every message has a type
         self.client_spoke_last = False
+        self.travelling: collections.deque[tuple[float, socket.socket, bytes]] = collections.deque()
 
     def run(self) -> None:
+        open_ends = [self.client, self.server]
         while True:
-            for source in select.select([self.client, self.server], [], [])[0]:
+            until_next = max(0, self.travelling[0][0] - time.monotonic()) if self.travelling else None
+            for source in select.select(open_ends, [], [], until_next)[0]:
                 data = source.recv(65536)
+                self.travelling.append((time.monotonic() + self.proxy.delay_s, source, data))
+                if data:
+                    self._count(source)
+                else:
+                    open_ends.remove(source)
+            while self.travelling and self.travelling[0][0] <= time.monotonic():
+                _, source, data = self.travelling.popleft()
                 if not data:
                     return
-                self._count(source)
-                time.sleep(self.proxy.delay_s)
                 self.unparsed[source] += data
                 self._pass_on(source)
 

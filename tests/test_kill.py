@@ -20,7 +20,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import SEED, Db, Run, a_server, ended, until
+from conftest import SEED, Db, Run, ended, private_server, until
 from proxy import Message, Proxy, on_nth, socket_of
 from states import Contents, by_hand, contents, lost, with_uuid
 
@@ -122,7 +122,7 @@ class Mortal:
 
 @pytest.fixture(scope="module")
 def mortal() -> Iterator[Mortal]:
-    with a_server() as cluster:
+    with private_server(fsync="off") as cluster:
         this = Mortal(cluster, {}, {}, {})
         for name, state in OLD.items():
             admin(cluster, f"CREATE DATABASE {name} TEMPLATE template0")

@@ -15,7 +15,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import MIGRATIONS, VERIFICATIONS, Db, Run, a_server, clean_environment, ended, until
+from conftest import MIGRATIONS, VERIFICATIONS, Db, Run, clean_environment, ended, private_server, until
 from proxy import Proxy, containing, on_nth, socket_of
 from states import with_uuid
 
@@ -423,7 +423,7 @@ PREPARED = {
 @pytest.fixture(scope="module")
 def preparing() -> Iterator[Db]:
     """A server that takes prepared transactions."""
-    with a_server(max_prepared_transactions="5") as cluster:
+    with private_server(fsync="off", max_prepared_transactions="5") as cluster:
         yield Db(cluster, "postgres")
 
 

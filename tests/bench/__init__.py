@@ -1,0 +1,1 @@
+"""The benchmarks behind `invoke bench`: measured here, never asserted by a timed test."""

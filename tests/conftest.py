@@ -182,14 +182,19 @@ def private_server(**settings: str) -> Iterator[embedded.Cluster]:
 
 @contextmanager
 def database(cluster: embedded.Cluster, template: str = "template0") -> Iterator[Db]:
-    """Make a database, which is dropped afterwards."""
+    """Make a database, which is dropped afterwards, whatever became of the server meanwhile."""
     name = f"test_{uuid.uuid4().hex}"
+    _administer(cluster, f"CREATE DATABASE {name} TEMPLATE {template}")
+    try:
+        yield Db(cluster, name)
+    finally:
+        embedded.start(cluster)
+        _administer(cluster, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def _administer(cluster: embedded.Cluster, command: str) -> None:
     with psycopg.connect(cluster.url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
-        try:
-            yield Db(cluster, name)
-        finally:
-            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        connection.execute(command.encode())
 
 
 @pytest.fixture(scope="session")

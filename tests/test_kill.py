@@ -143,8 +143,11 @@ def admin(cluster: embedded.Cluster, sql: str) -> None:
 def clone(cluster: embedded.Cluster, template: str) -> Iterator[Db]:
     """A copy of an old database, OIDs and all."""
     admin(cluster, f"CREATE DATABASE walk TEMPLATE {template}")
-    yield Db(cluster, "walk")
-    admin(cluster, "DROP DATABASE walk WITH (FORCE)")
+    try:
+        yield Db(cluster, "walk")
+    finally:
+        embedded.start(cluster)  # a failure may have left it down
+        admin(cluster, "DROP DATABASE walk WITH (FORCE)")
 
 
 def counts(message: Message) -> bool:

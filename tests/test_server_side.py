@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import os
 import pwd
-import shutil
 import signal
 import subprocess
 import tempfile
 import threading
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import Db, Run, ended, until
+from conftest import Db, Run, database, ended, private_server, until
 from proxy import COMMITTED, Proxy, containing, on_nth, socket_of
 from psycopg.errors import DiskFull
 from states import by_hand, contents, lost, with_uuid
@@ -41,28 +39,15 @@ ALTER TABLE prompt_snapshots ADD CONSTRAINT prompt_snapshots_turn_id_fkey
 @pytest.fixture(scope="module")
 def small_server() -> Iterator[embedded.Cluster]:
     """A server of this module's own: it has few connections, and may be stopped."""
-    home = Path(tempfile.mkdtemp(prefix="budget-engine-tests-"))
-    home.chmod(0o755)
-    server = embedded.locate(home)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(embedded.SETTINGS, "max_connections", str(MAX_CONNECTIONS))
-        patch.setitem(embedded.SETTINGS, "fsync", "off")
-        embedded.start(server)
+    with private_server(fsync="off", max_connections=str(MAX_CONNECTIONS)) as server:
         yield server
-        embedded.stop(server)
-    shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.fixture
 def small(small_server: embedded.Cluster) -> Iterator[Db]:
     """A database on it."""
-    name = f"test_{uuid.uuid4().hex}"
-    with psycopg.connect(small_server.url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE template0")
-    yield Db(small_server, name)
-    embedded.start(small_server)
-    with psycopg.connect(small_server.url, autocommit=True) as connection:
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    with database(small_server) as db:
+        yield db
 
 
 def assert_clear(done: Run, code: int, *words: str) -> None:

@@ -164,20 +164,15 @@ def private_server(**settings: str) -> Iterator[embedded.Cluster]:
     home = Path(tempfile.mkdtemp(prefix="budget-engine-tests-"))
     home.chmod(0o755)  # as root the server runs as another user, who must be able to reach its data
     cluster = embedded.locate(home)
-    try:
-        with psycopg.connect(embedded.start(cluster), autocommit=True) as connection:
-            for name, value in settings.items():
-                connection.execute(f"ALTER SYSTEM SET {name} = {value}".encode())
-            connection.execute("SELECT pg_reload_conf()")
-            at_start = "SELECT FROM pg_settings WHERE name = ANY (%s) AND context = 'postmaster'"
-            needs_restart = connection.execute(at_start, [list(settings)]).rowcount
-        if needs_restart:
-            embedded.stop(cluster)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setitem(embedded.SETTINGS, name, value)
+        try:
             embedded.start(cluster)
-        yield cluster
-    finally:
-        embedded.stop(cluster)
-        shutil.rmtree(home, ignore_errors=True)
+            yield cluster
+        finally:
+            embedded.stop(cluster)
+            shutil.rmtree(home, ignore_errors=True)
 
 
 @contextmanager

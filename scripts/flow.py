@@ -12,13 +12,12 @@ from functools import partial
 
 from psycopg.conninfo import make_conninfo
 
-from scripts import chain, embedded, errors, plan, recreation, report, runner, survey
+from scripts import chain, embedded, errors, plan, recreation, report, runner, survey, watch
 from scripts.chain import ROOT, Step
 from scripts.console import CONSOLE
 from scripts.database import Database
 from scripts.patience import Patience
 from scripts.settings import Settings, Target, load, mask, parse_target
-from scripts.watch import Watch
 
 POLL_S = 0.1  # first pause between two looks while another run is at work
 
@@ -249,11 +248,13 @@ class _Work:
         self._open_second = partial(connect, answer_s=given.connect_timeout_s)  # all that it is asked takes moments
         self._open_connections = ExitStack()
         self._online: runner.Online | None = None
+        self._tables: Sequence[str] = ()
+        self._at_work = ""
 
     def __enter__(self) -> _Work:
         self.database = self._open_connections.enter_context(self._open())
-        watch = self._open_connections.enter_context(closing(Watch(self.database, self._open_second)))
-        self.database.watch = watch
+        watcher = watch.Watch(self.database, self._open_second)
+        self.database.watch = self._open_connections.enter_context(closing(watcher))
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -303,9 +304,18 @@ class _Work:
     def _survey(self) -> survey.Survey:
         while True:
             try:
-                return survey.read(self.database, self.everything)
+                found = survey.read(self.database, self.everything)
             except errors.LockTimeoutError as error:
                 self._pause(error)
+            else:
+                self._tables = sorted({item.table for item in found.items})
+                return found
+
+    def _who_is_at_work(self) -> str:
+        if self.patience.tries == 0:  # asked once, at the first of many short pauses
+            locks = (runner.ADVISORY_LOCK, runner.ONLINE_LOCK)
+            self._at_work = "\n".join(watch.at_work(self.database, locks, self._tables))
+        return self._at_work
 
     def _one_round(self, todo: plan.Plan, pooled: bool) -> errors.RecipeError | None:
         """Do what can be done now; return what was in the way of the rest, if waiting may help."""
@@ -329,11 +339,13 @@ class _Work:
     def _pause(self, hindrance: errors.RecipeError) -> None:
         """Wait a while, and say so: each time where we stood in a queue, once where others are simply at work."""
         queued = type(hindrance) is errors.LockTimeoutError
+        if isinstance(hindrance, errors.BusyError):
+            hindrance.where = self._who_is_at_work()
 
         def announce(pause_s: float, left_s: float) -> None:
             if queued:
                 CONSOLE.say(report.retry(hindrance, pause_s, left_s))
             elif self.patience.tries == 1:
-                CONSOLE.say(report.wait(hindrance, left_s))
+                CONSOLE.say(*report.wait(hindrance, left_s))
 
         self.patience.pause(hindrance, self.given.lock_timeout_ms / 1000 if queued else POLL_S, announce)

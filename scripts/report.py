@@ -48,9 +48,12 @@ def retry(hindrance: RecipeError, pause_s: float, left_s: float) -> str:
     return f"waiting   {hindrance.what}; again in {pause_s:.1f} s, for up to {left_s:.0f} s"
 
 
-def wait(hindrance: RecipeError, left_s: float) -> str:
+def wait(hindrance: RecipeError, left_s: float) -> list[str]:
     """Say who is at work, and how long that is waited for."""
-    return f"waiting   {hindrance.what}; up to {left_s:.0f} s"
+    return [
+        f"waiting   {hindrance.what}; up to {left_s:.0f} s",
+        *(f"          {who}" for who in hindrance.where.splitlines()),
+    ]
 
 
 def steps(plan: Plan) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -253,9 +254,15 @@ class Online:
         raise errors.BusyError("another run is building indexes in this database")
 
     def _statements(self, step: Step) -> list[str]:
+        """Ask the step's SELECTs what is missing, twice, and believe what they say both times.
+
+        A look may be torn: an index that was INVALID when its snapshot was taken may be finished, and its builder gone,
+        when it comes to read the locks. The second look's snapshot is newer than that.
+        """
         settings = f"SELECT {self.database.transaction_settings}"
-        _, _, *answers, _ = self.database.run([_BEGIN, settings, *step.online, "COMMIT"])
-        return [statement for rows in answers for (statement,) in rows if statement is not None]
+        _, _, *answers, _ = self.database.run([_BEGIN, settings, *step.online, *step.online, "COMMIT"])
+        statements = [statement for rows in answers for (statement,) in rows if statement is not None]
+        return [statement for statement, times in Counter(statements).items() if times == 2]
 
     def _run_alone(self, step: Step, statement: str) -> None:
         started, skipped = time.monotonic(), []

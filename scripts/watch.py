@@ -8,7 +8,7 @@ online build would wait for one that stays.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from psycopg import sql
 
@@ -29,17 +29,20 @@ WITH ours AS (
   SELECT pid FROM ours WHERE pid = {pid} OR NOT EXISTS (SELECT FROM ours AS o WHERE o.pid = {pid})
 )"""
 
+# a: a row of pg_stat_activity; of other roles' sessions some columns are NULL for most of us.
+_SESSION = """
+       format('pid %s (role %s, application %s) is %s%s, its transaction open for %s s: %s',
+              a.pid, a.usename, quote_literal(a.application_name), coalesce(a.state, a.backend_type, 'busy'),
+              CASE WHEN a.wait_event_type = 'Lock' THEN ' and waits itself' ELSE '' END,
+              coalesce(round(extract(epoch FROM clock_timestamp() - a.xact_start))::text, '?'),
+              left(regexp_replace(a.query, '[[:space:]]+', ' ', 'g'), 80))"""
+
 _WAITS = (
     _MINE
-    + """
+    + f"""
 SELECT coalesce(wanted.mode || ' on ' || wanted.relation::regclass, 'a transaction to end'),
        coalesce(
-         CASE WHEN a.pid IS NOT NULL THEN
-           format('pid %s (role %s, application %s) is %s%s, its transaction open for %s s: %s',
-                  a.pid, a.usename, quote_literal(a.application_name), coalesce(a.state, a.backend_type, 'busy'),
-                  CASE WHEN a.wait_event_type = 'Lock' THEN ' and waits itself' ELSE '' END,
-                  coalesce(round(extract(epoch FROM clock_timestamp() - a.xact_start))::text, '?'),
-                  left(regexp_replace(a.query, '[[:space:]]+', ' ', 'g'), 80)) END,
+         CASE WHEN a.pid IS NOT NULL THEN {_SESSION} END,
          (SELECT string_agg(format('prepared transaction %s (role %s), prepared %s s ago: COMMIT PREPARED or ROLLBACK '
                                    'PREPARED ends it', quote_literal(p.gid), p.owner,
                                    round(extract(epoch FROM clock_timestamp() - p.prepared))), E'\\n')
@@ -64,6 +67,24 @@ SELECT format('%s: %s%s', relid::regclass, phase, coalesce(format(', %s %%', flo
          nullif(tuples_done, 0)::float8 / nullif(tuples_total, 0)))), ''))
 FROM pg_stat_progress_create_index JOIN mine USING (pid)"""
 )
+
+_AT_WORK = f"""
+SELECT {_SESSION}
+FROM pg_stat_activity AS a
+WHERE a.pid <> pg_backend_pid() AND a.pid IN (
+  SELECT pid FROM pg_locks
+  WHERE granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    AND (locktype = 'advisory' AND objsubid = 1 AND classid::bigint << 32 | objid::bigint IN ({{locks}})
+         OR locktype = 'relation' AND mode = 'ShareUpdateExclusiveLock' AND relation IN ({{tables}})))
+ORDER BY a.xact_start, a.pid"""
+
+
+def at_work(database: Database, locks: Iterable[int], tables: Iterable[str]) -> list[str]:
+    """Say which other sessions have one of these advisory locks, or build something on one of these tables."""
+    of_tables = ", ".join(f"to_regclass({sql.Literal(table).as_string()})" for table in tables)
+    query = _AT_WORK.format(locks=", ".join(map(str, locks)), tables=of_tables)
+    _, _, rows, _ = database.run(["BEGIN READ ONLY", f"SELECT {database.transaction_settings}", query, "COMMIT"])
+    return [str(who) for (who,) in rows]
 
 
 class Watch:

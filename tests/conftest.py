@@ -159,8 +159,11 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> No
 
 
 @contextmanager
-def private_server(**settings: str) -> Iterator[embedded.Cluster]:
-    """Run a server of our own with these settings, which is gone with its data afterwards."""
+def private_server(*, durable: bool = False, **settings: str) -> Iterator[embedded.Cluster]:
+    """Run a server of our own, which is gone with its data afterwards.
+
+    durable: whether it is to survive a power cut; settings: of the embedded server's own, which come with its start.
+    """
     home = Path(tempfile.mkdtemp(prefix="budget-engine-tests-"))
     home.chmod(0o755)  # as root the server runs as another user, who must be able to reach its data
     cluster = embedded.locate(home)
@@ -169,6 +172,9 @@ def private_server(**settings: str) -> Iterator[embedded.Cluster]:
             patch.setitem(embedded.SETTINGS, name, value)
         try:
             embedded.start(cluster)
+            if not durable:
+                _administer(cluster, "ALTER SYSTEM SET fsync = off")
+                _administer(cluster, "SELECT pg_reload_conf()")
             yield cluster
         finally:
             embedded.stop(cluster)
@@ -194,8 +200,8 @@ def _administer(cluster: embedded.Cluster, command: str) -> None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[embedded.Cluster]:
-    """The server of this test process; it need not survive a power cut, so that fsync may be off."""
-    with private_server(fsync="off") as cluster:
+    """The server of this test process."""
+    with private_server() as cluster:
         yield cluster
 
 

@@ -122,7 +122,7 @@ class Mortal:
 
 @pytest.fixture(scope="module")
 def mortal() -> Iterator[Mortal]:
-    with private_server(fsync="off") as cluster:
+    with private_server() as cluster:
         this = Mortal(cluster, {}, {}, {})
         for name, state in OLD.items():
             admin(cluster, f"CREATE DATABASE {name} TEMPLATE template0")
@@ -383,7 +383,8 @@ def test_orphan_that_builds_is_waited_for(db: Db, missing: list[str], held: str)
     assert done.code == 0, done
     assert db.differing() == {}
     assert db.rows(STANDS.format(missing[0])) == [(*unfinished[0], True)]
-    assert not [line for line in done.out.splitlines() if missing[0] in line]
+    assert not [line for line in done.out.splitlines() if missing[0] in line and "done" in line]
+    assert f"pid {orphan} " in done.out
     assert db.rows("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()") == [(0,)]
 
 

@@ -39,7 +39,7 @@ ALTER TABLE prompt_snapshots ADD CONSTRAINT prompt_snapshots_turn_id_fkey
 @pytest.fixture(scope="module")
 def small_server() -> Iterator[embedded.Cluster]:
     """A server of this module's own: it has few connections, and may be stopped."""
-    with private_server(fsync="off", max_connections=str(MAX_CONNECTIONS)) as server:
+    with private_server(max_connections=str(MAX_CONNECTIONS)) as server:
         yield server
 
 

@@ -104,7 +104,7 @@ class Outcome:
 def run(sizes: Sequence[Size], report: Report) -> None:
     """Measure every size, print its tables as soon as they are there, and draw the charts."""
     outcomes: dict[int, dict[str, Outcome]] = {}
-    with private_server() as cluster:
+    with private_server(durable=True) as cluster:
         report.begin(cluster)
         for size in sizes:
             with database(cluster) as template:

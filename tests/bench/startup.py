@@ -48,7 +48,7 @@ class Figures:
 
 def run(rounds: int, only: Sequence[str] | None, report: Report) -> None:
     """Measure the tools (only: of the others, those whose names contain one of these), print tables, draw charts."""
-    with private_server() as cluster, tempfile.TemporaryDirectory() as workshop:
+    with private_server(durable=True) as cluster, tempfile.TemporaryDirectory() as workshop:
         report.begin(cluster)
         everything = all_tools(cluster.binaries / "psql", Path(workshop))
         tools = [tool for tool in everything if only is None or _wanted(tool, only)]

@@ -281,13 +281,11 @@ def another_run(db: Db) -> Iterator[psycopg.Connection[Any]]:
 def test_run_beside_another_gives_up_after_lock_wait(db: Db) -> None:
     before = db.dump()
     with another_run(db) as other:
-        done = db.invoke("setup", env={"LOCK_WAIT": "1"})
+        done, pid = db.invoke("setup", env={"LOCK_WAIT": "1"}), other.info.backend_pid
     assert (done.code, db.dump()) == (7, before)
     assert "another run" in done.err
     for said in (done.out, done.err):  # when it begins to wait, and when it gives up
-        assert (
-            f"pid {other.info.backend_pid} (role postgres, application 'the other one') is idle in transaction" in said
-        )
+        assert f"pid {pid} (role postgres, application 'the other one') is idle in transaction" in said
     assert "done" not in done.out
 
 

@@ -191,9 +191,8 @@ class Database:
     def _exchange(self, message: str) -> Iterator[pq.abc.PGresult]:
         self._connection.pgconn.send_query(message.encode())
         self._connection.wait(generators.send(self._connection.pgconn))
-        moment_s = min(
-            _MOMENT_S, self.lock_timeout_ms / 10_000
-        )  # a watcher has to see who is in the way before it is over
+        # A watcher has to see who is in the way before the wait for the lock is over.
+        moment_s = min(_MOMENT_S, self.lock_timeout_ms / 10_000)
         deadline = None if self._answer_s is None else time.monotonic() + self._answer_s
         while (result := self._connection.wait(self._idling(self._fetch(), deadline), moment_s)) is not None:
             yield result

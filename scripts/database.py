@@ -21,7 +21,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg.errors import Diagnostic, error_from_result
 from psycopg.waiting import Ready
 
-from scripts.errors import StatementError, UnreachableError
+from scripts.errors import NoConnectionError, StatementError
 from scripts.settings import Settings, Target, mask
 
 # What psycopg logs is for developers; users get our messages, and logging's last resort would print both.
@@ -246,9 +246,4 @@ def _refused(index: int, error: psycopg.Error) -> StatementError:
 
 
 def _refuse(target: Target, reason: str, remedy: str = "") -> NoReturn:
-    raise UnreachableError(
-        f"cannot use {target.display}",
-        where=mask(reason.strip(), target.secrets),
-        remedy=remedy
-        or "Check host, port, user, password and database in DATABASE_URL, and that the server runs and has room.",
-    )
+    raise NoConnectionError(target=target.display, where=mask(reason.strip(), target.secrets), remedy=remedy)

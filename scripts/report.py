@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from scripts.chain import RECREATE, label
 from scripts.errors import RecipeError
 from scripts.plan import Plan, State
 from scripts.recreation import Move
+from scripts.remedies import Commands, statements
 from scripts.settings import Settings, Target
 from scripts.survey import ONLINE, Item, Server
 
@@ -74,31 +76,59 @@ def difference(item: Item) -> str:
     return f"{item.name}: {item.actual or 'missing'}, promised: {item.expected} ({_remedy(item)})"
 
 
-def obstacles(items: Sequence[Item]) -> list[str]:
-    """Say what is in the way; a table that lacks columns is said in one line, with their names."""
+def obstacles(items: Sequence[Item], remedies: Mapping[str, Commands]) -> list[str]:
+    """Say what is in the way and, below it, the commands that clear it: each once, and tasks after all SQL."""
+    groups: list[tuple[list[str], list[str]]] = []
+    for line, concerned in _obstacles(_to_be_said(items, remedies)):
+        commands = list(dict.fromkeys(command for item in concerned for command in remedies.get(item.name, ())))
+        known = next((group for group in groups if statements(group[1]) >= statements(commands)), None)
+        if known:
+            known[0].append(line)
+        else:
+            said = {command for _, others in groups for command in others}
+            groups.append(([line], [command for command in commands if command not in said]))
+    groups.sort(key=lambda group: any(command.startswith("invoke ") for command in group[1]))
+    return [line for lines, commands in groups for line in (*lines, *_indented(commands))]
+
+
+def _to_be_said(items: Sequence[Item], remedies: Mapping[str, Commands]) -> list[Item]:
+    """Leave out what goes without saying, unless it has a remedy of its own."""
     shown = outermost(items)
-    lacking: dict[str, list[str]] = {}
-    for item in shown:
-        table, is_column, column = item.name.partition(".")
-        if is_column and item.actual is None:
-            lacking.setdefault(table, []).append(column)
+    helping = {command for item in shown for command in remedies.get(item.name, ())}
+    return [item for item in items if item in shown or not helping.issuperset(remedies.get(item.name, ()))]
+
+
+def _obstacles(items: Sequence[Item]) -> list[tuple[str, list[Item]]]:
+    """Say what is in the way, and which items each line is about; a table that lacks columns is said in one line."""
+    lacking: dict[str, list[Item]] = {}
+    for item in items:
+        if re.fullmatch(r"\w+\.\w+", item.name) and item.actual is None:
+            lacking.setdefault(item.table, []).append(item)
     return [
-        *(f"{table} stands without {', '.join(columns)}" for table, columns in lacking.items()),
         *(
-            f"{item.name}: {item.actual or 'missing'}, promised: {item.expected}"
-            for item in shown
-            if item.actual is not None or item.table not in lacking
+            (f"{table} stands without {', '.join(item.name.partition('.')[2] for item in columns)}", columns)
+            for table, columns in lacking.items()
+        ),
+        *(
+            (f"{item.name}: {item.actual or 'missing'}, promised: {item.expected}", [item])
+            for item in items
+            if item not in lacking.get(item.table, [])
         ),
     ]
 
 
-def way_out(items: Sequence[Item]) -> str:
+def _indented(commands: Sequence[str]) -> list[str]:
+    return [f"    {line}" for command in commands for line in command.splitlines()]
+
+
+def way_out(items: Sequence[Item], remedies: Mapping[str, Commands]) -> str:
     """Say what helps against these obstacles."""
-    ways = ['README.md, "In the way", has the command for each case; then run the task again.']
-    if any(item.on_request == RECREATE for item in items):
+    ways = ["Run the commands there, in this order (SQL: invoke db.psql); no row is lost. Then run the task again."]
+    if not remedies:
+        ways = ["Run invoke verify when the tables are not locked: it has the commands that help."]
+    recreate = any("--recreate" in command for commands in remedies.values() for command in commands)
+    if not recreate and any(item.on_request == RECREATE for item in items):
         ways += ["Or invoke prereqs --recreate: it moves the old core tables, rows and all, and creates new ones."]
-    if any(item.stem == RECREATE for item in items):
-        ways += ["Or add --with-dependants: tables whose foreign keys lead into the old core tables move along."]
     return "\n".join(ways)
 
 

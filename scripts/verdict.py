@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from scripts import errors, report
 from scripts.chain import label
 from scripts.plan import Plan
+from scripts.remedies import Commands
 from scripts.survey import Server
 
 
-def refuse_what_cannot_be(server: Server, todo: Plan) -> None:
-    """Raise, before anything is changed, where the plan cannot be carried out as a whole."""
+def refuse_what_cannot_be(server: Server, todo: Plan, remedies: Mapping[str, Commands]) -> None:
+    """Raise, before anything is changed, where the plan cannot be carried out as a whole.
+
+    remedies: the commands that clear what is in the way.
+    """
     refuse_no_schema(server)
     if todo.in_the_way:
-        judge(todo)
+        judge(todo, remedies)
     if absent := todo.mended_elsewhere:
         lines = [report.difference(item) for item in absent]
         raise errors.PrerequisiteError(step=label(absent[0].stem), where="\n".join(lines))
@@ -31,15 +35,18 @@ def refuse_no_schema(server: Server) -> None:
         raise errors.NoSchemaError(search_path=server.search_path)
 
 
-def judge(found: Plan, *, rows: Sequence[str] = (), remedy: str = "", listed: bool = False) -> None:
+def judge(
+    found: Plan, remedies: Mapping[str, Commands], *, rows: Sequence[str] = (), remedy: str = "", listed: bool = False
+) -> None:
     """Raise where something that the plan's steps promise does not stand.
 
-    rows: those that refuse it, in words; listed: the report has said already what does not stand.
+    remedies: the commands that clear what is in the way; rows: those that refuse what is missing, in words; listed: the
+    report has said already what that is.
     """
     if found.in_the_way:
         raise errors.ObstacleError(
-            where="" if listed else "\n".join(report.obstacles(found.in_the_way)),
-            remedy=report.way_out(found.in_the_way),
+            where="\n".join(report.obstacles(found.in_the_way, remedies)),
+            remedy=report.way_out(found.in_the_way, remedies),
         )
     if found.missing:
         raise errors.MissingError(

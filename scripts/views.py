@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from scripts import chain, plan, report, survey
+from scripts import chain, plan, remedies, report, survey
 from scripts.console import CONSOLE
 from scripts.database import Database
 from scripts.verdict import judge, refuse_no_schema
@@ -21,5 +21,6 @@ def verify() -> None:
         todo = plan.of(everything, found.items)
         CONSOLE.say(*report.steps(todo), report.summary(found.items))
         rows = survey.orphans(work.database, todo.missing)
+        ways = remedies.read(work.database, todo.in_the_way)
     refuse_no_schema(found.server)
-    judge(todo, rows=rows, remedy="Run invoke setup.", listed=True)
+    judge(todo, ways, rows=rows, remedy="Run invoke setup.", listed=True)

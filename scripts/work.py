@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 
-from scripts import embedded, errors, plan, report, runner, survey, watch
+from scripts import embedded, errors, plan, remedies, report, runner, survey, watch
 from scripts.chain import ROOT, Step
 from scripts.console import CONSOLE
 from scripts.database import Database
@@ -88,7 +88,8 @@ class Work:
         did = "done" if started_with.to_do else "nothing to do"
         CONSOLE.say(f"{did}: {report.summary(plan.items_of(self.wanted, after.items))}")
         rows = survey.orphans(self.database, left.missing)
-        judge(left, rows=rows, remedy="Mend those rows, then run the task again; no row was deleted or changed.")
+        ways = remedies.read(self.database, left.in_the_way)
+        judge(left, ways, rows=rows, remedy="Mend those rows, then run the task again; no row was deleted or changed.")
 
     def _go_on(self, found: survey.Survey) -> survey.Survey:
         """Run all atomic parts, then all online parts, as often as it takes and LOCK_WAIT allows."""

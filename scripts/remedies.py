@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from scripts import facts
-from scripts.chain import RECREATE
 from scripts.database import Database
 from scripts.errors import LockTimeoutError, StatementError, for_sqlstate
 from scripts.facts import Facts
@@ -72,16 +71,15 @@ def read(database: Database, items: Sequence[Item]) -> Mapping[str, Commands]:
 def of(items: Sequence[Item], found: Facts) -> dict[str, Commands]:
     """Return the commands that clear each item."""
     in_place = {item.name: _in_place(item, found) for item in items}
-    going = {item.table for item in items if in_place[item.name] is None}
-    recreate = any(in_place[item.name] is None and item.on_request == RECREATE for item in items)
+    recreated = found.recreated if any(item.on_request and in_place[item.name] is None for item in items) else set()
+    leaving = recreated | {item.table for item in items if in_place[item.name] is None}
 
     def commands(item: Item) -> Commands:
-        ways = in_place[item.name]
-        if ways is not None and _is_of_another(item):
-            return ways
-        if recreate and (item.table in found.recreated or item.on_request == RECREATE):
-            return _recreate(found)
-        return _move(item.table, found) if ways is None or item.table in going else _together(item, ways, in_place)
+        if item.table not in leaving or _is_of_another(item):
+            return _together(item, in_place)
+        if _taken(item):
+            return _rename(item.table, _taken(item), found)
+        return _recreate(found) if item.table in recreated else _move(item.table, found)
 
     return {item.name: commands(item) for item in items}
 
@@ -93,7 +91,7 @@ def statements(commands: Sequence[str]) -> set[str]:
 
 def _is_of_another(item: Item) -> bool:
     """Whether something that is no part of the item's table bears the item's name: it stays when the table goes."""
-    return bool(_taken(item)) or re.fullmatch("an index on .*|not an index", item.actual or "") is not None
+    return re.fullmatch("an index on .*|not an index", item.actual or "") is not None
 
 
 def _taken(item: Item) -> str:
@@ -106,22 +104,28 @@ def _parts(item: Item) -> tuple[str, re.Match[str]]:
     return next((kind, name) for kind, pattern in _KINDS.items() if (name := re.fullmatch(pattern, item.name)))
 
 
-def _together(item: Item, ways: Commands, in_place: Mapping[str, Commands | None]) -> Commands:
-    """Return the item's commands where others have been run before: what is gone, or has another name, needs none."""
+def _together(item: Item, in_place: Mapping[str, Commands | None]) -> Commands:
+    """Return the item's commands where those of others run, too: what these rename or drop needs no other."""
     kind, name = _parts(item)
+    ways = in_place[item.name] or ()
     if kind == "foreign key":
         column = in_place.get(f"{name['table']}.{name['column']}") or ()
         return column if any(" RENAME COLUMN " in command for command in column) else ways
-    dropped = statements(in_place.get("prompt_snapshots.turn_id dependants") or ())
-    gone = {re.sub(r"ALTER INDEX (\S+) RENAME .*", r"DROP INDEX \1;", way) for way in ways} & dropped
-    return tuple(gone) or ways
+    if kind == "name":
+        dropped = in_place.get("prompt_snapshots.turn_id dependants") or ()
+        return tuple(drop for way in ways if (drop := _as_dropped(way)) in dropped) or ways
+    return ways
+
+
+def _as_dropped(rename: str) -> str:
+    return re.sub(r"ALTER INDEX (\S+) RENAME .*", r"DROP INDEX \1;", rename)
 
 
 def _in_place(item: Item, found: Facts) -> Commands | None:
     """Return the commands that leave the item's table where it is; None: the table has to go."""
     kind, name = _parts(item)
     stands = found.all(item.table, "stands")
-    if kind in ("table", "column", "key") and stands and not _taken(item):
+    if kind in ("table", "column", "key") and stands:
         if stands[0][0] in ("SEQUENCE", "INDEX", "TYPE"):
             return _rename(item.table, item.table, found)
         if stands[0][0] != "TABLE":
@@ -133,7 +137,7 @@ def _in_place(item: Item, found: Facts) -> Commands | None:
     if kind == "dependants":
         return tuple(_dependants(name["column"], found))
     if kind == "key":
-        return _rename(item.table, _taken(item), found) if _taken(item) else _key(item, stands[0][1], found)
+        return _key(item, stands[0][1], found) if stands else _rename(item.table, _taken(item), found)
     if kind == "foreign key":
         fitting = tuple(_removed(found.all(item.name, "foreign key")))
         return fitting or _rename(item.table, _names_to_be(item)[0], found)
@@ -276,25 +280,28 @@ def _altered(name: str, table: str, stands: _Form, promised: _Form, found: Facts
 
 def _retyped(name: str, alter: str, stands: _Form, promised: _Form, found: Facts) -> Iterator[str]:
     column = name.partition(".")[2]
-    binding = found.all(name, "binds")
     using = ""
     if stands.bare == "timestamp without time zone":
+        yield "-- the values are taken for UTC: put the time zone here that they were written in"
         using = f" USING {column} AT TIME ZONE 'UTC'"
     elif not stands.is_within(promised):
-        using = f" USING {column}::{promised.type}"
-        yield from (
-            line
-            for default, _ in found.all(name, "default")
-            for line in (f"{alter} DROP DEFAULT;", _comment(f"it was {default}"))
-        )
+        for default, _ in found.all(name, "default"):
+            yield f"{alter} DROP DEFAULT;"
+            yield _comment(f"it was {default}")
         yield f"-- where a value is no {promised.type}, it is refused, shown, and nothing is changed"
-    yield "-- the table is rewritten, and nobody can use it meanwhile"
-    yield from (["BEGIN;"] if binding else [])
-    yield from (remove for remove, _ in binding)
-    yield f"{alter} TYPE {promised.type}{using};"
-    yield from (restore for _, restore in reversed(binding))
-    yield from (["COMMIT;"] if binding else [])
+        using = f" USING {column}::{promised.type}"
+    if (stands.bare, promised.type) != ("character varying", "text"):
+        yield "-- the table is rewritten, and nobody can use it meanwhile"
+    yield _around(found.all(name, "binds"), f"{alter} TYPE {promised.type}{using};")
     yield from (sequence for sequence, _ in found.all(name, "counted by"))
+
+
+def _around(binding: Sequence[tuple[str, str]], command: str) -> str:
+    """Remove what keeps the command from being run, and bring it back, all in one transaction."""
+    if not binding:
+        return command
+    restored = [restore for _, restore in reversed(binding)]
+    return "\n".join(["BEGIN;", *(remove for remove, _ in binding), command, *restored, "COMMIT;"])
 
 
 def _filled(name: str, table: str, found: Facts) -> Iterator[str]:

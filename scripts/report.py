@@ -81,14 +81,17 @@ def obstacles(items: Sequence[Item], remedies: Mapping[str, Commands]) -> list[s
     groups: list[tuple[list[str], list[str]]] = []
     for line, concerned in _obstacles(_to_be_said(items, remedies)):
         commands = list(dict.fromkeys(command for item in concerned for command in remedies.get(item.name, ())))
-        known = next((group for group in groups if statements(group[1]) >= statements(commands)), None)
-        if known:
-            known[0].append(line)
-        else:
-            said = {command for _, others in groups for command in others}
-            groups.append(([line], [command for command in commands if command not in said]))
+        known = next((group for group in groups if statements(group[1]) >= statements(commands)), ([], commands))
+        known[0].append(line)
+        if len(known[0]) == 1:
+            groups.append(known)
     groups.sort(key=lambda group: any(command.startswith("invoke ") for command in group[1]))
-    return [line for lines, commands in groups for line in (*lines, *_indented(commands))]
+    said: set[str] = set()
+    lines: list[str] = []
+    for described, commands in groups:
+        lines += [*described, *_indented([command for command in commands if command not in said])]
+        said |= statements(commands)
+    return lines
 
 
 def _to_be_said(items: Sequence[Item], remedies: Mapping[str, Commands]) -> list[Item]:
@@ -123,7 +126,7 @@ def _indented(commands: Sequence[str]) -> list[str]:
 
 def way_out(items: Sequence[Item], remedies: Mapping[str, Commands]) -> str:
     """Say what helps against these obstacles."""
-    ways = ["Run the commands there, in this order (SQL: invoke db.psql); no row is lost. Then run the task again."]
+    ways = ["Run the commands above in their order (SQL: invoke db.psql), which lose no row; then the task again."]
     if not remedies:
         ways = ["Run invoke verify when the tables are not locked: it has the commands that help."]
     recreate = any("--recreate" in command for commands in remedies.values() for command in commands)

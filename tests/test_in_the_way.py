@@ -334,9 +334,9 @@ IN_THE_WAY |= {
         "slots.id: text NOT NULL",
         "uuid NOT NULL",
     ),
-    "slots.description jsonb": (
-        altered("ALTER TABLE slots ALTER description TYPE jsonb USING to_jsonb(description)"),
-        "slots.description: jsonb NOT NULL",
+    "slots.description uuid": (
+        altered("ALTER TABLE slots ALTER description TYPE uuid USING md5(description)::uuid"),
+        "slots.description: uuid NOT NULL",
         "text NOT NULL",
     ),
     "templates.version nullable and bigint": (
@@ -453,7 +453,7 @@ IN_THE_WAY |= {
     "two tables of other features": (
         CORE + CORE_ROWS + ANOTHER_FEATURE + "CREATE TABLE turn_metrics (id int PRIMARY KEY);"
         "CREATE SCHEMA attic; CREATE SCHEMA attic_2",
-        "turn_metrics stands without turn_id",
+        "turn_metrics (turn_id): missing, promised: PRIMARY KEY",
         "snapshot_id",
     ),
     "another feature's, of another owner": (
@@ -636,7 +636,7 @@ IN_THE_WAY |= {
         "none",
     ),
     "publication with a condition": (
-        with_uuid() + "CREATE PUBLICATION some FOR TABLE prompt_snapshots (id, turn_id) WHERE (turn_id IS NOT NULL)",
+        with_uuid() + "CREATE PUBLICATION few FOR TABLE prompt_snapshots (id, turn_id) WHERE (turn_id IS NOT NULL)",
         "publication",
         "none",
     ),
@@ -684,20 +684,18 @@ def follow(db: Db, folder: Path, commands: list[str]) -> None:
 
 
 def gone(before: Contents, after: Contents) -> list[tuple[str, object]]:
-    """Return the rows whose values are no longer together in any row of a table of that name, in whatever schema."""
+    """Return the rows whose values are no longer together in any row of any table."""
 
     def values(row: dict[str, object]) -> set[str]:
         texts = (value if isinstance(value, str) else json.dumps(value) for value in row.values())
         return {re.sub(r"\+00:00$", "", text) for text in texts} - {"null"}
 
-    standing: dict[str, list[set[str]]] = {}
-    for table, rows in after.items():
-        standing.setdefault(table.rpartition(".")[2], []).extend(values(row) for row in rows)
+    standing = [values(row) for rows in after.values() for row in rows]
     return [
         (table, row)
         for table, rows in before.items()
         for row in rows
-        if not any(values(row) <= other for other in standing.get(table.rpartition(".")[2], []))
+        if not any(values(row) <= other for other in standing)
     ]
 
 
@@ -726,3 +724,146 @@ def test_what_is_in_the_way_is_named_and_the_printed_commands_lead_on(db: Db, tm
     assert done.code == 0, f"{done}\n{commands}"
     assert gone(rows, contents(db)) == []
     assert db.differing() == {}
+
+
+def uncommented(commands: list[str]) -> list[str]:
+    """Return what the comments say is to be run after the fix."""
+    _, *after = commands[next(n for n, line in enumerate(commands) if line.startswith("-- after invoke fix")) :]
+    return [line.removeprefix("-- ") for line in after if line.startswith("-- ")]
+
+
+@pytest.mark.parametrize("name", [name for name in IN_THE_WAY if "on turn_id" in name or "publication" in name])
+def test_what_hung_on_a_uuid_turn_id_comes_back_on_the_kept_values(db: Db, tmp_path: Path, name: str) -> None:
+    state, *_ = IN_THE_WAY[name]
+    db.execute(state)
+    commands = printed(db.invoke("setup"))
+    follow(db, tmp_path, commands)
+    assert db.invoke("setup").code == 0
+    assert hanging(db) == []
+    follow(db, tmp_path, uncommented(commands))
+    assert hanging(db) != []
+    assert db.invoke("verify").code == 0
+
+
+def hanging(db: Db) -> list[str]:
+    """Return what depends on the kept column, besides its index."""
+    found = db.rows("""
+        SELECT pg_describe_object(classid, objid, objsubid) FROM pg_depend JOIN pg_attribute
+          ON refclassid = 'pg_class'::regclass AND refobjid = attrelid AND refobjsubid = attnum
+        WHERE attrelid = 'prompt_snapshots'::regclass AND attname = 'turn_id_uuid'
+        UNION SELECT 'publication' FROM pg_publication_rel WHERE prrelid = 'prompt_snapshots'::regclass""")
+    return [what for (what,) in found if what != "index idx_prompt_snapshots_turn_id_uuid"]
+
+
+def policies(db: Db) -> list[tuple[object, ...]]:
+    return db.rows("SELECT polname, polcmd, pg_get_expr(polqual, polrelid) FROM pg_policy ORDER BY 1, 2")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "ALTER POLICY slots_admin ON slots USING (true) WITH CHECK (true)",
+        "DROP POLICY slots_admin ON slots; CREATE POLICY slots_admin ON slots AS RESTRICTIVE FOR DELETE"
+        " TO anon, authenticated USING (name = 'it''s')",
+        "ALTER POLICY turn_metrics_service_role ON turn_metrics TO anon",
+    ],
+)
+def test_a_policy_that_says_something_else(db: Db, tmp_path: Path, change: str) -> None:
+    supabase.install(db)
+    supabase.add_profiles(db)
+    assert db.invoke("setup").code == 0
+    ours = policies(db)
+    db.execute(change)
+    others = policies(db)
+    done = db.invoke("setup")
+    assert done.code == 6, done
+    assert policies(db) == others
+    commands = printed(done)
+    follow(db, tmp_path, commands)
+    assert db.invoke("setup").code == 0
+    assert policies(db) == ours
+    (drop, undo) = commands
+    follow(db, tmp_path, [drop, undo.removeprefix("-- to undo it: ")])
+    assert policies(db) == others
+
+
+def spread(db: Db, stranger: str, ours: str) -> None:
+    """Make the tables in one schema, another feature's prompt_snapshots in the other; the search_path is first,second."""
+    db.execute(f"CREATE SCHEMA first; CREATE SCHEMA second; SET search_path = {ours};" + by_hand())
+    db.execute(f"SET search_path = {stranger};" + ANOTHER_FEATURE)
+    db.execute(f"ALTER DATABASE {db.name} SET search_path = first, second")
+
+
+def test_a_name_in_two_schemas_means_the_first(db: Db, tmp_path: Path) -> None:
+    spread(db, "first", "second")
+    before, dumped = contents(db), db.dump(data=True)
+    done = db.invoke("setup")
+    assert done.code == 6, done
+    assert db.dump(data=True) == dumped
+    commands = printed(done)
+    assert "-- prompt_snapshots means second.prompt_snapshots then" in "\n".join(commands)
+    assert not [line for line in commands if "second" in line and not line.startswith("--")]
+    follow(db, tmp_path, commands)
+    after = contents(db)
+    assert after.pop("attic.prompt_snapshots") == before.pop("first.prompt_snapshots")
+    assert after == before
+    assert db.invoke("setup").code == 0
+
+
+def test_a_name_in_the_second_schema_is_nobodys_affair(db: Db) -> None:
+    spread(db, "second", "first")
+    before = contents(db)
+    assert db.invoke("setup").code == 0
+    assert contents(db)["second.prompt_snapshots"] == before["second.prompt_snapshots"]
+
+
+@pytest.mark.parametrize("path", ["public", "public,copy"])
+def test_a_backup_copy_keeps_what_the_commands_change_in_the_first(db: Db, tmp_path: Path, path: str) -> None:
+    change = (
+        "ALTER TABLE slots ADD must_keep text, DROP CONSTRAINT uk_slots_type_name; DROP INDEX idx_slots_type;"
+        "CREATE INDEX idx_slots_type ON slots (name); ALTER TABLE prompt_snapshots ALTER tp TYPE json"
+    )
+    db.execute("CREATE SCHEMA copy; SET search_path = copy;" + altered(change) + HANGING["view turn_view"])
+    db.execute(altered(change))
+    db.execute(f"ALTER DATABASE {db.name} SET search_path = {path}")
+    copied = definitions(db)
+    before = contents(db)
+    follow(db, tmp_path, printed(db.invoke("setup")))
+    assert db.invoke("setup").code == 0
+    assert definitions(db) == copied
+    after = contents(db)
+    assert {table: after[table] for table in before if "copy." in table} == {
+        table: rows for table, rows in before.items() if "copy." in table
+    }
+
+
+def definitions(db: Db) -> list[tuple[object, ...]]:
+    """Return all columns and indexes of the copy."""
+    return db.rows("""
+        SELECT attrelid::regclass::text, attname, atttypid::regtype::text, attnum
+        FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid WHERE relnamespace = 'copy'::regnamespace ORDER BY 1, 4""")
+
+
+def test_verify_has_the_commands_too_and_a_task_alone_those_of_its_own(db: Db) -> None:
+    db.execute(altered("ALTER TABLE slots ADD must_keep text; ALTER TABLE prompt_snapshots ADD budget_report json"))
+    for words, expected in {"verify": 2, "setup": 2, "slots-flags": 1, "budget-report": 1}.items():
+        done = db.invoke(words)
+        assert done.code == 6, done
+        assert len([line for line in printed(done) if " RENAME COLUMN " in line]) == expected
+
+
+def test_what_the_recreation_meets_is_resolved_by_its_option(db: Db, tmp_path: Path) -> None:
+    db.execute(CORE_WITH_UUID_TURNS + CORE_ROWS + "CREATE TABLE notes (turn uuid REFERENCES turns (id))")
+    done = db.invoke("prereqs", "--recreate", "--yes")
+    assert (done.code, printed(done)) == (6, ["invoke prereqs --recreate --with-dependants"]), done
+    follow(db, tmp_path, printed(done))
+    assert db.invoke("setup").code == 0
+
+
+def test_while_a_definition_cannot_be_read_the_obstacles_are_named_all_the_same(db: Db) -> None:
+    db.execute(altered(HANGING_ON_NAME).replace("reader_of_names", "pg_monitor").replace("CREATE ROLE pg_monitor;", ""))
+    with db.connect(autocommit=False) as holder:
+        holder.execute("LOCK TABLE names IN ACCESS EXCLUSIVE MODE")
+        done = db.invoke("verify", env={"LOCK_TIMEOUT": "200ms"})
+    assert done.code == 6, done
+    assert "slots.name: character varying(80) NOT NULL" in done.err

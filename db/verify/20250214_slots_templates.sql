@@ -62,8 +62,9 @@ WITH supabase (here) AS (
   LEFT JOIN LATERAL (  -- the name that it would get must be free
     SELECT coalesce('an index on ' || indrelid::regclass, 'something that is no index')
     FROM pg_class LEFT JOIN pg_index ON indexrelid = oid
-    WHERE to_regclass(documented.relation) IS NULL AND relname = documented.name
-      AND relnamespace = quote_ident(current_schema())::regnamespace
+    WHERE relname = documented.name AND (indrelid IS NULL OR indrelid IS DISTINCT FROM to_regclass(documented.relation))
+      AND relnamespace = coalesce((SELECT relnamespace FROM pg_class WHERE oid = to_regclass(documented.relation)),
+                                  quote_ident(current_schema())::regnamespace)
   ) AS taken (by) ON true
   UNION ALL
   -- indexes

@@ -1,8 +1,9 @@
 -- facts: what stands around the items that are in the way, for the commands that clear it (scripts/facts.py).
 --
--- Rows of subject, what, value, other. A subject is a table, its column, an item, or a table and a name beside it; what hangs
--- on a column comes in the order in which it is to be removed. Reads the catalogs only, with an empty search_path, so that
--- all names come qualified; which tables and names it is about, and what the search_path was, is in settings of ours.
+-- Rows of subject, what, value, other. A subject is a table, its column, an item, or a table and a name beside it. What hangs
+-- on a column comes in the order in which it is to be removed; what brings it back has {column} in place of the column's name.
+-- Reads the catalogs only, with an empty search_path, so that all names come qualified; which tables and names it is about,
+-- and what the search_path was, stands in settings of ours.
 WITH RECURSIVE standing (name, oid, home) AS (
   SELECT key, value::oid, coalesce(relnamespace, quote_ident(current_setting('budget_engine.place'))::regnamespace)
   FROM json_each_text(current_setting('budget_engine.standing')::json) LEFT JOIN pg_class ON pg_class.oid = value::oid
@@ -148,7 +149,9 @@ WITH RECURSIVE standing (name, oid, home) AS (
          CASE WHEN rulename <> '_RETURN' THEN pg_get_ruledef(pg_rewrite.oid)
               ELSE format(E'CREATE %s %s (%s)%s AS\n%s', kind, view.oid::regclass,
                      (SELECT string_agg(quote_ident(attname), ', ' ORDER BY attnum) FROM pg_attribute WHERE attrelid = view.oid AND attnum > 0),
-                     ' WITH (' || array_to_string(reloptions, ', ') || ')', pg_get_viewdef(view.oid))
+                     ' WITH (' || array_to_string(reloptions, ', ') || ')',
+                     CASE hung.level WHEN 0 THEN regexp_replace(pg_get_viewdef(view.oid), '\m' || split_part(subject, '.', 2) || '\M', '{column}', 'g')
+                                     ELSE pg_get_viewdef(view.oid) END)
                    || coalesce((SELECT string_agg(E'\n' || pg_get_indexdef(indexrelid) || ';', '') FROM pg_index WHERE indrelid = view.oid), '')
                    || CASE WHEN relowner = current_user::regrole THEN '' ELSE format(E'\nALTER %s %s OWNER TO %s;', kind, view.oid::regclass, relowner::regrole) END
                    || coalesce((SELECT string_agg(format(E'\nGRANT %s ON %s TO %s;', privilege_type, view.oid::regclass,
@@ -207,4 +210,7 @@ WITH RECURSIVE standing (name, oid, home) AS (
         UNION SELECT attname FROM pg_attribute WHERE attrelid IN (SELECT oid FROM standing)) AS taken (name)
   WHERE name ~ '^attic|^uk_|_old|_pkey|turn_id_uuid'
 )
-SELECT subject, what, value, other FROM facts ORDER BY position, value;
+SELECT subject, what, value,
+       CASE WHEN what IN ('binds', 'hangs') AND position > 0  -- no view
+            THEN regexp_replace(other, '\m' || split_part(subject, '.', 2) || '\M', '{column}', 'g') ELSE other END
+FROM facts ORDER BY position, value;

@@ -75,7 +75,7 @@ def of(items: Sequence[Item], found: Facts) -> dict[str, Commands]:
     leaving = recreated | {item.table for item in items if in_place[item.name] is None}
 
     def commands(item: Item) -> Commands:
-        if item.table not in leaving or _is_of_another(item):
+        if item.table not in leaving or _is_of_another(item) or _is_no_table(item.table, found):
             return _together(item, in_place)
         if _taken(item):
             return _rename(item.table, _taken(item), found)
@@ -92,6 +92,11 @@ def statements(commands: Sequence[str]) -> set[str]:
 def _is_of_another(item: Item) -> bool:
     """Whether something that is no part of the item's table bears the item's name: it stays when the table goes."""
     return re.fullmatch("an index on .*|not an index", item.actual or "") is not None
+
+
+def _is_no_table(name: str, found: Facts) -> bool:
+    """Whether what bears a table's name is no kind of table or view."""
+    return any(kind in ("SEQUENCE", "INDEX", "TYPE") for kind, _ in found.all(name, "stands"))
 
 
 def _taken(item: Item) -> str:
@@ -126,7 +131,7 @@ def _in_place(item: Item, found: Facts) -> Commands | None:
     kind, name = _parts(item)
     stands = found.all(item.table, "stands")
     if kind in ("table", "column", "key") and stands:
-        if stands[0][0] in ("SEQUENCE", "INDEX", "TYPE"):
+        if _is_no_table(item.table, found):
             return _rename(item.table, item.table, found)
         if stands[0][0] != "TABLE":
             return None
@@ -292,15 +297,15 @@ def _retyped(name: str, alter: str, stands: _Form, promised: _Form, found: Facts
         using = f" USING {column}::{promised.type}"
     if (stands.bare, promised.type) != ("character varying", "text"):
         yield "-- the table is rewritten, and nobody can use it meanwhile"
-    yield _around(found.all(name, "binds"), f"{alter} TYPE {promised.type}{using};")
+    yield _around(found.all(name, "binds"), column, f"{alter} TYPE {promised.type}{using};")
     yield from (sequence for sequence, _ in found.all(name, "counted by"))
 
 
-def _around(binding: Sequence[tuple[str, str]], command: str) -> str:
+def _around(binding: Sequence[tuple[str, str]], column: str, command: str) -> str:
     """Remove what keeps the command from being run, and bring it back, all in one transaction."""
     if not binding:
         return command
-    restored = [restore for _, restore in reversed(binding)]
+    restored = [restore.replace("{column}", column) for _, restore in reversed(binding)]
     return "\n".join(["BEGIN;", *(remove for remove, _ in binding), command, *restored, "COMMIT;"])
 
 
@@ -335,7 +340,7 @@ def _dependants(column: str, found: Facts) -> Iterator[str]:
     things = [*found.all(column, "binds"), *found.all(column, "hangs")]
     yield from (remove for remove, _ in things)
     yield _comment(f"after invoke fix, on the kept values ({kept}) or on turn_id:")
-    yield from (_comment(re.sub(r"\bturn_id\b", kept, restore)) for _, restore in reversed(things) if restore)
+    yield from (_comment(restore.replace("{column}", kept)) for _, restore in reversed(things) if restore)
 
 
 # ── keys ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -7,12 +7,15 @@ one state leaves behind is looked at by setup, not by this module.
 from __future__ import annotations
 
 import json
+import os
+import random
 import re
 from pathlib import Path
 
+import psycopg
 import pytest
 import supabase
-from conftest import Db, Run
+from conftest import SEED, Db, Run
 from states import (
     ANOTHER_FEATURE,
     BIGINT,
@@ -31,6 +34,7 @@ from states import (
     with_uuid,
 )
 from test_20250130000002_recreate_core_schema import on_terminal
+from test_verifications import Breakage, batches, breakages, copy, promised, verifying
 
 TURN_FOREIGN_KEY = "FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE SET NULL"
 
@@ -846,6 +850,18 @@ def definitions(db: Db) -> list[tuple[object, ...]]:
         WHERE relnamespace = 'copy'::regnamespace ORDER BY 1, 4""")
 
 
+def test_whoever_reached_a_table_reaches_it_in_the_attic(db: Db, tmp_path: Path) -> None:
+    """Its foreign keys, too: they are checked with the rights of its owner."""
+    db.execute(
+        CORE + CORE_ROWS + "CREATE TABLE turn_metrics (game uuid PRIMARY KEY REFERENCES games (id) ON DELETE CASCADE);"
+        "INSERT INTO turn_metrics SELECT id FROM games; REVOKE USAGE ON SCHEMA public FROM PUBLIC;"
+        "ALTER TABLE turn_metrics OWNER TO pg_monitor; GRANT DELETE ON games TO pg_monitor"
+    )
+    follow(db, tmp_path, printed(db.invoke("setup")))
+    db.execute("DELETE FROM turns; DELETE FROM games")
+    assert db.rows("TABLE attic.turn_metrics") == []
+
+
 def test_verify_has_the_commands_too_and_a_task_alone_those_of_its_own(db: Db) -> None:
     db.execute(altered("ALTER TABLE slots ADD must_keep text; ALTER TABLE prompt_snapshots ADD budget_report json"))
     for words, expected in {"verify": 2, "setup": 2, "slots-flags": 1, "budget-report": 1}.items():
@@ -869,3 +885,36 @@ def test_while_a_definition_cannot_be_read_the_obstacles_are_named_all_the_same(
         done = db.invoke("verify", env={"LOCK_TIMEOUT": "200ms"})
     assert done.code == 6, done
     assert "slots.name: character varying(80) NOT NULL" in done.err
+
+
+def sample(all_of: list[list[Breakage]]) -> list[list[Breakage]]:
+    """Draw a sample of these batches (FAULT_POINTS of them; FAULT_SEED repeats it)."""
+    return random.Random(SEED).sample(all_of, min(int(os.environ.get("FAULT_POINTS", "2")), len(all_of)))
+
+
+@pytest.mark.parametrize("kind", ["plain", "supabase"])
+def test_whatever_no_step_mends_the_printed_commands_do(db: Db, tmp_path: Path, kind: str) -> None:
+    """Every breakage of every item that a verification knows; what cannot stand beside the others is left out."""
+    if kind == "supabase":
+        supabase.install(db)
+        supabase.add_profiles(db)
+    assert db.invoke("setup").code == 0
+    with verifying(db) as (_, look):
+        blocking = [broken for broken in breakages(promised(look())) if broken.differs and not broken.mended]
+    for batch in sample(batches(blocking)):
+        with copy(db) as copied:
+            stands = [broken.name for broken in batch if does(copied, broken.sql)]
+            done = copied.invoke("setup")
+            assert done.code == 6, f"{stands} {SEED=}\n{done}"
+            follow(copied, tmp_path, printed(done))
+            done = copied.invoke("setup")
+            assert (done.code, copied.differing()) == (0, {}), f"{stands} {SEED=}\n{done}"
+
+
+def does(db: Db, statement: str) -> bool:
+    """Run it, if it can be."""
+    try:
+        db.execute(statement)
+    except psycopg.Error:
+        return False
+    return True

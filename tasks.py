@@ -97,6 +97,15 @@ def verify(_: Context) -> None:
 
 @task
 @reported()
+def doctor(_: Context) -> None:
+    """Say what is wrong with this machine, this URL, this server, this role, and what to do; changes nothing."""
+    from scripts import doctor
+
+    doctor.run()
+
+
+@task
+@reported()
 def start(_: Context) -> None:
     """Start the embedded server (tasks that need it do so by themselves)."""
     from scripts import at_hand
@@ -173,5 +182,5 @@ def lint(c: Context) -> None:
         c.run(f'"{sys.executable}" -m {command}')
 
 
-namespace = Collection(setup, prereqs, fix, slots_flags, budget_report, turn_metrics, verify, test, lint, bench)
+namespace = Collection(setup, prereqs, fix, slots_flags, budget_report, turn_metrics, verify, doctor, test, lint, bench)
 namespace.add_collection(Collection("db", start, stop, url, psql))

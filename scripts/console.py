@@ -59,7 +59,9 @@ def reported() -> Iterator[None]:
     except errors.RecipeError as error:
         ending = error
     except errors.StatementError as error:  # of a statement that belongs to no step: the survey, say
-        ending = errors.for_sqlstate(error.sqlstate)(what=error.message, where=error.detail, remedy=error.remedy)
+        ending = errors.of_statement(error)
+    except ImportError as error:
+        ending = errors.NoPackageError(why=error, where=sys.prefix)
     except KeyboardInterrupt:
         ending = errors.StoppedError()
     else:

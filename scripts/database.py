@@ -90,6 +90,17 @@ class Database:
         return host.startswith(("/", "@")) or all(_is_loopback(name) for name in (host, address))
 
     @property
+    def is_encrypted(self) -> bool:
+        """Whether the connection goes through TLS."""
+        return bool(self._connection.pgconn.ssl_in_use)
+
+    @property
+    def sslmode(self) -> str:
+        """What libpq was told about TLS: in the URL, by PGSSLMODE, by a service."""
+        options = {option.keyword: option.val for option in self._connection.pgconn.info}
+        return (options[b"sslmode"] or b"").decode()
+
+    @property
     def transaction_settings(self) -> str:
         """SELECT list that makes our settings hold for this transaction: through a pooler the next may be elsewhere."""
         settings = {"lock_timeout": f"{self.lock_timeout_ms}ms", "statement_timeout": _STATEMENT_TIMEOUT}

@@ -7,6 +7,7 @@ superuser without a password, so that the socket lies in a folder which only the
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import os
@@ -244,6 +245,45 @@ def _command_line(pid: int) -> list[str]:
         return list(psutil.Process(pid).cmdline())
     except psutil.Error:
         return []
+
+
+@dataclass(frozen=True)
+class Health:
+    """How a cluster stands, as far as one can see without starting it.
+
+    pid: of its server, whether it takes connections or not; made: whether there is data; complaint: the end of the log
+    of a server that is gone, and was not shut down; version: of the binaries, "" where they cannot be run.
+    """
+
+    running: bool
+    pid: int | None
+    made: bool
+    complaint: str
+    version: str
+
+
+def health(cluster: Cluster) -> Health:
+    """Look how the cluster stands; raise where its folders are not ours, or could not be made."""
+    is_running = running(cluster)
+    with _explained(cluster):
+        pid, made = _pid(cluster), (cluster.data / "PG_VERSION").exists()
+        nearest = next(folder for folder in cluster.data.parents if folder.exists())
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(nearest))
+        return Health(is_running, pid, made, "" if pid else _complaint(cluster), _version(cluster))
+
+
+def _complaint(cluster: Cluster) -> str:
+    said = _tail(cluster.log.read_text(errors="replace")) if cluster.log.exists() else ""
+    return "" if said.endswith("database system is shut down") else said
+
+
+def _version(cluster: Cluster) -> str:
+    try:
+        done = subprocess.run([cluster.binaries / "postgres", "-V"], capture_output=True, text=True, env=_environment())
+    except OSError:
+        return ""
+    return done.stdout.strip()
 
 
 # ── folders and the lock ───────────────────────────────────────────────────────────────────────────────────────────

@@ -59,6 +59,13 @@ class NoSchemaError(StepFailedError):
     usual_remedy = "Create it (CREATE SCHEMA …), or name another one in DATABASE_URL (?schema=…)."
 
 
+class NoPackageError(StepFailedError):
+    """Invoke runs in a Python that lacks the others of requirements.txt."""
+
+    says = "a package of requirements.txt cannot be loaded: {why}"
+    usual_remedy = "Run the task through python3 scripts/inv, which installs them in .venv."
+
+
 class OptionError(StepFailedError):
     """An option was given without the one that it belongs to."""
 
@@ -161,13 +168,41 @@ class NoConnectionError(UnreachableError):
     )
 
 
+class UnresolvedError(UnreachableError):
+    """A host's name leads to no address."""
+
+    says = "{host} has no address: {why}"
+    usual_remedy = "Check the name in DATABASE_URL, and that this machine's DNS (a VPN, perhaps) knows it."
+
+
+class NoRouteError(UnreachableError):
+    """A host has only IPv6 addresses, as Supabase's direct hosts do, and this machine cannot go there."""
+
+    says = "{host} has only IPv6 addresses, and none can be reached from here: {why}"
+    usual_remedy = "Use a URL whose host has an IPv4 address: the pooler's (Supabase: Connect, Session pooler)."
+
+
+class NobodyListensError(UnreachableError):
+    """The machine is there, the server is not."""
+
+    says = "nobody listens at {place}: {why}"
+    usual_remedy = "Start the server, or correct host and port in DATABASE_URL."
+
+
+class NoWayError(UnreachableError):
+    """Nothing comes back, or the network refuses."""
+
+    says = "no answer from {place}: {why}"
+    usual_remedy = "Check host and port, and what stands between: a firewall, an allow list, a VPN, a paused project."
+
+
 class CrowdedError(UnreachableError):
     """The server, which took one connection, refuses the second one that online work needs."""
 
     says = "online work needs a second connection for a while"
     usual_remedy = """\
-Run the task again when other sessions have ended (LOCK_WAIT sets how long to wait), or, where a pooler
-stands between, name the server itself in DATABASE_URL (the direct URL)."""
+Run the task again when other sessions have ended (LOCK_WAIT sets how long to wait).
+Where a pooler stands between, name the server itself in DATABASE_URL (the direct URL)."""
 
 
 _OTHERWISE = "Set DATABASE_URL to a PostgreSQL server of yours, or run as an ordinary user that has an account."
@@ -361,3 +396,8 @@ _BY_SQLSTATE: dict[str | None, type[RecipeError]] = {
 def for_sqlstate(sqlstate: str | None) -> type[RecipeError]:
     """Return the error that a SQLSTATE (PostgreSQL manual, appendix A) stands for; None: the server sent none."""
     return _BY_SQLSTATE.get(sqlstate) or _BY_SQLSTATE.get((sqlstate or "")[:2], StepFailedError)
+
+
+def of_statement(error: StatementError) -> RecipeError:
+    """Return the error that a statement's refusal is, where the statement belongs to no step."""
+    return for_sqlstate(error.sqlstate)(what=error.message, where=error.detail, remedy=error.remedy)

@@ -112,7 +112,7 @@ _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 # For the session that builds, and for the transaction that holds the turn meanwhile (transaction_timeout is new in 17).
 _UNLIMITED = """SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN '{lock_timeout_ms}' ELSE '0' END, false)
 FROM pg_settings WHERE name IN ('statement_timeout', 'transaction_timeout', 'lock_timeout')"""
-_STAY = """SELECT set_config(name, '0', true)
+STAY = """SELECT set_config(name, '0', true)
 FROM pg_settings WHERE name IN ('idle_in_transaction_session_timeout', 'transaction_timeout')"""
 
 
@@ -241,12 +241,12 @@ class Online:
         """
         if self._turn is not None:
             return
-        with _tried(self.database) as free, _needing_room():
+        with _tried(self.database) as free, needing_room():
             second = self._open_second() if free else None
             if second is not None:
                 second.run(["SELECT"])
         if second is not None:
-            with _needing_room():
+            with needing_room():
                 taken = _took_turn(second)  # its transaction stays open, without a snapshot that a build would wait for
             if taken:
                 self._turn = second
@@ -290,12 +290,12 @@ class Online:
 
 def _took_turn(database: Database) -> bool:
     """Try for the turn to build; it lasts as long as the transaction that this opens."""
-    *_, rows = database.run([_BEGIN + " READ ONLY", _STAY, f"SELECT pg_try_advisory_xact_lock({ONLINE_LOCK})"])
+    *_, rows = database.run([_BEGIN + " READ ONLY", STAY, f"SELECT pg_try_advisory_xact_lock({ONLINE_LOCK})"])
     return rows == [("t",)]
 
 
 @contextmanager
-def _needing_room() -> Iterator[None]:
+def needing_room() -> Iterator[None]:
     """Say of a failure that it is the second connection's."""
     try:
         yield

@@ -23,19 +23,30 @@ def announced(*, dry: bool = False) -> tuple[Settings, Target]:
     """Find the database in use, start it where it is the embedded one, and say first of all which it is."""
     given = load(ROOT, os.environ)
     where = given.target or _embedded_target(dry=dry)
+    announce(where, given)
+    return given, where
+
+
+def announce(where: Target, given: Settings) -> None:
+    """Say which database this is about, and have its secrets masked from now on."""
     # What stands in the URL for all to see (user and password the same, say) is no secret, and masking it would garble
     # every line that names the user.
     plain = {where.conninfo.get("user"), where.conninfo.get("dbname"), "postgres", "postgresql", "public"}
     CONSOLE.mask = partial(mask, secrets=[secret for secret in where.secrets if secret not in plain])
     CONSOLE.say(*report.target(where, given))
-    return given, where
 
 
 def _embedded_target(*, dry: bool) -> Target:
     cluster = embedded.locate(ROOT)
     if dry and not embedded.running(cluster):
         raise errors.NotRunningError(looking="--dry", where=f"its data: {cluster.data}")
-    target = parse_target(embedded.start(cluster))
+    embedded.start(cluster)
+    return target_of(cluster)
+
+
+def target_of(cluster: embedded.Cluster) -> Target:
+    """Return the embedded server as a target."""
+    target = parse_target(cluster.url)
     # PGOPTIONS is meant for the user's own servers; libpq leaves it alone where options are given, if only empty ones.
     return replace(target, conninfo=target.conninfo | {"options": ""})
 

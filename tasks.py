@@ -86,13 +86,50 @@ def turn_metrics(c: Context) -> None:
     flow.run("turn-metrics", dry=c.config.run.dry)
 
 
-@task
+_FORMAT = "table (a terminal's width is respected, and NO_COLOR), or json (scripts/report.schema.json)"
+_VIEW = {"quiet": "print only what was asked for in another format, and errors", "verbose": "name what stands, too"}
+
+
+@task(help={"format": _FORMAT + ", junit, github", **_VIEW})
 @reported()
-def verify(_: Context) -> None:
+def verify(_: Context, format: str = "table", quiet: bool = False, verbose: bool = False) -> None:  # noqa: A002
     """Compare every promise with what stands; changes nothing."""
     from scripts import views
 
-    views.verify()
+    views.verify(form=format, quiet=quiet, verbose=verbose)
+
+
+@task(help={"format": _FORMAT, "check": "for CI: exit 5 where anything is missing, 6 where it is in the way", **_VIEW})
+@reported()
+def status(
+    _: Context,
+    format: str = "table",  # noqa: A002
+    check: bool = False,
+    quiet: bool = False,
+    verbose: bool = False,
+) -> None:
+    """Say how each step stands, what is odd around it, and what the diary says; changes nothing."""
+    from scripts import views
+
+    views.status(form=format, check=check, quiet=quiet, verbose=verbose)
+
+
+@task(help={"format": _FORMAT, "sql": "print the SQL instead, as it would be sent, for psql", **_VIEW})
+@reported()
+def plan(_: Context, format: str = "table", sql: bool = False, quiet: bool = False, verbose: bool = False) -> None:  # noqa: A002
+    """Say what setup would do now and why, with locks, sizes, and who is in the way; changes nothing."""
+    from scripts import views
+
+    views.what_setup_would_do(form=format, sql=sql, quiet=quiet, verbose=verbose)
+
+
+@task
+@reported()
+def rehearse(_: Context) -> None:
+    """Run every atomic part that setup would run, verified, in one transaction that is rolled back."""
+    from scripts import flow
+
+    flow.rehearse()
 
 
 @task
@@ -182,5 +219,7 @@ def lint(c: Context) -> None:
         c.run(f'"{sys.executable}" -m {command}')
 
 
-namespace = Collection(setup, prereqs, fix, slots_flags, budget_report, turn_metrics, verify, doctor, test, lint, bench)
+_CHAIN = (setup, prereqs, fix, slots_flags, budget_report, turn_metrics)
+_VIEWS = (verify, status, plan, rehearse, doctor)
+namespace = Collection(*_CHAIN, *_VIEWS, test, lint, bench)
 namespace.add_collection(Collection("db", start, stop, url, psql))

@@ -31,7 +31,7 @@ from scripts.database import Database
 from scripts.findings import Finding, Host, Limit, Place, Session, Way
 from scripts.runner import STAY, needing_room
 from scripts.settings import Settings, Target, load
-from scripts.survey import Survey
+from scripts.survey import BEGIN_READ_ONLY, Survey
 from scripts.work import Work, announce, target_of
 
 _T = TypeVar("_T")
@@ -212,7 +212,7 @@ def _session(where: Target, given: Settings, ports: list[str]) -> Iterator[Findi
     except errors.RecipeError as error:
         yield findings.problem("login", error, known=where.display)
     except errors.StatementError as error:
-        yield findings.problem("session", errors.of_statement(error))
+        yield findings.problem("session", errors.ending(error))
 
 
 def _look(work: Work) -> tuple[Survey | None, list[Finding]]:
@@ -252,7 +252,7 @@ def _ask(database: Database, tables: Collection[str]) -> Session:
     names = sql.Literal(sorted(tables)).as_string()
     _, limits, [(role, name, replication_role, tls)], _, absent, places, event_triggers, _ = database.run(
         [
-            "BEGIN READ ONLY",
+            BEGIN_READ_ONLY,
             _LIMITS,
             _SESSION,
             f"SELECT {database.transaction_settings}",
@@ -280,7 +280,7 @@ def _ask(database: Database, tables: Collection[str]) -> Session:
 def _crowded(database: Database, open_second: Callable[[], Database]) -> errors.RecipeError | None:
     """Try for a second connection while a transaction is open on the first: a pooler lends its server's to either."""
     try:
-        database.run(["BEGIN READ ONLY", STAY])
+        database.run([BEGIN_READ_ONLY, STAY])
         with needing_room(), open_second() as second:
             second.run(["SELECT"])
         database.run(["COMMIT"])

@@ -59,17 +59,24 @@ class NoSchemaError(StepFailedError):
     usual_remedy = "Create it (CREATE SCHEMA …), or name another one in DATABASE_URL (?schema=…)."
 
 
-class NoPackageError(StepFailedError):
-    """Invoke runs in a Python that lacks the others of requirements.txt."""
-
-    says = "a package of requirements.txt cannot be loaded: {why}"
-    usual_remedy = "Run the task through python3 scripts/inv, which installs them in .venv."
-
-
 class OptionError(StepFailedError):
     """An option was given without the one that it belongs to."""
 
     says = "{options} are for {of}, which is not there"
+
+
+class FormatError(StepFailedError):
+    """A format was asked for that the task does not have."""
+
+    says = "{task} has no format {form}"
+    usual_remedy = "Choose one of these: {formats}."
+
+
+class NoPackageError(StepFailedError):
+    """Invoke runs in an environment that is not the project's."""
+
+    says = "a package cannot be loaded: {why}"
+    usual_remedy = "Run the task through python3 scripts/inv, which installs all that is needed."
 
 
 # ── 3: settings ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -168,32 +175,32 @@ class NoConnectionError(UnreachableError):
     )
 
 
-class UnresolvedError(UnreachableError):
-    """A host's name leads to no address."""
+class NobodyThereError(UnreachableError):
+    """Nothing listens there."""
 
-    says = "{host} has no address: {why}"
-    usual_remedy = "Check the name in DATABASE_URL, and that this machine's DNS (a VPN, perhaps) knows it."
+    usual_remedy = "Does the server run, and listen there? Check host and port in DATABASE_URL (PostgreSQL's is 5432)."
+
+
+class NoSuchHostError(UnreachableError):
+    """The host's name leads nowhere."""
+
+    usual_remedy = """\
+Check the host in DATABASE_URL for typing mistakes, and this machine's DNS (getent ahosts HOST). Supabase's direct hosts
+have IPv6 addresses only: without IPv6 take the pooler's."""
+
+
+class SilentHostError(UnreachableError):
+    """Nothing answers in time."""
+
+    usual_remedy = """\
+A firewall, a wrong address, or a server that is asleep or busy: check host and port in DATABASE_URL, or set a longer
+CONNECT_TIMEOUT."""
 
 
 class NoRouteError(UnreachableError):
     """A host has only IPv6 addresses, as Supabase's direct hosts do, and this machine cannot go there."""
 
-    says = "{host} has only IPv6 addresses, and none can be reached from here: {why}"
     usual_remedy = "Use a URL whose host has an IPv4 address: the pooler's (Supabase: Connect, Session pooler)."
-
-
-class NobodyListensError(UnreachableError):
-    """The machine is there, the server is not."""
-
-    says = "nobody listens at {place}: {why}"
-    usual_remedy = "Start the server, or correct host and port in DATABASE_URL."
-
-
-class NoWayError(UnreachableError):
-    """Nothing comes back, or the network refuses."""
-
-    says = "no answer from {place}: {why}"
-    usual_remedy = "Check host and port, and what stands between: a firewall, an allow list, a VPN, a paused project."
 
 
 class CrowdedError(UnreachableError):
@@ -201,8 +208,8 @@ class CrowdedError(UnreachableError):
 
     says = "online work needs a second connection for a while"
     usual_remedy = """\
-Run the task again when other sessions have ended (LOCK_WAIT sets how long to wait).
-Where a pooler stands between, name the server itself in DATABASE_URL (the direct URL)."""
+Run the task again when other sessions have ended (LOCK_WAIT sets how long to wait), or, where a pooler
+stands between, name the server itself in DATABASE_URL (the direct URL)."""
 
 
 _OTHERWISE = "Set DATABASE_URL to a PostgreSQL server of yours, or run as an ordinary user that has an account."
@@ -398,6 +405,11 @@ def for_sqlstate(sqlstate: str | None) -> type[RecipeError]:
     return _BY_SQLSTATE.get(sqlstate) or _BY_SQLSTATE.get((sqlstate or "")[:2], StepFailedError)
 
 
-def of_statement(error: StatementError) -> RecipeError:
-    """Return the error that a statement's refusal is, where the statement belongs to no step."""
-    return for_sqlstate(error.sqlstate)(what=error.message, where=error.detail, remedy=error.remedy)
+ENDINGS = (RecipeError, StatementError, KeyboardInterrupt)  # what may end a task in a way that was foreseen
+
+
+def ending(error: BaseException) -> RecipeError:
+    """Return how one of ENDINGS is printed."""
+    if isinstance(error, StatementError):  # of a statement that belongs to no step: the survey, say
+        return for_sqlstate(error.sqlstate)(what=error.message, where=error.detail, remedy=error.remedy)
+    return error if isinstance(error, RecipeError) else StoppedError()

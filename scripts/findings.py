@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from scripts.embedded import Cluster, Health
 from scripts.patience import LONGEST_PAUSE_S
 from scripts.plan import Plan
 from scripts.report import summary
-from scripts.survey import ONLINE, Item, Server
+from scripts.survey import ONLINE, Item, Server, outermost
 from scripts.verdict import hindrances
 
 
@@ -68,7 +69,8 @@ _STATE, _TOPIC = 10, 13  # widths: as wide as the labels above the page, and as 
 
 def lines(finding: Finding, width: int) -> list[str]:
     """Return the finding as it is printed, no line longer than that (but for a path or URL that is)."""
-    remedy = finding.remedy and f"what to do: {finding.remedy}"
+    prose = re.sub(r"(?<![.:;])\n", " ", finding.remedy)  # broken for wider lines; commands follow a : or a ;
+    remedy = prose and f"what to do: {prose}"
     text = [part for line in [*finding.what.splitlines(), *remedy.splitlines()] for part in _wrapped(line, width)]
     margins = [f"{finding.state.value:<{_STATE}}{finding.topic:<{_TOPIC}}"] + [" " * (_STATE + _TOPIC)] * len(text)
     return [margin + part for margin, part in zip(margins, text, strict=False)]
@@ -173,19 +175,19 @@ def network(hosts: Sequence[Host]) -> list[Finding]:
 
 
 def _host(host: Host) -> Finding:
-    if host.unresolved:
-        return problem("network", errors.UnresolvedError(host=host.name, why=host.unresolved))
     place = host.name if host.name.startswith(("/", "@")) else f"{host.name} port {host.port}"
+    if host.unresolved:
+        return problem("network", errors.NoSuchHostError(what=f"{host.name} has no address: {host.unresolved}"))
     for way in host.ways:
         if way.failure is None:
             return ok("network", f"{place} answers" + ("" if way.address == host.name else f" ({way.address})"))
     failures = {way.failure for way in host.ways}
     why = ", ".join(sorted({_said(failure) for failure in failures}))
     if failures & _NOBODY:
-        return problem("network", errors.NobodyListensError(place=place, why=why))
+        return problem("network", errors.NobodyThereError(what=f"nobody listens at {place}: {why}"))
     if all(":" in way.address for way in host.ways):
-        return problem("network", errors.NoRouteError(host=host.name, why=why))
-    return problem("network", errors.NoWayError(place=place, why=why))
+        return problem("network", errors.NoRouteError(what=f"{host.name} has IPv6 addresses only, out of reach: {why}"))
+    return problem("network", errors.SilentHostError(what=f"no answer from {place}: {why}"))
 
 
 def _said(failure: int | None) -> str:
@@ -377,8 +379,7 @@ def connections(crowded: errors.RecipeError | None, todo: Plan) -> Finding:
     """Say whether there is room for the second connection that online work needs."""
     if crowded is None:
         return ok("connections", "two at once, as online work needs")
-    missing = {item.name for item in todo.missing}
     # What is missing of a table that is to be made comes with it.
-    is_due = any(item.table not in missing for item in todo.missing if (item.mended_by or "").endswith(ONLINE))
+    is_due = any((item.mended_by or "").endswith(ONLINE) for item in outermost(todo.missing))
     found = problem("connections", crowded)
     return found if is_due else noted(found)

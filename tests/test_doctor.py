@@ -348,16 +348,17 @@ def lost(*addresses: str, failure: int | None = errno.ENETUNREACH) -> Host:
         (lost("2001:db8::1", "2001:db8::2"), errors.NoRouteError),
         (lost("2001:db8::1", failure=errno.EADDRNOTAVAIL), errors.NoRouteError),
         (lost("2001:db8::1", failure=errno.ETIMEDOUT), errors.NoRouteError),
-        (lost("2001:db8::1", failure=errno.ECONNREFUSED), errors.NobodyListensError),
-        (lost("2001:db8::1", "203.0.113.7"), errors.NoWayError),
-        (lost("203.0.113.7", failure=errno.ETIMEDOUT), errors.NoWayError),
-        (replace(lost(), unresolved="no such name"), errors.UnresolvedError),
+        (lost("2001:db8::1", failure=errno.ECONNREFUSED), errors.NobodyThereError),
+        (lost("2001:db8::1", "203.0.113.7"), errors.SilentHostError),
+        (lost("203.0.113.7", failure=errno.ETIMEDOUT), errors.SilentHostError),
+        (replace(lost(), unresolved="no such name"), errors.NoSuchHostError),
     ],
 )
 def test_way_that_leads_nowhere(host: Host, error: type[errors.RecipeError]) -> None:
     [finding] = findings.network([host])
     assert (finding.state, finding.exit_code) == (State.PROBLEM, 4)
     assert finding.remedy == error.usual_remedy
+    assert host.name in finding.what
 
 
 def test_one_host_that_answers_is_enough() -> None:
@@ -460,7 +461,7 @@ def test_secret_is_masked_before_lines_are_wrapped(db: Db) -> None:
     """The schema has the password's name, with blanks in it."""
     word = PASSWORD.replace(" ", "%20")
     url = db.url.replace("postgres@", f"postgres:{word}@") + f"&schema={word}"
-    for columns in map(str, range(60, 101, 5)):
+    for columns in map(str, range(60, 101, 20)):
         assert amiss(db.invoke("doctor", env={"DATABASE_URL": url, "COLUMNS": columns}), 1) == {"schema": PROBLEM}
 
 
@@ -645,9 +646,9 @@ def test_verdict_is_that_of_the_first_problem() -> None:
 
 
 def test_lines_are_aligned_and_narrow() -> None:
-    finding = Finding("network", State.NOTE, "words " * 40, "do this\nSELECT 1;")
+    finding = Finding("network", State.NOTE, "words " * 40, "broken for\nwider lines:\nSELECT 1;")
     lines = findings.lines(finding, 80)
     assert max(map(len, lines)) <= 80
     assert {line[:23].strip() for line in lines[1:]} == {""}
-    assert lines[-1].strip() == "SELECT 1;"
+    assert [line.strip() for line in lines[-2:]] == ["what to do: broken for wider lines:", "SELECT 1;"]
     assert findings.lines(Finding("path", State.OK, "/long" * 40), 80)[0].endswith("/long" * 40)

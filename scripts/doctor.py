@@ -89,9 +89,8 @@ def _machine() -> Iterator[Finding]:
     system = f"{platform.system()} {platform.machine()}"
     yield findings.ok("python", f"{platform.python_version()} in {sys.prefix} on {system}")
     locked: dict[str, list[str]] = {}
-    for name, version in re.findall(
-        r"^([\w.-]+)==(\S+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M
-    ):
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    for name, version in re.findall(r"^([\w.-]+)==(\S+)", requirements, re.M):
         locked.setdefault(name, []).append(version)
     installed = {}
     for name in locked:
@@ -105,8 +104,8 @@ def _embedded_server(*, in_use: bool) -> Iterator[Finding]:
     """Look at the embedded server, where it is what is meant, or where there is one."""
     try:
         cluster = embedded.locate(ROOT)
-        if in_use or cluster.data.exists():
-            yield from findings.embedded_server(cluster, embedded.health(cluster), in_use=in_use)
+        if in_use or cluster.data.parent.exists():  # what is inside, others may not even ask
+            yield findings.embedded_server(cluster, embedded.health(cluster), in_use=in_use)
     except errors.UnreachableError as error:
         if in_use:
             yield findings.problem("embedded", error)
@@ -123,8 +122,8 @@ def _is_running() -> bool:
 
 def _far_end(where: Target, given: Settings) -> Iterator[Finding]:
     """Look up and try the hosts; where anybody answers, log in and look around."""
-    parameters = {option.keyword.decode(): option.val.decode() for option in pq.Conninfo.get_defaults() if option.val}
-    parameters |= where.conninfo
+    defaults = {option.keyword.decode(): option.val for option in pq.Conninfo.get_defaults() if option.val}
+    parameters = {name: value.decode(errors="replace") for name, value in defaults.items()} | where.conninfo
     typed = where.conninfo.get("connect_timeout", "")
     timeout_s = float(typed) if typed.isdecimal() and int(typed) else float(given.connect_timeout_s)
     hosts = list(_hosts(parameters, timeout_s))

@@ -115,27 +115,25 @@ def notes(source: str, given: Sequence[str]) -> Iterator[Finding]:
         yield note("settings", odd, f"Correct it there ({'.env' if ' in .env: ' in odd else source}), if it matters.")
 
 
-def embedded_server(cluster: Cluster, health: Health, *, in_use: bool) -> Iterator[Finding]:
+def embedded_server(cluster: Cluster, health: Health, *, in_use: bool) -> Finding:
     """Say how the embedded server stands; that it does not run is no failure: setup starts it."""
-    place = f"data in {cluster.data}"
+    place = f"data in {cluster.data}" if health.made else "no data yet"
+    runs = f"running as process {health.pid}" if health.running else "not running"
+    if not in_use:
+        return ok("embedded", f"not in use, {runs}; {place}")
     if not health.version:
-        program = cluster.binaries / "postgres"
         does = "does not run: its binaries cannot be started here"
-        yield problem("embedded", errors.EmbeddedServerError(does=does, where=str(program)))
-    elif health.running:
-        yield ok("embedded", f"{health.version}, running as process {health.pid}; {place}")
-    elif health.pid is not None:
-        says = (
-            f"process {health.pid} lives, but takes no connections: it starts, stops, or has lost its socket; {place}"
-        )
-        yield note("embedded", says, "Wait a moment; invoke db.stop, then db.start, brings it back.")
-    elif health.complaint:
+        return problem("embedded", errors.EmbeddedServerError(does=does, where=str(cluster.binaries / "postgres")))
+    if health.running:
+        return ok("embedded", f"{health.version}, {runs}; {place}")
+    if health.pid is not None:
+        says = f"process {health.pid} takes no connections: it starts, stops, or has lost its socket; {place}"
+        return note("embedded", says, "Wait a moment; invoke db.stop, then db.start, brings it back.")
+    if health.complaint:
         said = [line for line in health.complaint.splitlines() if "FATAL" in line or "PANIC" in line]
         says = "\n".join([f"not running, and was not shut down; {place}", *said])
-        yield note("embedded", says, f"setup starts it, and it recovers; its log: {cluster.log}")
-    else:
-        starts = "setup starts it (alone: invoke db.start)" if in_use else "not in use"
-        yield ok("embedded", f"{health.version}, not running: {starts}; {place if health.made else 'no data yet'}")
+        return note("embedded", says, f"setup starts it, and it recovers; its log: {cluster.log}")
+    return ok("embedded", f"{health.version}, not running: setup starts it (alone: invoke db.start); {place}")
 
 
 # ── the way to the server ──────────────────────────────────────────────────────────────────────────────────────────

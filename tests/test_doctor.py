@@ -273,6 +273,9 @@ def test_binaries_that_do_not_run(tree: Path) -> None:
     (binaries / "postgres").write_text("#!/bin/sh\nexit 127\n")
     (binaries / "postgres").chmod(0o755)
     assert amiss(doctor(tree), 4) == {"embedded": PROBLEM}
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    assert amiss(doctor(tree, DATABASE_URL=f"postgresql://127.0.0.1:{port}/db"), 4) == {"network": PROBLEM}
 
 
 CLUSTER = Cluster(Path("/d/data"), Path("/d"), Path("/b"))
@@ -291,9 +294,10 @@ RUNS = Health(running=True, pid=7, made=True, complaint="", version="postgres (P
     ],
 )
 def test_health_of_the_embedded_server(health: Health, state: State) -> None:
-    [finding] = findings.embedded_server(CLUSTER, health, in_use=True)
+    finding = findings.embedded_server(CLUSTER, health, in_use=True)
     assert finding.state is state
     assert "LOG" not in finding.what
+    assert findings.embedded_server(CLUSTER, health, in_use=False).state is State.OK
 
 
 # ── names, ports, sockets ──────────────────────────────────────────────────────────────────────────────────────────

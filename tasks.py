@@ -197,10 +197,20 @@ def bench(
 ) -> None:
     """Measure setup against other tools, or (--load) the steps under load; prints tables, draws charts."""
     given = {"rounds": rounds, "only": only, "sizes": sizes, "slots": slots, "baseline": baseline, "out": out}
-    words = ["--load"] * load + [f"--{name}={value}" for name, value in given.items() if value]
+    _run_of_tests(c, "bench", *["--load"] * load, *(f"--{name}={value}" for name, value in given.items() if value))
+
+
+@task
+def pictures(c: Context) -> None:
+    """Draw the README's pictures of a terminal anew, from real runs."""
+    _run_of_tests(c, "pictures")
+
+
+def _run_of_tests(c: Context, module: str, *words: str) -> None:
+    """Run a module that lies beside the tests, and uses what they use."""
     root = Path(__file__).parent
     path = os.pathsep.join([str(root / "tests"), str(root)])
-    c.run(shlex.join([sys.executable, "-m", "bench", *words]), env={"PYTHONPATH": path})
+    c.run(shlex.join([sys.executable, "-m", module, *words]), env={"PYTHONPATH": path})
 
 
 @task
@@ -212,5 +222,5 @@ def lint(c: Context) -> None:
 
 _CHAIN = (setup, prereqs, fix, slots_flags, budget_report, turn_metrics)
 _VIEWS = (verify, status, plan, rehearse)
-namespace = Collection(*_CHAIN, *_VIEWS, test, lint, bench)
+namespace = Collection(*_CHAIN, *_VIEWS, test, lint, bench, pictures)
 namespace.add_collection(Collection("db", start, stop, url, psql))

@@ -44,7 +44,7 @@ class Console:
             self._print(self._for_people, *lines)
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], plain: Sequence[str]) -> None:
-        """Draw a table on a terminal that has room for one; elsewhere, where lines are compared, say the plain lines."""
+        """Draw a table on a terminal with room for it; elsewhere, where lines are compared, say the plain lines."""
         width = shutil.get_terminal_size().columns
         if not self._for_people.isatty() or width < _NARROWEST_TABLE:
             self.say(*plain)

@@ -31,9 +31,9 @@ class Verbatim(str):
 def setup(c: Context) -> None:
     """Bring the database to the schema: prereqs, fix where needed, slots-flags, budget-report, turn-metrics, verify.
 
-    What is done already is not done again. `invoke plan` says beforehand what it would do, `invoke --dry setup` in short.
-    Exit codes: 0 all promises stand, 1 a step failed, 3 settings, 4 no connection, 5 rows refuse a key, 6 something is in
-    the way, 7 no lock to be had, 8 not permitted, 130 interrupted (README, "Exit codes").
+    What is done already is not done again. `invoke plan` says beforehand what it would do.
+    Exit codes: 0 all promises stand, 1 a step failed, 3 settings, 4 no connection, 5 rows refuse a key, 6 something
+    is in the way, 7 no lock to be had, 8 not permitted, 130 interrupted (README, "Exit codes").
     """
     from scripts import flow
 
@@ -51,7 +51,8 @@ def setup(c: Context) -> None:
 def prereqs(c: Context, recreate: bool = False, with_dependants: bool = False, yes: bool = False) -> None:
     """Create the core schema, slots and templates, prompt snapshots: each only where missing.
 
-    --recreate is for core tables in an older form (turns.id is uuid, say): `invoke --dry prereqs --recreate` shows what moves.
+    --recreate is for core tables in an older form (turns.id is uuid, say); with --dry before the task's name it shows
+    what would move.
     """
     from scripts import flow
 

@@ -12,6 +12,7 @@ from typing import TextIO
 
 from scripts import errors
 
+_NARROWEST_TABLE = 60  # columns: the names of the steps take half of them
 PEOPLE = "table"  # the format that people read; the others are for machines
 
 
@@ -43,14 +44,15 @@ class Console:
             self._print(self._for_people, *lines)
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], plain: Sequence[str]) -> None:
-        """Draw a table on a terminal; elsewhere, where lines are searched and compared, say the plain lines."""
-        if not self._for_people.isatty():
+        """Draw a table on a terminal with room for it; elsewhere, where lines are compared, say the plain lines."""
+        width = shutil.get_terminal_size().columns
+        if not self._for_people.isatty() or width < _NARROWEST_TABLE:
             self.say(*plain)
         elif not self.quiet:
             from scripts import table  # it takes longer to load than most tasks take
 
             masked = [[self.mask(cell) for cell in row] for row in rows]  # before words are broken over lines
-            self.say("", *table.draw(header, masked, shutil.get_terminal_size().columns), "")
+            self.say("", *table.draw(header, masked, width), "")
 
     def emit(self, document: str) -> None:
         """Print what was asked for, whole, on stdout."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 
 from scripts.chain import RECREATE, label
 from scripts.errors import RecipeError
@@ -139,29 +138,37 @@ def rehearsal(items: Sequence[Item], duration_ms: Mapping[str, float]) -> list[s
     ]
 
 
-CHANGE_HEADER = ("step", "statements", "lock, effect")
+CHANGE_HEADER = ("step", "statements", "effect, locks")
 _BYTES = ("B", "kB", "MB", "GB", "TB")
 
 
 def change_cells(changes: Sequence[Change]) -> list[tuple[str, str, str]]:
-    """Say what each step would do, statements of the same lock and effect together; for a table."""
-    rows = []
-    for (name, online, takes), group in groupby(changes, key=lambda c: (c.step, c.online, _takes(c))):
-        statements = "\n".join(change.statement for change in group)
-        rows.append((name + ("\n(online)" if online else ""), statements, takes))
+    """Say what each step would do, statements of the same locks and effect together; for a table."""
+    together: dict[tuple[str, str], list[str]] = {}
+    for (name, online, statement), lines in _locks_by_statement(changes).items():
+        together.setdefault((name + ("\n(online)" if online else ""), "\n".join(lines)), []).append(statement)
+    rows, last = [], ""
+    for (name, takes), statements in together.items():
+        rows.append(("" if name == last else name, "\n".join(statements), takes))
+        last = name
     return rows
 
 
 def changes(changes: Sequence[Change]) -> list[str]:
     """Say what each step would do, a line for each statement."""
     return [
-        step(change.step, f"{'online: ' if change.online else ''}{change.statement}: {_takes(change)}")
-        for change in changes
+        step(name, f"{'online: ' if online else ''}{statement}: {'; '.join(takes)}")
+        for (name, online, statement), takes in _locks_by_statement(changes).items()
     ]
 
 
-def _takes(change: Change) -> str:
-    return (f"{change.lock.value} on {change.table}, " if change.lock else "") + change.effect.value
+def _locks_by_statement(changes: Sequence[Change]) -> dict[tuple[str, bool, str], list[str]]:
+    """Return what each statement does, and the locks that it takes."""
+    found: dict[tuple[str, bool, str], list[str]] = {}
+    for change in changes:
+        lines = found.setdefault((change.step, change.online, change.statement), [change.effect.value])
+        lines += [f"{change.lock.value} on {change.table}"] if change.lock else []
+    return found
 
 
 def sizes(standing: Iterable[Size]) -> list[str]:

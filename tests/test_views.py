@@ -17,6 +17,7 @@ import pytest
 import supabase
 from conftest import Db, Run, ended, until
 from states import BIGINT, CORE, by_hand, snapshots, with_uuid
+from terminal import on_terminal
 from test_states import READY, UUID_READY
 
 from scripts import chain
@@ -430,6 +431,49 @@ def test_verbose_names_what_stands(ready: Db) -> None:
     said = ready.invoke("verify", "--verbose").out
     assert all(item in said for step in CHAIN for item, *_ in ready.verification(step.stem))
     assert "idx_slots_type" not in ready.invoke("verify").out
+
+
+# ── terminals ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def bare(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text).replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+@pytest.mark.parametrize("task", ["verify", "status", "plan"])
+def test_table_fits_the_terminal(db: Db, task: str, columns: int) -> None:
+    """Every line of the tables, which stand between blank lines; the others break where the terminal breaks them."""
+    db.execute(by_hand())
+    seen = bare(on_terminal(db, task, columns=columns).out)
+    tables = [part for part in re.split(r"\n\n+", seen) if part.startswith("step ")]
+    assert len(tables) == (2 if task == "plan" else 1)
+    assert max(len(line) for table in tables for line in table.splitlines()) <= columns
+    assert "slots_flags" in tables[0]
+    if columns == 200:
+        assert "pending    missing: slots.must_keep, slots.min_chars" in tables[0]
+
+
+def test_terminal_without_room_for_a_table_gets_lines(db: Db) -> None:
+    lines = bare(on_terminal(db, "status", columns=59).out).splitlines()
+    assert lines == [line for line in db.invoke("status").out.splitlines() if line]
+    assert any(line.startswith("core_schema ") for line in lines)
+
+
+def test_colour_only_where_it_is_wanted(db: Db) -> None:
+    db.execute(by_hand())
+    assert "\x1b[3" in on_terminal(db, "status").out
+    assert "\x1b[3" not in on_terminal(db, "status", env={"NO_COLOR": "1"}).out
+    assert "\x1b" not in on_terminal(db, "status", env={"TERM": "dumb"}).out
+    assert "\x1b" not in db.invoke("status").out
+    assert "\x1b" not in on_terminal(db, "status", "--format", "json").out
+
+
+def test_rich_is_loaded_for_a_terminal_only(db: Db) -> None:
+    """It takes longer to load than most tasks take."""
+    loaded = {"PYTHONVERBOSE": "1"}
+    assert "import 'rich.table'" not in db.invoke("status", env=loaded).err
+    assert "import 'rich.table'" in on_terminal(db, "status", env=loaded).err
 
 
 @pytest.fixture

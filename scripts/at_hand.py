@@ -31,9 +31,9 @@ def url() -> None:
     """Print the URL in use (its password masked) on stdout, all else on stderr."""
     given = load(ROOT, os.environ)
     if given.target is None:
-        print(embedded.locate(ROOT).url)
+        CONSOLE.say(embedded.locate(ROOT).url)
     else:
-        print(given.target.display)
+        CONSOLE.say(given.target.display)
     print(f"from {given.source}", file=sys.stderr)
 
 

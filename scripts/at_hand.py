@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 
 from psycopg.conninfo import make_conninfo
 
@@ -34,7 +33,7 @@ def url() -> None:
         CONSOLE.say(embedded.locate(ROOT).url)
     else:
         CONSOLE.say(given.target.display)
-    print(f"from {given.source}", file=sys.stderr)
+    CONSOLE.aside(f"from {given.source}")
 
 
 def psql() -> None:

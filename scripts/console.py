@@ -47,8 +47,12 @@ class Console:
     def complain(self, error: errors.RecipeError) -> None:
         """Print what is wrong, what it concerns, and what helps."""
         self.progress("")
-        with suppress(OSError):  # nobody listens; the exit code says it
-            for line in error.lines():
+        self.aside(*error.lines())
+
+    def aside(self, *lines: str) -> None:
+        """Print to stderr."""
+        with suppress(OSError):  # nobody listens; the exit code says what matters
+            for line in lines:
                 print(self.mask(line), file=sys.stderr, flush=True)
 
 

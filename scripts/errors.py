@@ -16,6 +16,7 @@ class RecipeError(Exception):
     exit_code: ClassVar[int] = 1
     says: ClassVar[str] = ""  # only the server does
     usual_remedy: ClassVar[str] = ""
+    in_a_step: ClassVar[str] = "{step} failed in {part}: {words}"  # where the server does, while a step runs
 
     def __init__(self, *, what: str = "", where: str = "", remedy: str = "", **facts: object) -> None:
         self.what = what or self.says.format(**facts)
@@ -44,6 +45,7 @@ class StepFailedError(RecipeError):
 class BrokenPromiseError(StepFailedError):
     """Something undid a step's work while it ran, or a migration and its verification disagree."""
 
+    says = "the step ran, but what it promises does not stand"
     usual_remedy = "It was rolled back. Look for event triggers that undo such work; else report it, with these lines."
 
 
@@ -199,7 +201,7 @@ class UnprintableUrlError(SettingsError):
 class OtherUrlError(SettingsError):
     """DATABASE_URL is of another kind of database, or no URL."""
 
-    says = "DATABASE_URL {found}."
+    says = "DATABASE_URL is no URL of PostgreSQL: it {found}."
     usual_remedy = "Only PostgreSQL will do: {form}"
 
 
@@ -261,6 +263,14 @@ class NoDatabaseError(UnreachableError):
     usual_remedy = """\
 Check the name after the last / of DATABASE_URL (without one it is the user's); psql -l lists those that there are, and
 createdb NAME makes one."""
+
+
+class StartupOptionError(UnreachableError):
+    """The server, or the pooler, does not take what the session was to begin with."""
+
+    usual_remedy = """\
+Correct or remove what the message names: in options of DATABASE_URL, or a PG… variable of the environment (PGOPTIONS,
+PGTZ). Poolers take no options at all."""
 
 
 class FullServerError(UnreachableError):
@@ -441,6 +451,7 @@ class LockTimeoutError(RecipeError):
     """Gave up waiting for a lock."""
 
     exit_code = 7
+    in_a_step = "{step} got no lock in {part}: {words}"
     usual_remedy = "End what holds the lock, or set a longer LOCK_TIMEOUT, then run the task again."
 
 

@@ -60,7 +60,7 @@ BEGIN
      AND (mended_by = {stem} OR own AND coalesce(split_part(mended_by, ' ', 1) <> ALL ({stems}), true));
   IF broken IS NOT NULL THEN
     RAISE EXCEPTION USING ERRCODE = CASE WHEN obstructed THEN 'TB002' ELSE 'TB003' END,
-      MESSAGE = 'the step ran, but what it promises does not stand', DETAIL = broken;
+      MESSAGE = {message}, DETAIL = broken;
   END IF;
 END
 $verification$"""
@@ -318,7 +318,8 @@ def _verification(step: Step, chain: Sequence[Step]) -> str:
         if other is step or step.stem in other.verification
     )
     stems = ", ".join(_literal(other.stem) for other in chain)
-    return _VERIFICATION.format(promises=promises, stem=_literal(step.stem), stems=f"ARRAY[{stems}]")
+    message = _literal(errors.BrokenPromiseError.says)
+    return _VERIFICATION.format(promises=promises, stem=_literal(step.stem), stems=f"ARRAY[{stems}]", message=message)
 
 
 def _diary(step: Step, part: str, duration: str | None) -> str:
@@ -343,9 +344,9 @@ def _failure(statements: Sequence[Statement], error: StatementError, *, pooled: 
         _aftermath(failed, kind),
         f"done before it: {', '.join(done)}" if done else "",
     ]
-    ended = "got no lock in" if issubclass(kind, errors.LockTimeoutError) else "failed in"
+    in_a_step = kind.in_a_step.format(step=failed.step.label, part=failed.part.value, words=error.message)
     return kind(
-        what=error.message if expected else f"{failed.step.label} {ended} {failed.part.value}: {error.message}",
+        what=error.message if expected else in_a_step,
         where="\n".join(line for line in where if line),
         remedy=errors.LIMITS_OF_THE_ROLE if pooled and error.sqlstate in _TIMEOUTS else error.remedy,
     )

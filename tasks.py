@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from invoke.context import Context
 from invoke.tasks import task
 
 from scripts.console import reported
+
+if sys.platform != "win32":
+    with reported():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # scripts/inv blocks it while Python starts
 
 # Imported inside the tasks: `invoke --list` needs no database driver, and `invoke lint` no server.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 
 from psycopg.conninfo import make_conninfo
 
@@ -31,10 +30,10 @@ def url() -> None:
     """Print the URL in use (its password masked) on stdout, all else on stderr."""
     given = load(ROOT, os.environ)
     if given.target is None:
-        print(embedded.locate(ROOT).url)
+        CONSOLE.say(embedded.locate(ROOT).url)
     else:
-        print(given.target.display)
-    print(f"from {given.source}", file=sys.stderr)
+        CONSOLE.say(given.target.display)
+    CONSOLE.aside(f"from {given.source}")
 
 
 def psql() -> None:

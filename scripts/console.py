@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TextIO
 
 from scripts import errors
@@ -66,7 +69,7 @@ class Console:
         try:
             for line in lines:
                 print(self.mask(line), flush=True, file=stream)
-        except BrokenPipeError:  # whoever read has seen enough; the work goes on
+        except OSError:  # whoever read has seen enough, or the disk is full; the work goes on
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
     def confirms(self, question: str) -> bool | None:
@@ -79,10 +82,26 @@ class Console:
     def complain(self, error: errors.RecipeError) -> None:
         """Print what is wrong, what it concerns, and what helps."""
         self.progress("")
-        for line in error.lines():
-            print(self.mask(line), file=sys.stderr, flush=True)
+        self.aside(*error.lines())
+
+    def aside(self, *lines: str) -> None:
+        """Print to stderr."""
+        with suppress(OSError):  # nobody listens; the exit code says what matters
+            for line in lines:
+                print(self.mask(line), file=sys.stderr, flush=True)
 
 
+def _make_usable() -> None:
+    """Let neither a stream that was closed, nor a character that the locale does not know, end a task."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - for as long as we live
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+_make_usable()
 CONSOLE = Console()
 
 
@@ -98,14 +117,34 @@ def _masked(value: object, mask: Callable[[str], str]) -> object:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turn a foreseen failure, or Ctrl-C, into its message and its exit code."""
+    """Turn whatever ends a task, Ctrl-C too, into a message and an exit code."""
     try:
         yield
-    except errors.ENDINGS as error:
-        ending = errors.ending(error)
-    except ImportError as error:
-        ending = errors.NoPackageError(why=error, where=f"Python's environment is {sys.prefix}")
+    except (Exception, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed once more it would end the message
+        ending = as_message(error)
     else:
         return
     CONSOLE.complain(ending)
     raise SystemExit(ending.exit_code)
+
+
+def as_message(error: BaseException) -> errors.RecipeError:
+    """Return the error that has a message for people; Python's own would be a traceback, unmasked."""
+    match error:
+        case errors.RecipeError():
+            return error
+        case errors.StatementError():  # of a statement that belongs to no step: the survey, say
+            kind = errors.for_sqlstate(error.sqlstate)
+            return kind(what=error.message, where=error.where, remedy=error.remedy)
+        case KeyboardInterrupt():
+            return errors.StoppedError()
+        case ImportError():
+            return errors.NoPackageError(why=error, where=f"Python's environment is {sys.prefix}")
+        case OSError():
+            return errors.SystemRefusesError(why=error.strerror or error, where=str(error.filename or ""))
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    where = "\n".join(f"{frame.filename}, line {frame.lineno}, in {frame.name}" for frame in frames)
+    return errors.UnforeseenError(why=f"{type(error).__name__}: {error}", where=where)

@@ -26,7 +26,7 @@ from psycopg import pq, sql
 
 from scripts import chain, embedded, errors, findings, plan
 from scripts.chain import ROOT
-from scripts.console import CONSOLE
+from scripts.console import CONSOLE, as_message
 from scripts.database import Database
 from scripts.findings import Finding, Host, Limit, Place, Session, Way
 from scripts.runner import STAY, needing_room
@@ -211,7 +211,7 @@ def _session(where: Target, given: Settings, ports: list[str]) -> Iterator[Findi
     except errors.RecipeError as error:
         yield findings.problem("login", error, known=where.display)
     except errors.StatementError as error:
-        yield findings.problem("session", errors.ending(error))
+        yield findings.problem("session", as_message(error))
 
 
 def _look(work: Work) -> tuple[Survey | None, list[Finding]]:

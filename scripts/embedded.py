@@ -102,7 +102,11 @@ def _package_binaries(major: int) -> Path:
 
 def _home(root: Path, major: int) -> Path:
     """Return the folder for every major's data; once there is data, the decision stands."""
-    home = (root / Path(os.environ.get(DATA_VARIABLE) or ".postgres").expanduser()).resolve()
+    given = os.environ.get(DATA_VARIABLE) or ".postgres"
+    try:
+        home = (root / Path(given).expanduser()).resolve()
+    except RuntimeError as error:  # ~ of nobody; links in a circle
+        raise errors.EmbeddedFilesError(why=str(error).strip("."), variable=DATA_VARIABLE, where=given) from None
     if os.geteuid() != 0 or (home / str(major)).exists():
         return home
     elsewhere = MACHINE / _digest(home)

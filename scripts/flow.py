@@ -92,8 +92,5 @@ def _ask(database: Database, moving: Sequence[recreation.Move]) -> None:
     if database.is_near and all(held is None for held in rows.values()):
         return
     CONSOLE.say(*report.moves(database.target, moving, rows))
-    confirmed = CONSOLE.confirms("Move them?")
-    if not confirmed:
-        raise errors.NotConfirmedError(
-            remedy="Where there is no terminal to ask on, add --yes." if confirmed is None else ""
-        )
+    if not CONSOLE.confirms("Move them?"):
+        raise errors.NotConfirmedError

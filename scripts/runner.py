@@ -40,10 +40,6 @@ _DEADLOCK = "40P01"
 _INTEGRITY = "23"  # the class of integrity constraint violations
 _DUPLICATE_TABLE = "42P07"
 _TIMEOUTS = {"57014", "55P03", "25P04"}  # what a role's own limits end a statement with
-_DIRECT = """\
-Online work takes as long as it takes, but the role brings a statement_timeout, lock_timeout or transaction_timeout
-along, which cannot be lifted through a transaction pooler: name the server itself in DATABASE_URL (the direct URL, not
-the pooler's), and run the task again; it finishes what is left."""
 _GUARD = f"""DO $guard$
 BEGIN
   IF NOT pg_try_advisory_xact_lock({ADVISORY_LOCK}) THEN
@@ -67,7 +63,7 @@ BEGIN
      AND (mended_by = {stem} OR own AND coalesce(split_part(mended_by, ' ', 1) <> ALL ({stems}), true));
   IF broken IS NOT NULL THEN
     RAISE EXCEPTION USING ERRCODE = CASE WHEN obstructed THEN 'TB002' ELSE 'TB003' END,
-      MESSAGE = 'the step ran, but what it promises does not stand', DETAIL = broken;
+      MESSAGE = {message}, DETAIL = broken;
   END IF;
 END
 $verification$"""
@@ -396,7 +392,8 @@ def _verification(step: Step, chain: Sequence[Step]) -> str:
         if other is step or step.stem in other.verification
     )
     stems = ", ".join(_literal(other.stem) for other in chain)
-    return _VERIFICATION.format(promises=promises, stem=_literal(step.stem), stems=f"ARRAY[{stems}]")
+    message = _literal(errors.BrokenPromiseError.says)
+    return _VERIFICATION.format(promises=promises, stem=_literal(step.stem), stems=f"ARRAY[{stems}]", message=message)
 
 
 def _diary(step: Step, part: str, duration: str | None) -> str:
@@ -416,23 +413,23 @@ def _failure(statements: Sequence[Statement], error: StatementError, *, pooled: 
     done = [statement.step.label for statement in statements[:-1] if statement.part is Part.COMMIT]
     where = [
         _place(failed, error.context),
-        error.detail,
+        error.where,
         *error.holders,
         _aftermath(failed, kind),
         f"done before it: {', '.join(done)}" if done else "",
     ]
-    ended = "got no lock in" if kind is errors.LockTimeoutError else "failed in"
+    in_a_step = kind.in_a_step.format(step=failed.step.label, part=failed.part.value, words=error.message)
     return kind(
-        what=error.message if expected else f"{failed.step.label} {ended} {failed.part.value}: {error.message}",
+        what=error.message if expected else in_a_step,
         where="\n".join(line for line in where if line),
-        remedy=_DIRECT if pooled and error.sqlstate in _TIMEOUTS else error.remedy,
+        remedy=errors.LIMITS_OF_THE_ROLE if pooled and error.sqlstate in _TIMEOUTS else error.remedy,
     )
 
 
 def _aftermath(failed: Statement, kind: type[errors.RecipeError]) -> str:
     if failed.part is Part.ONLINE:
         return "what it left unfinished, an INVALID index perhaps, the next run finishes"
-    if kind is errors.UnreachableError:  # the server has the whole message, and may go on without us
+    if issubclass(kind, errors.UnreachableError):  # the server has the whole message, and may go on without us
         return "the next run reads from the catalogs how far it came"
     return f"{failed.step.label} left no trace"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from scripts import chain, document, errors, locks, plan, report, runner, surroundings, survey, traffic
 from scripts.chain import Step
-from scripts.console import CONSOLE, PEOPLE
+from scripts.console import CONSOLE, PEOPLE, as_message
 from scripts.database import Database
 from scripts.settings import Settings, Target
 from scripts.verdict import judge, refuse_no_schema, refuse_what_cannot_be
@@ -138,9 +138,9 @@ def _looking(task: str, form: str, *, quiet: bool, sql: bool = False) -> Iterato
             CONSOLE.say(report.server(found.server, found.items))
             look = _Look(task, given, where, work, steps, found, plan.of(steps, found.items))
             yield look
-    except errors.ENDINGS as error:
+    except (Exception, KeyboardInterrupt) as error:
         if form == "json":
-            CONSOLE.emit_json(document.failure(task, errors.ending(error)))
+            CONSOLE.emit_json(document.failure(task, as_message(error)))
         raise
     if look.error:
         raise look.error

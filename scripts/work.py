@@ -99,7 +99,7 @@ class Work:
         did = "done" if started_with.to_do else "nothing to do"
         CONSOLE.say(f"{did}: {report.summary(plan.items_of(self.wanted, after.items))}")
         rows = survey.orphans(self.database, left.missing)
-        judge(left, rows=rows, remedy="Mend those rows, then run the task again; no row was deleted or changed.")
+        judge(left, rows=rows, remedy=errors.MEND_THE_ROWS)
 
     def rehearse(self, found: survey.Survey) -> runner.Rehearsed:
         """Carry out all atomic parts that are due, and roll them back; ask again as often as LOCK_WAIT allows."""
@@ -171,7 +171,7 @@ class Work:
 
     def _pause(self, hindrance: errors.RecipeError) -> None:
         """Wait a while, and say so: each time where we stood in a queue, once where others are simply at work."""
-        queued = type(hindrance) is errors.LockTimeoutError
+        queued = type(hindrance) in (errors.LockTimeoutError, errors.DeadlockError)
         if isinstance(hindrance, errors.BusyError):
             hindrance.where = self._who_is_at_work()
 

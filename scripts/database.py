@@ -21,6 +21,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg.errors import Diagnostic, error_from_result
 from psycopg.waiting import Ready
 
+from scripts import libpq
 from scripts.errors import StatementError, UnreachableError
 from scripts.settings import Settings, Target, mask
 
@@ -69,9 +70,11 @@ class Database:
         self.watch: Watcher | None = None
         defaults = {"application_name": APPLICATION_NAME, "connect_timeout": str(settings.connect_timeout_s)}
         conninfo = defaults | target.conninfo | {"client_encoding": "UTF8"}
+        if conninfo.get("sslrootcert") == "system":
+            libpq.find_certificates()
         try:
             self._connection = psycopg.connect(make_conninfo(**conninfo), autocommit=True, prepare_threshold=None)
-        except psycopg.Error as error:
+        except (psycopg.Error, UnicodeError) as error:  # UnicodeError: a name that the DNS could not hold
             _refuse(target, str(error))
         if self._connection.info.server_version < OLDEST_VERSION:
             version = self._connection.info.parameter_status("server_version")
@@ -251,4 +254,4 @@ def _refuse(target: Target, reason: str, remedy: str = "") -> NoReturn:
         where=mask(reason.strip(), target.secrets),
         remedy=remedy
         or "Check host, port, user, password and database in DATABASE_URL, and that the server runs and has room.",
-    )
+    ) from None  # what libpq said stands above, masked

@@ -7,17 +7,16 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from functools import partial
 
 from psycopg.conninfo import make_conninfo
 
-from scripts import chain, embedded, errors, plan, recreation, report, runner, survey, watch
+from scripts import chain, embedded, errors, libpq, plan, recreation, report, runner, survey, watch
 from scripts.chain import ROOT, Step
 from scripts.console import CONSOLE
 from scripts.database import Database
 from scripts.patience import Patience
-from scripts.settings import Settings, Target, load, mask, parse_target
+from scripts.settings import Settings, Target, completed, load, mask, parse_target
 
 POLL_S = 0.1  # first pause between two looks while another run is at work
 
@@ -125,25 +124,27 @@ def url() -> None:
     given = load(ROOT, os.environ)
     if given.target is None:
         print(embedded.locate(ROOT).url)
+        print(f"from {given.source}", file=sys.stderr)
     else:
-        print(given.target.display)
-    print(f"from {given.source}", file=sys.stderr)
+        where = completed(given.target, given.source)
+        print(where.display)
+        print(f"from {report.sources(where, given)}", file=sys.stderr)
 
 
 def psql() -> None:
     """Become a psql on the database in use."""
-    _, where = _announced()
-    password = where.conninfo.get("password")
-    conninfo = {name: value for name, value in where.conninfo.items() if name != "password"}
-    environment = dict(os.environ)
-    if password is not None:
-        environment["PGPASSWORD"] = password  # not as an argument: everybody may read those
+    given, where = _announced()
+    # What its libpq, an older one perhaps, adds by itself, is left to it.
+    typed = (given.target or where).conninfo
+    address = {name: value for name, value in where.conninfo.items() if name in libpq.ADDRESS}
+    # Everybody may read a program's arguments. It asks for the secrets that are not in its environment.
+    conninfo = {name: value for name, value in (typed | address).items() if name not in libpq.SECRET}
     if where.search_path is not None:
-        environment["PGOPTIONS"] = (
-            f"{environment.get('PGOPTIONS', '')} -c search_path={where.search_path.replace(' ', chr(92) + ' ')}"
-        )
+        search_path = where.search_path.replace(" ", r"\ ")
+        conninfo["options"] = f"{where.conninfo.get('options', '')} -c search_path={search_path}".strip()
+    password = {"PGPASSWORD": typed["password"]} if "password" in typed else {}
     program = shutil.which("psql") or str(embedded.locate(ROOT).binaries / "psql")
-    os.execve(program, [program, make_conninfo(**conninfo)], environment)  # noqa: S606
+    os.execve(program, [program, make_conninfo(**conninfo)], {**os.environ, **password})  # noqa: S606
 
 
 def _say_step(label: str, what: str) -> None:
@@ -153,7 +154,7 @@ def _say_step(label: str, what: str) -> None:
 def _announced(*, dry: bool = False) -> tuple[Settings, Target]:
     """Find the database in use, start it where it is the embedded one, and say first of all which it is."""
     given = load(ROOT, os.environ)
-    where = given.target or _embedded_target(dry=dry)
+    where = completed(given.target, given.source) if given.target else _embedded_target(dry=dry)
     # What stands in the URL for all to see (user and password the same, say) is no secret, and masking it would garble
     # every line that names the user.
     plain = {where.conninfo.get("user"), where.conninfo.get("dbname"), "postgres", "postgresql", "public"}
@@ -170,9 +171,8 @@ def _embedded_target(*, dry: bool) -> Target:
             where=f"its data: {cluster.data}",
             remedy="Start it (invoke db.start), or run the task without --dry.",
         )
-    target = parse_target(embedded.start(cluster))
-    # PGOPTIONS is meant for the user's own servers; libpq leaves it alone where options are given, if only empty ones.
-    return replace(target, conninfo=target.conninfo | {"options": ""})
+    libpq.forget_environment()  # it is meant for the user's own servers; PGHOSTADDR would lead to one of them
+    return parse_target(embedded.start(cluster))
 
 
 def _plan(wanted: Sequence[Step], found: survey.Survey) -> plan.Plan:

@@ -157,7 +157,7 @@ def _refuse_broken_url(broken: Iterable[Binding]) -> None:
 
 
 def _refuse_shortened_url(bindings: Iterable[Binding]) -> None:
-    """A raw " #" in a password begins a comment; what stands before it may pass for another URL."""
+    """Refuse what a raw " #" in a password has made a comment of: what stands before it may pass for another URL."""
     for binding in bindings:
         _, _, rest = binding.original.string.partition(binding.value or "\n")
         if binding.key == "DATABASE_URL" and re.match(r"\s+#.*@", rest):

@@ -90,45 +90,45 @@ def turn_metrics(c: Context) -> None:
 @reported()
 def verify(_: Context) -> None:
     """Compare every promise with what stands; changes nothing."""
-    from scripts import flow
+    from scripts import views
 
-    flow.verify()
+    views.verify()
 
 
 @task
 @reported()
 def start(_: Context) -> None:
     """Start the embedded server (tasks that need it do so by themselves)."""
-    from scripts import flow
+    from scripts import at_hand
 
-    flow.start()
+    at_hand.start()
 
 
 @task
 @reported()
 def stop(_: Context) -> None:
     """Stop the embedded server; its data stays."""
-    from scripts import flow
+    from scripts import at_hand
 
-    flow.stop()
+    at_hand.stop()
 
 
 @task
 @reported()
 def url(_: Context) -> None:
     """Print the URL in use, its password masked."""
-    from scripts import flow
+    from scripts import at_hand
 
-    flow.url()
+    at_hand.url()
 
 
 @task
 @reported()
 def psql(_: Context) -> None:
     """Open psql on the database in use."""
-    from scripts import flow
+    from scripts import at_hand
 
-    flow.psql()
+    at_hand.psql()
 
 
 @task(help={"only": "what to pass to pytest instead of the whole suite: a file, -k NAME, …"})

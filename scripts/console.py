@@ -59,9 +59,9 @@ def reported() -> Iterator[None]:
     except errors.RecipeError as error:
         ending = error
     except errors.StatementError as error:  # of a statement that belongs to no step: the survey, say
-        ending = errors.for_sqlstate(error.sqlstate)(error.message, where=error.detail, remedy=error.remedy)
+        ending = errors.for_sqlstate(error.sqlstate)(what=error.message, where=error.detail, remedy=error.remedy)
     except KeyboardInterrupt:
-        ending = errors.StoppedError("interrupted; the step that was running left no trace")
+        ending = errors.StoppedError()
     else:
         return
     CONSOLE.complain(ending)

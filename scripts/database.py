@@ -22,7 +22,7 @@ from psycopg.errors import Diagnostic, error_from_result
 from psycopg.waiting import Ready
 
 from scripts import libpq
-from scripts.errors import StatementError, UnreachableError
+from scripts.errors import NoConnectionError, StatementError
 from scripts.settings import Settings, Target, mask
 
 # What psycopg logs is for developers; users get our messages, and logging's last resort would print both.
@@ -249,9 +249,5 @@ def _refused(index: int, error: psycopg.Error) -> StatementError:
 
 
 def _refuse(target: Target, reason: str, remedy: str = "") -> NoReturn:
-    raise UnreachableError(
-        f"cannot use {target.display}",
-        where=mask(reason.strip(), target.secrets),
-        remedy=remedy
-        or "Check host, port, user, password and database in DATABASE_URL, and that the server runs and has room.",
-    ) from None  # what libpq said stands above, masked
+    said = mask(reason.strip(), target.secrets)
+    raise NoConnectionError(target=target.display, where=said, remedy=remedy) from None  # its context is not masked

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from scripts.chain import Step
 from scripts.survey import ONLINE, Item
 
 
@@ -76,6 +77,17 @@ class Plan:
     def to_do(self) -> bool:
         """Whether any step has anything to do."""
         return any(step.atomic or step.online for step in self.steps)
+
+
+def of(steps: Sequence[Step], items: Sequence[Item]) -> Plan:
+    """Plan these steps (in their order), given the items of the whole chain."""
+    return make([step.stem for step in steps], items)
+
+
+def items_of(steps: Sequence[Step], items: Sequence[Item]) -> list[Item]:
+    """Return the items that these steps promise."""
+    stems = {step.stem for step in steps}
+    return [item for item in items if item.stem in stems]
 
 
 def make(stems: Sequence[str], items: Sequence[Item]) -> Plan:

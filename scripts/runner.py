@@ -32,6 +32,7 @@ ADVISORY_LOCK = int.from_bytes(b"budget", "big")
 ONLINE_LOCK = int.from_bytes(b"budget/o", "big")
 
 _BUSY = "TB004"  # raised by the guard
+_AT_WORK = "run is at work in this database"
 _DEADLOCK = "40P01"
 _INTEGRITY = "23"  # the class of integrity constraint violations
 _DUPLICATE_TABLE = "42P07"
@@ -43,7 +44,7 @@ the pooler's), and run the task again; it finishes what is left."""
 _GUARD = f"""DO $guard$
 BEGIN
   IF NOT pg_try_advisory_xact_lock({ADVISORY_LOCK}) THEN
-    RAISE EXCEPTION USING ERRCODE = '{_BUSY}', MESSAGE = 'another run is at work in this database';
+    RAISE EXCEPTION USING ERRCODE = '{_BUSY}', MESSAGE = 'another {_AT_WORK}';
   END IF;
 END
 $guard$"""
@@ -172,7 +173,7 @@ def run_atomic(database: Database, steps: Sequence[Step], chain: Sequence[Step],
             database.run([statement.sql for statement in statements], on_done)
     except StatementError as error:
         if error.sqlstate == _BUSY:
-            raise errors.BusyError(error.message) from error
+            raise errors.BusyError(who=_AT_WORK) from error
         raise _failure(statements[: error.index + 1], error) from error
 
 
@@ -218,7 +219,7 @@ class Online:
         self._take_turn()
         found_work = [self._run_step(step) for step in steps]
         if not any(found_work):
-            raise errors.BusyError("another session is building an index")
+            raise errors.BusyError(who="session is building an index")
 
     def _run_step(self, step: Step) -> bool:
         """Run the step's online statements; tell whether it had any."""
@@ -251,7 +252,7 @@ class Online:
                 self._turn = second
                 return
             second.close()
-        raise errors.BusyError("another run is building indexes in this database")
+        raise errors.BusyError(who="run is building indexes in this database")
 
     def _statements(self, step: Step) -> list[str]:
         """Ask the step's SELECTs what is missing, twice, and believe what they say both times.
@@ -276,14 +277,14 @@ class Online:
                 self.database.run([statement])
         except StatementError as error:
             if error.sqlstate == _DEADLOCK:  # two builds on one table waited for each other; the other one goes on
-                raise errors.BusyError("another session is building an index on the same table") from error
+                raise errors.BusyError(who="session is building an index on the same table") from error
             if not (error.sqlstate or "").startswith(_INTEGRITY):
                 raise _failure([Statement(step, Part.ONLINE, statement)], error, pooled=self.pooled) from error
             self.refused.add(statement)
             self.say(step.label, f"{statement}: refused by the rows: {error.message}\n{error.detail}")
         else:
             if skipped:
-                raise errors.BusyError("another session is building the same index")
+                raise errors.BusyError(who="session is building the same index")
             self.say(step.label, f"{statement}: done, {(time.monotonic() - started) * 1000:.0f} ms")
 
 
@@ -300,7 +301,7 @@ def _needing_room() -> Iterator[None]:
         yield
     except (errors.UnreachableError, StatementError) as error:
         where = error.message if isinstance(error, StatementError) else error.where
-        raise errors.CrowdedError("online work needs a second connection for a while", where=where) from error
+        raise errors.CrowdedError(where=where) from error
 
 
 @contextmanager
@@ -348,7 +349,7 @@ def _failure(statements: Sequence[Statement], error: StatementError, *, pooled: 
     ]
     ended = "got no lock in" if kind is errors.LockTimeoutError else "failed in"
     return kind(
-        error.message if expected else f"{failed.step.label} {ended} {failed.part.value}: {error.message}",
+        what=error.message if expected else f"{failed.step.label} {ended} {failed.part.value}: {error.message}",
         where="\n".join(line for line in where if line),
         remedy=_DIRECT if pooled and error.sqlstate in _TIMEOUTS else error.remedy,
     )

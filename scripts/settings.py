@@ -23,8 +23,7 @@ from dotenv.parser import Binding, parse_stream
 from dotenv.variables import parse_variables
 from psycopg.conninfo import conninfo_to_dict
 
-from scripts import libpq
-from scripts.errors import SettingsError
+from scripts import errors, libpq
 
 
 @dataclass(frozen=True)
@@ -121,10 +120,9 @@ def _read_env_file(path: Path) -> str:
     except FileNotFoundError:
         return ""
     except OSError as error:
-        remedy = "Make it a file that you may read, or move it away and set DATABASE_URL in the environment."
-        raise SettingsError(".env cannot be read.", where=f"{path}: {error.strerror}", remedy=remedy) from None
+        raise errors.EnvFileError(where=f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise SettingsError(".env is not UTF-8.", where=str(path), remedy="Save it as UTF-8.") from None
+        raise errors.EnvEncodingError(where=str(path)) from None
 
 
 def parse_env_file(text: str, environ: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -152,8 +150,7 @@ def _refuse_broken_url(broken: Iterable[Binding]) -> None:
     """Ignoring such a line would send the recipes to the embedded server."""
     for binding in broken:
         if re.search(r"^[^#\n]*\bDATABASE_URL\b", binding.original.string, re.M):
-            remedy = "Write DATABASE_URL=…; is a closing quote missing, or does something follow it?"
-            raise SettingsError("DATABASE_URL in .env cannot be read.", where=f"line {_line(binding)}", remedy=remedy)
+            raise errors.EnvLineError(where=f"line {_line(binding)}")
 
 
 def _refuse_shortened_url(bindings: Iterable[Binding]) -> None:
@@ -161,8 +158,8 @@ def _refuse_shortened_url(bindings: Iterable[Binding]) -> None:
     for binding in bindings:
         _, _, rest = binding.original.string.partition(binding.value or "\n")
         if binding.key == "DATABASE_URL" and re.match(r"\s+#.*@", rest):
-            remedy = "Put the URL into single quotes; what follows a blank and a # is a comment without them."
-            raise SettingsError("DATABASE_URL in .env cannot be read.", where=f"line {_line(binding)}", remedy=remedy)
+            remedy = "Put the URL into single quotes; without them, what follows a blank and a # is a comment."
+            raise errors.EnvLineError(where=f"line {_line(binding)}", remedy=remedy)
 
 
 def _line(binding: Binding) -> int:
@@ -172,8 +169,7 @@ def _line(binding: Binding) -> int:
 
 def _choose_target(given: _Given, *, in_ci: bool) -> tuple[Target | None, str]:
     if "DATABASE_URL" not in given and in_ci:
-        remedy = "Set DATABASE_URL, or DATABASE_URL=embedded if you want the embedded server here."
-        raise SettingsError("CI is set, and DATABASE_URL is not.", where="environment and .env", remedy=remedy)
+        raise errors.NoUrlInCiError(where="environment and .env")
     if "DATABASE_URL" not in given:
         return None, "embedded server (no DATABASE_URL in the environment or .env)"
     text, source = given["DATABASE_URL"]
@@ -191,8 +187,7 @@ def _duration_ms(given: _Given, name: str, default_ms: float, *, plain: str, lea
     duration_ms = float(match[1]) * _UNIT_MS.get(match[2] or plain, math.nan) if match else math.nan
     if not least_ms <= duration_ms <= _LONGEST_MS:
         units = f"{', '.join(_UNIT_MS)}; none means {plain}"
-        remedy = f"Write a number with a unit ({units}), from {least_ms} ms to {_LONGEST_MS} ms."
-        raise SettingsError(f"{name} is not a duration, or out of range.", where=source, remedy=remedy)
+        raise errors.DurationError(name=name, where=source, units=units, least_ms=least_ms, most_ms=_LONGEST_MS)
     return duration_ms
 
 
@@ -200,11 +195,9 @@ def parse_target(text: str, source: str = "DATABASE_URL") -> Target:
     """Understand a pasted URL, or libpq's keyword form."""
     text, notes = _unwrap(text)
     if not text.strip(_QUOTES):
-        remedy = f"Set it to {_URL_FORM}, or unset it to use the embedded server."
-        raise SettingsError("DATABASE_URL is set, but empty.", where=source, remedy=remedy)
+        raise errors.EmptyUrlError(form=_URL_FORM, where=source)
     if not text.isprintable():
-        remedy = "It must stand on one line; write such a character percent-encoded."
-        raise SettingsError("DATABASE_URL holds a line break or an invisible character.", where=source, remedy=remedy)
+        raise errors.UnprintableUrlError(where=source)
     if match := _POSTGRES.fullmatch(text):
         driver = [f"ignored in DATABASE_URL: {match[1]} in the scheme"] if match[1] else []
         return _target_of_url(match[2], source, [*notes, *driver])
@@ -214,7 +207,7 @@ def parse_target(text: str, source: str = "DATABASE_URL") -> Target:
         return _target_of_conninfo(conninfo, notes)
     scheme = _OTHER_SCHEME.match(text)
     found = f"begins with {scheme[1]}:" if scheme else "is neither a URL nor libpq's keyword form (host=… dbname=…)"
-    raise SettingsError(f"DATABASE_URL {found}.", where=source, remedy=f"Only PostgreSQL will do: {_URL_FORM}")
+    raise errors.OtherUrlError(found=found, form=_URL_FORM, where=source)
 
 
 def _unwrap(text: str) -> tuple[str, list[str]]:
@@ -231,7 +224,7 @@ def _unwrap(text: str) -> tuple[str, list[str]]:
 def _target_of_url(rest: str, source: str, notes: list[str]) -> Target:
     url = _split_url(rest)
     if url is None:
-        raise SettingsError("DATABASE_URL cannot be taken apart without a guess.", where=source, remedy=_ENCODING_HELP)
+        raise errors.AmbiguousUrlError(where=source, remedy=_ENCODING_HELP)
     typed_secrets = [url.login.partition(":")[2], *(value for name, value in url.parameters if name in libpq.SECRET)]
     search_paths = [_as_search_path(name, unquote(value)) for name, value in url.parameters if name in _OURS]
     conninfo = _ask_libpq(_normalize(url), source)
@@ -311,7 +304,7 @@ def _ask_libpq(conninfo: str, source: str) -> dict[str, str]:
     except (psycopg.Error, UnicodeDecodeError):  # the messages of both quote what they are about
         by_hand = "Write host=… port=… dbname=… user=… password=…, values with blanks in single quotes."
         remedy = _ENCODING_HELP if "://" in conninfo else by_hand
-        raise SettingsError("libpq cannot parse DATABASE_URL.", where=source, remedy=remedy) from None
+        raise errors.UnparsableUrlError(where=source, remedy=remedy) from None
 
 
 def _target_of_conninfo(
@@ -341,10 +334,13 @@ def completed(target: Target, source: str) -> Target:
 
 def _refuse_misplaced_login(conninfo: Mapping[str, str], source: str) -> None:
     """Refuse a login in the place of a host or a database: it would be printed, and asked of a name server."""
-    if any(_NO_HOST.fullmatch(host) for host in conninfo.get("host", "").split(",")):
-        raise SettingsError("What stands for the host is no host.", where=source, remedy=_ENCODING_HELP)
-    if _LOGIN.search(conninfo.get("dbname", "")):
-        raise SettingsError("A login stands in the name of the database.", where=source, remedy=_ENCODING_HELP)
+    misplaced = {
+        "host": any(_NO_HOST.fullmatch(host) for host in conninfo.get("host", "").split(",")),
+        "database": _LOGIN.search(conninfo.get("dbname", "")),
+    }
+    for part, is_odd in misplaced.items():
+        if is_odd:
+            raise errors.MisplacedLoginError(part=part, where=source, remedy=_ENCODING_HELP)
 
 
 def _display(conninfo: Mapping[str, str]) -> str:

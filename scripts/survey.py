@@ -10,7 +10,7 @@ from psycopg import sql
 
 from scripts.chain import Step
 from scripts.database import Database
-from scripts.errors import LockTimeoutError, StatementError, for_sqlstate
+from scripts.errors import LockTimeoutError, StatementError, UnreadableCatalogsError, for_sqlstate
 
 ONLINE = " online"  # behind a stem in mended_by: its online part mends the item
 
@@ -135,7 +135,7 @@ def read(database: Database, steps: Sequence[Step]) -> Survey:
             raise
         # Printing some definitions takes ACCESS SHARE on their tables: it waits behind ACCESS EXCLUSIVE.
         where = "\n".join(error.holders)
-        raise LockTimeoutError(f"the catalogs could not be read: {error.message}", where=where) from error
+        raise UnreadableCatalogsError(why=error.message, where=where) from error
 
 
 def _read(database: Database, steps: Sequence[Step]) -> Survey:

@@ -214,7 +214,7 @@ lines_of_text = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1
 
 @given(lines_of_text, st.lists(lines_of_text), st.lists(lines_of_text))
 def test_error_says_what_where_and_what_to_do(what: str, where: list[str], remedy: list[str]) -> None:
-    lines = errors.RecipeError(what, where="\n".join(where), remedy="\n".join(remedy)).lines()
+    lines = errors.RecipeError(what=what, where="\n".join(where), remedy="\n".join(remedy)).lines()
     assert lines[0] == f"error: {what}"
     assert [line.strip() for line in lines[1 : 1 + len(where)]] == where
     assert ("what to do: " in "".join(lines[1 + len(where) :])) == bool(remedy)

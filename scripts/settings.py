@@ -10,7 +10,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from io import StringIO
@@ -71,6 +71,7 @@ _SHORTEST_SECRET = 4  # masking "a" wherever it stands would destroy the message
 _OURS = {"schema", "search_path"}
 _SSLMODE_OF_SSL = {"true": "require", "1": "require", "false": "prefer", "0": "prefer"}  # other drivers say ssl=…
 
+_ESCAPED = {" ": ["+"], "'": ["\\'", "''"]}  # otherwise than by code: in queries, in libpq's keyword form and SQL
 _BLANKS = " \t\r\n\f\v\u00a0\u200b\ufeff"
 _QUOTES = "\"'`\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb"  # straight and typographic
 _WRAPPINGS = {
@@ -84,9 +85,10 @@ _OTHER_SCHEME = re.compile(
     r"(sqlite|jdbc|(?:\w*sql|mariadb|oracle|mongodb|redis|cockroachdb|https?|file|prisma)[\w+.-]*(?=://)):", re.I
 )
 _HOST = r"(?:\[[\w:.%]+\]|[\w.~%-]*)(?::\d{1,5})?"
-_NO_HOST = re.compile(r"(?![/@]).*[^\w.:%~-].*", re.S)  # nor a folder of sockets, nor an abstract socket
+_HOST_NAME = re.compile(r"/[^@]*|[\w.~-]*|[0-9A-Fa-f:.]+(?:%[\w.-]+)?")  # a folder of sockets, a name, an address
 _LOGIN = re.compile(r"://|.:.+@.", re.S)
-_AFTER_LOGIN = re.compile(rf"(?P<hosts>{_HOST}(?:,{_HOST})*)(?:/(?P<dbname>[^@?]*|[^/?]*))?(?:\?(?P<query>.*))?")
+_AFTER_LOGIN = re.compile(rf"(?P<hosts>{_HOST}(?:,{_HOST})*)(?:/(?P<dbname>[^@?\s]*|[^/?\s]*))?(?:\?(?P<query>.*))?")
+_NAME = re.compile(r"[\w.-]+")
 _PARAMETER = re.compile(r"([\w.-]+)=(.*)")
 _BARE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _SEARCH_PATH_OPTION = re.compile(r"(?<!\S)(?<!\\\s)(?:-c\s*|--)search[_-]path=((?:\\.|[^\s\\])*)\s*", re.I)
@@ -153,13 +155,21 @@ def _refuse_broken_url(broken: Iterable[Binding]) -> None:
             raise errors.EnvLineError(where=f"line {_line(binding)}")
 
 
-def _refuse_shortened_url(bindings: Iterable[Binding]) -> None:
-    """Refuse what a raw " #" in a password has made a comment of: what stands before it may pass for another URL."""
-    for binding in bindings:
+def _refuse_shortened_url(bindings: Sequence[Binding]) -> None:
+    """Refuse a URL that goes on behind a raw " #", or on the next line: the beginning may pass for another URL."""
+    for binding, next_one in zip(bindings, [*bindings[1:], None], strict=False):
+        if binding.key != "DATABASE_URL":
+            continue
         _, _, rest = binding.original.string.partition(binding.value or "\n")
-        if binding.key == "DATABASE_URL" and re.match(r"\s+#.*@", rest):
-            remedy = "Put the URL into single quotes; without them, what follows a blank and a # is a comment."
+        if re.match(r"\s+#.*@", rest) or (next_one and not _is_sound(next_one)):
+            remedy = "Write the URL on one line, in single quotes: without them a comment begins at a # behind a blank."
             raise errors.EnvLineError(where=f"line {_line(binding)}", remedy=remedy)
+
+
+def _is_sound(binding: Binding) -> bool:
+    """Tell whether this is NAME=VALUE, or a comment."""
+    is_pair = binding.value is not None and _NAME.fullmatch(binding.key or "")
+    return not binding.error and (binding.key is None or bool(is_pair))
 
 
 def _line(binding: Binding) -> int:
@@ -243,23 +253,34 @@ def _split_url(rest: str) -> _Url | None:
         parameters = _split_query(match["query"] or "") if match else None
         if match and parameters is not None:
             login, dbname = rest[: max(start - 1, 0)], match["dbname"] or ""
-            is_a_guess = "@" in dbname or _is_no_login(login)
+            is_a_guess = "@" in dbname or _is_no_login(login, match["hosts"])
             return None if is_a_guess else _Url(login, match["hosts"], dbname, parameters)
     return None
 
 
-def _is_no_login(login: str) -> bool:
-    """Tell whether some other character stands for the : (or the /// for //): what we took for a user is a password."""
+def _is_no_login(login: str, hosts: str) -> bool:
+    """Tell whether a raw character in the user's name may stand for the : between user and password.
+
+    Azure's "ada@server" is a user's name, where the host is the server's.
+    """
     user, colon, _ = login.partition(":")
-    return re.search(r"[/?#]" if colon else r"[/?#@\s]", user) is not None
+    _, at, server = user.partition("@")
+    is_azures = colon and hosts.startswith(f"{server}.")
+    return re.search(r"[/?#\s]", user) is not None or bool(at and not is_azures)
 
 
 def _split_query(query: str) -> list[tuple[str, str]] | None:
     """Split into names and values; None where this is no query but, say, the end of a password with a ? in it."""
     pieces = [_PARAMETER.fullmatch(piece) for piece in query.split("&") if piece]
-    if not all(piece and ("@" not in piece[2] or piece[1] in libpq.KNOWN | _OURS) for piece in pieces):
+    if not all(piece and _is_parameter(piece[1], piece[2]) for piece in pieces):
         return None
     return [_as_sslmode(piece[1], piece[2]) for piece in pieces if piece]
+
+
+def _is_parameter(name: str, value: str) -> bool:
+    if name != "options" and name not in libpq.SECRET and re.search(r"\s\w+\s*=", value):
+        return False  # libpq's other form begins here: "sslmode=require password=…"
+    return "@" not in value or name in libpq.KNOWN | _OURS
 
 
 def _as_sslmode(name: str, value: str) -> tuple[str, str]:
@@ -335,7 +356,7 @@ def completed(target: Target, source: str) -> Target:
 def _refuse_misplaced_login(conninfo: Mapping[str, str], source: str) -> None:
     """Refuse a login in the place of a host or a database: it would be printed, and asked of a name server."""
     misplaced = {
-        "host": any(_NO_HOST.fullmatch(host) for host in conninfo.get("host", "").split(",")),
+        "host": not all(map(_HOST_NAME.fullmatch, conninfo.get("host", "").split(","))),
         "database": _LOGIN.search(conninfo.get("dbname", "")),
     }
     for part, is_odd in misplaced.items():
@@ -377,5 +398,5 @@ def mask(text: str, secrets: Iterable[str]) -> str:
 def _spellings(character: str) -> str:
     """Return a pattern for the character as it is, or as it stands in a URL, in JSON or in XML."""
     code = "".join(f"%{byte:02X}" for byte in character.encode(errors="replace"))
-    written = {character, html.escape(character), json.dumps(character)[1:-1], "+" if character == " " else character}
+    written = {character, html.escape(character), json.dumps(character)[1:-1], *_ESCAPED.get(character, [])}
     return f"(?:{'|'.join(map(re.escape, sorted(written, key=len, reverse=True)))}|(?i:{code}))"

@@ -219,6 +219,20 @@ def test_variables_of_other_servers_do_not_touch_the_embedded_one(place: Place) 
     assert "second" in shell.stdout
 
 
+def test_psql_gets_no_secret_as_an_argument(db: Db) -> None:
+    db.execute("CREATE SCHEMA app")
+    url = f"{db.url}&password=QXZJ&sslpassword=ZJQX&search_path=app, public&options=-c%20geqo%3Doff"
+    asked = "\\! tr '\\0' ' ' </proc/$PPID/cmdline; echo; echo $PGPASSWORD\nSHOW search_path;\nSHOW geqo;\n"
+    words = [sys.executable, "-m", "invoke", "db.psql"]
+    environment = clean_environment() | {"DATABASE_URL": url}
+    done = subprocess.run(words, env=environment, input=asked, capture_output=True, text=True, check=True)
+    said = done.stdout.splitlines()
+    arguments = next(line for line in said if db.name in line and not line.startswith("target"))
+    assert not re.search("QXZJ|ZJQX", arguments), done
+    assert "QXZJ" in said
+    assert {" app, public", " off"} <= set(said), done
+
+
 # ── TLS ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 OPENSSL = shutil.which("openssl")

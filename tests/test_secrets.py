@@ -252,3 +252,14 @@ def test_server_that_repeats_the_password_is_masked(url: str, variables: dict[st
         done = run([sys.executable, "-m", "invoke", "verify"], environment)
     assert "password authentication failed: ***" in done.err, done
     assert (done.code, tell(done, Slip(url, secret))) == (4, None), done
+
+
+def test_error_itself_is_masked() -> None:
+    """Whoever prints it: the console would mask it once more."""
+    with peer(refuse_password) as port:
+        target = parse_target(f"postgresql://app:QX%40ZJQX@127.0.0.1:{port}/game")
+        with pytest.raises(RecipeError) as caught:
+            Database(target, Settings(target, ""))
+    said = [*caught.value.lines(), *traceback.format_exception(caught.value)]
+    assert "password authentication failed: ***" in "".join(said)
+    assert Slip("", "QX@ZJQX").shown_in("".join(said)) is None

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TextIO
 
 from scripts import errors
+
+_NARROWEST_TABLE = 60  # columns: the names of the steps take half of them
+PEOPLE = "table"  # the format that people read; the others are for machines
 
 
 class Console:
@@ -16,23 +21,53 @@ class Console:
 
     def __init__(self) -> None:
         self.mask: Callable[[str], str] = str  # replaced once there are secrets to mask
+        self.quiet = False  # whether only documents, questions and errors are wanted
+        self.format = PEOPLE
         self._progress = ""  # the line that the next one is to replace
+
+    @property
+    def _for_people(self) -> TextIO:
+        """Where lines go: a document has stdout for itself."""
+        return sys.stdout if self.format == PEOPLE else sys.stderr
 
     def progress(self, line: str) -> None:
         """Show on a terminal, and nowhere else, how far something is; the next line takes its place, "" none."""
-        if line != self._progress and sys.stdout.isatty():
+        if line != self._progress and self._for_people.isatty() and not self.quiet:
             width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be taken back
-            print(f"\r\x1b[K{self.mask(line)[:width]}", end="", flush=True)
+            print(f"\r\x1b[K{self.mask(line)[:width]}", end="", flush=True, file=self._for_people)
             self._progress = line
 
     def say(self, *lines: str) -> None:
         """Print the lines at once: a pipe would otherwise keep them back until the end."""
         self.progress("")
+        if not self.quiet:
+            self._print(self._for_people, *lines)
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], plain: Sequence[str]) -> None:
+        """Draw a table on a terminal with room for it; elsewhere, where lines are compared, say the plain lines."""
+        width = shutil.get_terminal_size().columns
+        if not self._for_people.isatty() or width < _NARROWEST_TABLE:
+            self.say(*plain)
+        elif not self.quiet:
+            from scripts import table  # it takes longer to load than most tasks take
+
+            masked = [[self.mask(cell) for cell in row] for row in rows]  # before words are broken over lines
+            self.say("", *table.draw(header, masked, width), "")
+
+    def emit(self, document: str) -> None:
+        """Print what was asked for, whole, on stdout."""
+        self._print(sys.stdout, document)
+
+    def emit_json(self, document: Mapping[str, object]) -> None:
+        """Print a JSON document, its texts masked one by one: JSON would write a secret's characters otherwise."""
+        self.emit(json.dumps(_masked(document, self.mask), indent=2, ensure_ascii=False))
+
+    def _print(self, stream: TextIO, *lines: str) -> None:
         try:
             for line in lines:
-                print(self.mask(line), flush=True)
+                print(self.mask(line), flush=True, file=stream)
         except BrokenPipeError:  # whoever read has seen enough; the work goes on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
     def confirms(self, question: str) -> bool | None:
         """Ask the person at the terminal, where no is the default; None: there is no terminal."""
@@ -51,17 +86,23 @@ class Console:
 CONSOLE = Console()
 
 
+def _masked(value: object, mask: Callable[[str], str]) -> object:
+    if isinstance(value, str):
+        return mask(value)
+    if isinstance(value, Mapping):
+        return {name: _masked(of, mask) for name, of in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_masked(each, mask) for each in value]
+    return value
+
+
 @contextmanager
 def reported() -> Iterator[None]:
     """Turn a foreseen failure, or Ctrl-C, into its message and its exit code."""
     try:
         yield
-    except errors.RecipeError as error:
-        ending = error
-    except errors.StatementError as error:  # of a statement that belongs to no step: the survey, say
-        ending = errors.for_sqlstate(error.sqlstate)(what=error.message, where=error.detail, remedy=error.remedy)
-    except KeyboardInterrupt:
-        ending = errors.StoppedError()
+    except errors.ENDINGS as error:
+        ending = errors.ending(error)
     else:
         return
     CONSOLE.complain(ending)

@@ -65,6 +65,13 @@ class OptionError(StepFailedError):
     says = "{options} are for {of}, which is not there"
 
 
+class FormatError(StepFailedError):
+    """A format was asked for that the task does not have."""
+
+    says = "{task} has no format {form}"
+    usual_remedy = "Choose one of these: {formats}."
+
+
 # ── 3: settings ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -367,3 +374,13 @@ _BY_SQLSTATE: dict[str | None, type[RecipeError]] = {
 def for_sqlstate(sqlstate: str | None) -> type[RecipeError]:
     """Return the error that a SQLSTATE (PostgreSQL manual, appendix A) stands for; None: the server sent none."""
     return _BY_SQLSTATE.get(sqlstate) or _BY_SQLSTATE.get((sqlstate or "")[:2], StepFailedError)
+
+
+ENDINGS = (RecipeError, StatementError, KeyboardInterrupt)  # what may end a task in a way that was foreseen
+
+
+def ending(error: BaseException) -> RecipeError:
+    """Return how one of ENDINGS is printed."""
+    if isinstance(error, StatementError):  # of a statement that belongs to no step: the survey, say
+        return for_sqlstate(error.sqlstate)(what=error.message, where=error.detail, remedy=error.remedy)
+    return error if isinstance(error, RecipeError) else StoppedError()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from psycopg import sql
 from psycopg.errors import Diagnostic
@@ -22,6 +23,8 @@ from scripts import errors
 from scripts.chain import Step, version
 from scripts.database import Database
 from scripts.errors import StatementError
+from scripts.plan import Plan
+from scripts.survey import Item, items_of, items_query
 
 Say = Callable[[str, str], None]  # (label of the step, what happened to it)
 
@@ -120,6 +123,7 @@ class Part(Enum):
     """What a statement of a step's transaction is there for."""
 
     FRAME = "its transaction"
+    CLOCK = "its clock"
     GUARD = "the lock against other runs"
     MIGRATION = "its migration"
     ONLINE = "its online part"
@@ -151,6 +155,76 @@ def script(steps: Sequence[Step], chain: Sequence[Step], transaction_settings: s
             (Part.DIARY, _diary(step, "atomic", None)),
             (Part.COMMIT, "COMMIT"),
         )
+    ]
+
+
+def as_sql(steps: Sequence[Step], todo: Plan, chain: Sequence[Step], transaction_settings: str) -> str:
+    """Write what would be sent for a plan as a file for psql; steps: those that have anything to do."""
+    atomic = [step for step in steps if step.stem in todo.atomic]
+    message = [f"{statement.sql};" for statement in script(atomic, chain, transaction_settings)]
+    online = [f"{query}\n\\gexec" for step in steps if step.online for query in step.online]
+    return "\n".join([*message, *online]) or "-- nothing to do"
+
+
+class Rehearsed(NamedTuple):
+    """How a rehearsal went: what stood at its end, and how long each step took, in milliseconds, by its label."""
+
+    items: tuple[Item, ...]
+    duration_ms: dict[str, float]
+
+
+def rehearse(database: Database, steps: Sequence[Step], chain: Sequence[Step], say: Say) -> Rehearsed:
+    """Carry out the atomic parts of the steps in one transaction, verify each, survey what stands, and roll back.
+
+    Raises as run_atomic() does. Only the first lock is queued for: who waits for a later one holds up others with what
+    he has got already.
+    """
+    message = _rehearsal(steps, chain, database)
+    current = message[0]
+
+    def on_done(index: int) -> None:
+        nonlocal current
+        current = message[min(index + 1, len(message) - 1)]
+
+    try:
+        with database.notices(lambda notice: say(current.step.label, notice.message_primary or "")):
+            answers = database.run([statement.sql for statement in message], on_done)
+    except StatementError as error:
+        if error.sqlstate == _BUSY:
+            raise errors.BusyError(who=_AT_WORK) from error
+        raise _failure(message[: error.index + 1], error) from error
+    times = [float(rows[0][-1] or 0) for rows, told in zip(answers, message, strict=True) if told.part is Part.CLOCK]
+    took = {step.label: 1000 * (end - start) for step, start, end in zip(steps, times, times[1:], strict=False)}
+    return Rehearsed(items_of(answers[-2], chain), took)
+
+
+_CLOCK = "extract(epoch FROM clock_timestamp())"
+_MOMENT_MS = 100  # as in the migrations: shorter than deadlock_timeout
+_BUDGET = """SELECT set_config('lock_timeout', CASE WHEN pg_current_xact_id_if_assigned() IS NULL THEN '{first_ms}'
+                                       ELSE '{later_ms}' END || 'ms', true), {clock}"""
+
+
+def _rehearsal(steps: Sequence[Step], chain: Sequence[Step], database: Database) -> list[Statement]:
+    budget = _BUDGET.format(
+        first_ms=database.lock_timeout_ms, later_ms=min(_MOMENT_MS, database.lock_timeout_ms), clock=_CLOCK
+    )
+    first, last = steps[0], steps[-1]
+    return [
+        Statement(first, Part.FRAME, _BEGIN),
+        Statement(first, Part.FRAME, f"SELECT {database.transaction_settings}"),
+        Statement(first, Part.GUARD, _GUARD),
+        *(
+            Statement(step, part, text)
+            for step in steps
+            for part, text in (
+                (Part.CLOCK, budget),
+                (Part.MIGRATION, step.atomic),
+                (Part.VERIFICATION, _verification(step, chain)),
+            )
+        ),
+        Statement(last, Part.CLOCK, f"SELECT {_CLOCK}"),
+        Statement(last, Part.FRAME, items_query(chain)),
+        Statement(last, Part.FRAME, "ROLLBACK"),
     ]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from scripts import errors, report
 from scripts.chain import label
 from scripts.plan import Plan
-from scripts.survey import Server
+from scripts.survey import Server, outermost
 
 
 def refuse_what_cannot_be(server: Server, todo: Plan) -> None:
@@ -43,6 +43,6 @@ def judge(found: Plan, *, rows: Sequence[str] = (), remedy: str = "", listed: bo
         )
     if found.missing:
         raise errors.MissingError(
-            where="\n".join([*([] if listed else map(report.difference, report.outermost(found.missing))), *rows]),
+            where="\n".join([*([] if listed else map(report.difference, outermost(found.missing))), *rows]),
             remedy=remedy,
         )

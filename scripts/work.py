@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 
-from scripts import embedded, errors, libpq, plan, report, runner, survey, watch
+from scripts import embedded, errors, libpq, locks, plan, report, runner, survey, traffic, watch
 from scripts.chain import ROOT, Step
 from scripts.console import CONSOLE
 from scripts.database import Database
@@ -87,6 +87,24 @@ class Work:
         CONSOLE.say(f"{did}: {report.summary(plan.items_of(self.wanted, after.items))}")
         rows = survey.orphans(self.database, left.missing)
         judge(left, rows=rows, remedy="Mend those rows, then run the task again; no row was deleted or changed.")
+
+    def rehearse(self, found: survey.Survey) -> runner.Rehearsed:
+        """Carry out all atomic parts that are due, and roll them back; ask again as often as LOCK_WAIT allows."""
+        due = plan.of(self.wanted, found.items).atomic
+        steps = [step for step in self.wanted if step.stem in due]
+        self.patience.restart()
+        while True:
+            try:
+                return runner.rehearse(self.database, steps, self.everything, _say_step)
+            except errors.LockTimeoutError as hindrance:
+                self._name_bystanders(hindrance, locks.foreseen(plan.of(self.wanted, found.items), self.everything))
+                self._pause(hindrance)
+
+    def _name_bystanders(self, hindrance: errors.RecipeError, changes: Sequence[locks.Change]) -> None:
+        """Say who is in the way: a wait of moments is over before the watch has looked."""
+        seen = traffic.bystanders(self.database, locks.waits_for(changes), building=False)
+        new = [f"{one.session} [{one.mode} on {one.table}]" for one in seen if one.who not in hindrance.where]
+        hindrance.where = "\n".join([hindrance.where, *new]).strip()
 
     def _go_on(self, found: survey.Survey) -> survey.Survey:
         """Run all atomic parts, then all online parts, as often as it takes and LOCK_WAIT allows."""

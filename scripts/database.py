@@ -22,7 +22,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg.errors import Diagnostic, error_from_result
 from psycopg.waiting import Ready
 
-from scripts import errors
+from scripts import errors, libpq
 from scripts.errors import StatementError
 from scripts.settings import Settings, Target, mask
 
@@ -93,6 +93,8 @@ class Database:
         self.watch: Watcher | None = None
         defaults = {"application_name": APPLICATION_NAME, "connect_timeout": str(settings.connect_timeout_s)}
         conninfo = defaults | target.conninfo | {"client_encoding": "UTF8"}
+        if conninfo.get("sslrootcert") == "system":
+            libpq.find_certificates()
         try:
             self._connection = psycopg.connect(make_conninfo(**conninfo), autocommit=True, prepare_threshold=None)
         except (psycopg.Error, UnicodeError) as error:  # UnicodeError: of what can be no host's name

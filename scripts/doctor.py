@@ -30,7 +30,7 @@ from scripts.console import CONSOLE, as_message
 from scripts.database import Database
 from scripts.findings import Finding, Host, Limit, Place, Session, Way
 from scripts.runner import STAY, needing_room
-from scripts.settings import Settings, Target, load
+from scripts.settings import Settings, Target, completed, load
 from scripts.survey import BEGIN_READ_ONLY, Survey
 from scripts.work import Work, announce, target_of
 
@@ -55,8 +55,7 @@ def run() -> None:
 
 def _examine() -> Iterator[Finding]:
     """Look at one thing after the other; which database this is about comes before all else."""
-    given, broken = _settings()
-    where = _target(given) if given else None
+    given, where, broken = _settings()
     if given and where:
         announce(replace(where, notes=()), replace(given, notes=()))
         CONSOLE.say("")
@@ -72,16 +71,17 @@ def _examine() -> Iterator[Finding]:
 # ── this machine ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _settings() -> tuple[Settings | None, list[Finding]]:
+def _settings() -> tuple[Settings | None, Target | None, list[Finding]]:
     try:
-        return load(ROOT, os.environ), []
+        given = load(ROOT, os.environ)
+        return given, _target(given), []
     except errors.SettingsError as error:
-        return None, [findings.problem("settings", error)]
+        return None, None, [findings.problem("settings", error)]
 
 
 def _target(given: Settings) -> Target | None:
     with suppress(errors.UnreachableError):  # which is a finding of its own
-        return given.target or target_of(embedded.locate(ROOT))
+        return completed(given.target, given.source) if given.target else target_of(embedded.locate(ROOT))
     return None
 
 
@@ -122,11 +122,9 @@ def _is_running() -> bool:
 
 def _far_end(where: Target, given: Settings) -> Iterator[Finding]:
     """Look up and try the hosts; where anybody answers, log in and look around."""
-    defaults = {option.keyword.decode(): option.val for option in pq.Conninfo.get_defaults() if option.val}
-    parameters = {name: value.decode(errors="replace") for name, value in defaults.items()} | where.conninfo
     typed = where.conninfo.get("connect_timeout", "")
     timeout_s = float(typed) if typed.isdecimal() and int(typed) else float(given.connect_timeout_s)
-    hosts = list(_hosts(parameters, timeout_s))
+    hosts = list(_hosts(where.conninfo, timeout_s))
     yield from findings.network(hosts)
     if not hosts or any(host.answers for host in hosts):
         yield from _session(where, given, [host.port for host in hosts])

@@ -42,7 +42,7 @@ def as_json(view: View) -> dict[str, object]:
         "task": view.task,
         "recipes": version(),
         "target": view.target.display,
-        "source": view.settings.source,
+        "source": report.sources(view.target, view.settings),
         "notes": [*view.settings.notes, *view.target.notes],
         "server": asdict(view.server) | {"row_security": report.row_security(view.items)},
         "promises": {"standing": sum(item.stands for item in view.items), "total": len(view.items)},

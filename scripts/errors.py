@@ -174,7 +174,7 @@ class EnvLineError(SettingsError):
     """The line of .env that holds the URL is broken."""
 
     says = "DATABASE_URL in .env cannot be read."
-    usual_remedy = "Is a closing quote missing, or does something follow it?"
+    usual_remedy = "Write DATABASE_URL=…; is a closing quote missing, or does something follow it?"
 
 
 class NoUrlInCiError(SettingsError):
@@ -216,6 +216,12 @@ class AmbiguousUrlError(SettingsError):
     """A guess could send the password to a stranger."""
 
     says = "DATABASE_URL cannot be taken apart without a guess."
+
+
+class MisplacedLoginError(SettingsError):
+    """A host or a database is named by what looks like user and password: it is not printed, and not looked up."""
+
+    says = "What stands for the name of the {part} is none."
 
 
 class UnparsableUrlError(SettingsError):

@@ -22,7 +22,12 @@ def target(target: Target, settings: Settings) -> list[str]:
     """Which database this is about, where its URL came from, and what of it was ignored."""
     notes = [f"note      {note}" for note in (*settings.notes, *target.notes)]
     shell = ["shell     python3 scripts/inv db.psql"] if settings.target is None else []
-    return [f"target    {target.display}", f"from      {settings.source}", *shell, *notes]
+    return [f"target    {target.display}", f"from      {sources(target, settings)}", *shell, *notes]
+
+
+def sources(target: Target, settings: Settings) -> str:
+    """Where the URL came from, and what else says where it leads."""
+    return ", ".join([settings.source, *target.sources])
 
 
 def server(server: Server, items: Sequence[Item]) -> str:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from functools import partial
 
-from scripts import embedded, errors, locks, plan, report, runner, survey, traffic, watch
+from scripts import embedded, errors, libpq, locks, plan, report, runner, survey, traffic, watch
 from scripts.chain import ROOT, Step
 from scripts.console import CONSOLE
 from scripts.database import Database
 from scripts.patience import Patience
-from scripts.settings import Settings, Target, load, mask, parse_target
+from scripts.settings import Settings, Target, completed, load, mask, parse_target
 from scripts.verdict import judge
 
 POLL_S = 0.1  # first pause between two looks while another run is at work
@@ -22,7 +21,7 @@ POLL_S = 0.1  # first pause between two looks while another run is at work
 def announced(*, dry: bool = False) -> tuple[Settings, Target]:
     """Find the database in use, start it where it is the embedded one, and say first of all which it is."""
     given = load(ROOT, os.environ)
-    where = given.target or _embedded_target(dry=dry)
+    where = completed(given.target, given.source) if given.target else _embedded_target(dry=dry)
     announce(where, given)
     return given, where
 
@@ -45,10 +44,9 @@ def _embedded_target(*, dry: bool) -> Target:
 
 
 def target_of(cluster: embedded.Cluster) -> Target:
-    """Return the embedded server as a target."""
-    target = parse_target(cluster.url)
-    # PGOPTIONS is meant for the user's own servers; libpq leaves it alone where options are given, if only empty ones.
-    return replace(target, conninfo=target.conninfo | {"options": ""})
+    """Return the embedded server as a target, and forget what leads libpq to the user's own servers (PGHOSTADDR)."""
+    libpq.forget_environment()
+    return parse_target(cluster.url)
 
 
 class Work:

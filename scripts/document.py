@@ -15,6 +15,7 @@ from scripts.chain import label, version
 from scripts.errors import RecipeError
 from scripts.locks import Change
 from scripts.plan import Plan
+from scripts.remedies import Commands
 from scripts.settings import Settings, Target
 from scripts.survey import ONLINE, Item, Server, outermost
 
@@ -31,6 +32,7 @@ class View:
     server: Server
     items: Sequence[Item]
     plan: Plan
+    ways: Mapping[str, Commands]
     error: RecipeError | None
     more: Mapping[str, object] = field(default_factory=dict)
 
@@ -53,7 +55,11 @@ def as_json(view: View) -> dict[str, object]:
                 "state": planned.state.value,
                 "atomic_part_due": planned.atomic,
                 "online_part_due": planned.online,
-                "items": [_item(item) for item in view.items if item.stem == planned.stem],
+                "items": [
+                    _item(item) | {"remedy": view.ways.get(item.name, ())}
+                    for item in view.items
+                    if item.stem == planned.stem
+                ],
             }
             for planned in view.plan.steps
         ],
@@ -75,7 +81,7 @@ def failure(task: str, error: RecipeError) -> dict[str, object]:
     return {"version": VERSION, "task": task, "recipes": version(), **ending(error)}
 
 
-def _item(item: Item) -> dict[str, object]:
+def _item(item: Item, ways: Mapping[str, Commands]) -> dict[str, object]:
     stem = item.mended_by and item.mended_by.removesuffix(ONLINE)
     return {
         "item": item.name,
@@ -86,6 +92,7 @@ def _item(item: Item) -> dict[str, object]:
         "mended_by": stem and label(stem),
         "mended_online": bool(item.mended_by and item.mended_by.endswith(ONLINE)),
         "lacking_right": item.lacking,
+        "remedy": ways.get(item.name, ()),
     }
 
 

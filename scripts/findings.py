@@ -277,7 +277,7 @@ def chain(server: Server, items: Sequence[Item], todo: Plan) -> Iterator[Finding
         steps = [label(step.stem) for step in todo.steps if step.atomic or step.online]
         does = f"setup would run {', '.join(steps)}" if steps else "setup has nothing to do"
         yield ok("chain", f"{summary(items)}; {does}")
-    for hindrance in hindrances(server, todo):
+    for hindrance in hindrances(server, todo, {}):
         yield problem(_TOPICS.get(type(hindrance), "chain"), _in_short(hindrance, todo))
     if server.read_only and not todo.to_do:
         yield note("writes", server.read_only, "Name another server in DATABASE_URL once there is something to do.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from scripts import chain, errors, plan, recreation, report, survey
+from scripts import chain, errors, plan, recreation, remedies, report, survey
 from scripts.console import CONSOLE
 from scripts.database import Database
 from scripts.verdict import refuse_what_cannot_be
@@ -20,7 +20,7 @@ def run(task: str | None, *, dry: bool = False) -> None:
     with Work(partial(Database, where, given), given, everything, wanted) as work:
         before = work.look()
         CONSOLE.say(report.server(before.server, before.items))
-        if _is_to_be_done(before, plan.of(wanted, before.items), dry=dry):
+        if _is_to_be_done(work, before, plan.of(wanted, before.items), dry=dry):
             work.carry_out(before)
 
 
@@ -32,7 +32,7 @@ def rehearse() -> None:
         before = work.look()
         CONSOLE.say(report.server(before.server, before.items))
         todo = plan.of(everything, before.items)
-        refuse_what_cannot_be(before.server, todo)
+        refuse_what_cannot_be(before.server, todo, remedies.read(work.database, todo.in_the_way))
         if todo.atomic:
             CONSOLE.say("rehearsing: all that follows is rolled back at the end")
             CONSOLE.say(*report.rehearsal(*work.rehearse(before)))
@@ -62,18 +62,18 @@ def _recreate(*, with_dependants: bool, yes: bool, dry: bool) -> None:
         work.wanted, before = recreation.wanted(everything, found), recreation.foreseen(found)
         moving = recreation.moves(found.items)
         CONSOLE.say(*([] if moving else ["no core table stands in an older form: none is moved"]))
-        if not _is_to_be_done(before, plan.of(work.wanted, before.items), dry=dry):
+        if not _is_to_be_done(work, before, plan.of(work.wanted, before.items), dry=dry):
             return
         if moving and not yes:
             _ask(work.database, moving)
         work.carry_out(before)
 
 
-def _is_to_be_done(before: survey.Survey, todo: plan.Plan, *, dry: bool) -> bool:
+def _is_to_be_done(work: Work, before: survey.Survey, todo: plan.Plan, *, dry: bool) -> bool:
     """Say what is to be done, where that is all that was wanted; raise where it cannot be."""
     if dry:
         CONSOLE.say(*report.steps(report.step_rows(todo)), "nothing was changed (--dry)")
-    refuse_what_cannot_be(before.server, todo)
+    refuse_what_cannot_be(before.server, todo, remedies.read(work.database, todo.in_the_way))
     return not dry
 
 

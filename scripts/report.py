@@ -10,6 +10,7 @@ from scripts.errors import RecipeError
 from scripts.locks import Change
 from scripts.plan import Plan, State, StepPlan
 from scripts.recreation import Move
+from scripts.remedies import Commands, statements
 from scripts.settings import Settings, Target
 from scripts.surroundings import Surroundings
 from scripts.survey import ONLINE, Item, Server, outermost
@@ -153,8 +154,8 @@ def change_cells(changes: Sequence[Change]) -> list[tuple[str, str, str]]:
     for (name, online, statement), lines in _locks_by_statement(changes).items():
         together.setdefault((name + ("\n(online)" if online else ""), "\n".join(lines)), []).append(statement)
     rows, last = [], ""
-    for (name, takes), statements in together.items():
-        rows.append(("" if name == last else name, "\n".join(statements), takes))
+    for (name, takes), what in together.items():
+        rows.append(("" if name == last else name, "\n".join(what), takes))
         last = name
     return rows
 
@@ -245,31 +246,62 @@ def difference(item: Item) -> str:
     return f"{item.name}: {item.actual or 'missing'}, promised: {item.expected} ({_remedy(item)})"
 
 
-def obstacles(items: Sequence[Item]) -> list[str]:
-    """Say what is in the way; a table that lacks columns is said in one line, with their names."""
+def obstacles(items: Sequence[Item], remedies: Mapping[str, Commands]) -> list[str]:
+    """Say what is in the way and, below it, the commands that clear it: each once, and tasks after all SQL."""
+    groups: list[tuple[list[str], list[str]]] = []
+    for line, concerned in _obstacles(_to_be_said(items, remedies)):
+        commands = list(dict.fromkeys(command for item in concerned for command in remedies.get(item.name, ())))
+        known = next((group for group in groups if statements(group[1]) >= statements(commands)), ([], commands))
+        known[0].append(line)
+        if len(known[0]) == 1:
+            groups.append(known)
+    groups.sort(key=lambda group: any(command.startswith("invoke ") for command in group[1]))
+    said: set[str] = set()
+    lines: list[str] = []
+    for described, commands in groups:
+        lines += [*described, *_indented([command for command in commands if command not in said])]
+        said |= statements(commands)
+    return lines
+
+
+def _to_be_said(items: Sequence[Item], remedies: Mapping[str, Commands]) -> list[Item]:
+    """Leave out what goes without saying, unless it has a remedy of its own."""
     shown = outermost(items)
-    lacking: dict[str, list[str]] = {}
-    for item in shown:
-        table, is_column, column = item.name.partition(".")
-        if is_column and item.actual is None:
-            lacking.setdefault(table, []).append(column)
+    helping = {command for item in shown for command in remedies.get(item.name, ())}
+    return [item for item in items if item in shown or not helping.issuperset(remedies.get(item.name, ()))]
+
+
+def _obstacles(items: Sequence[Item]) -> list[tuple[str, list[Item]]]:
+    """Say what is in the way, and which items each line is about; a table that lacks columns is said in one line."""
+    lacking: dict[str, list[Item]] = {}
+    for item in items:
+        if re.fullmatch(r"\w+\.\w+", item.name) and item.actual is None:
+            lacking.setdefault(item.table, []).append(item)
     return [
-        *(f"{table} stands without {', '.join(columns)}" for table, columns in lacking.items()),
         *(
-            f"{item.name}: {item.actual or 'missing'}, promised: {item.expected}"
-            for item in shown
-            if item.actual is not None or item.table not in lacking
+            (f"{table} stands without {', '.join(item.name.partition('.')[2] for item in columns)}", columns)
+            for table, columns in lacking.items()
+        ),
+        *(
+            (f"{item.name}: {item.actual or 'missing'}, promised: {item.expected}", [item])
+            for item in items
+            if item not in lacking.get(item.table, [])
         ),
     ]
 
 
-def way_out(items: Sequence[Item]) -> str:
+def _indented(commands: Sequence[str]) -> list[str]:
+    return [f"    {line}" for command in commands for line in command.splitlines()]
+
+
+def way_out(items: Sequence[Item], remedies: Mapping[str, Commands]) -> str:
     """Say what helps against these obstacles."""
-    ways = ['README.md, "In the way", has the command for each case; then run the task again.']
-    if any(item.on_request == RECREATE for item in items):
+    ways = ["Run the commands above in their order (SQL: invoke db.psql), which lose no row; then the task again."]
+    if not remedies:
+        ways = ["Run invoke verify when the tables are not locked: it has the commands that help."]
+    recreate = any("--recreate" in command for commands in remedies.values() for command in commands)
+    if not recreate and any(item.on_request == RECREATE for item in items):
         ways += ["Or invoke prereqs --recreate: it moves the old core tables, rows and all, and creates new ones."]
-    if any(item.stem == RECREATE for item in items):
-        ways += ["Or add --with-dependants: tables whose foreign keys lead into the old core tables move along."]
     return "\n".join(ways)
 
 

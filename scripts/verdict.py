@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from scripts import errors, report
 from scripts.chain import label
 from scripts.plan import Plan
+from scripts.remedies import Commands
 from scripts.survey import Server, outermost
 
 
-def refuse_what_cannot_be(server: Server, todo: Plan) -> None:
-    """Raise, before anything is changed, where the plan cannot be carried out as a whole."""
-    for hindrance in hindrances(server, todo):
+def refuse_what_cannot_be(server: Server, todo: Plan, remedies: Mapping[str, Commands]) -> None:
+    """Raise, before anything is changed, where the plan cannot be carried out as a whole.
+
+    remedies: the commands that clear what is in the way.
+    """
+    for hindrance in hindrances(server, todo, remedies):
         raise hindrance
 
 
-def hindrances(server: Server, todo: Plan) -> Iterator[errors.RecipeError]:
+def hindrances(server: Server, todo: Plan, remedies: Mapping[str, Commands]) -> Iterator[errors.RecipeError]:
     """Tell each reason for which the plan cannot be carried out as a whole; the first one is what a task ends with."""
     yield from _no_schema(server)
     if todo.in_the_way:
-        yield _obstacle(todo, listed=False)
+        yield _obstacle(todo, remedies)
     if absent := todo.mended_elsewhere:
         lines = [report.difference(item) for item in absent]
         yield errors.PrerequisiteError(step=label(absent[0].stem), where="\n".join(lines))
@@ -42,13 +46,16 @@ def _no_schema(server: Server) -> Iterator[errors.RecipeError]:
         yield errors.NoSchemaError(search_path=server.search_path)
 
 
-def judge(found: Plan, *, rows: Sequence[str] = (), remedy: str = "", listed: bool = False) -> None:
+def judge(
+    found: Plan, remedies: Mapping[str, Commands], *, rows: Sequence[str] = (), remedy: str = "", listed: bool = False
+) -> None:
     """Raise where something that the plan's steps promise does not stand.
 
-    rows: those that refuse it, in words; listed: the report has said already what does not stand.
+    remedies: the commands that clear what is in the way; rows: those that refuse what is missing, in words; listed: the
+    report has said already what that is.
     """
     if found.in_the_way:
-        raise _obstacle(found, listed=listed)
+        raise _obstacle(found, remedies)
     if found.missing:
         raise errors.MissingError(
             where="\n".join([*([] if listed else map(report.difference, outermost(found.missing))), *rows]),
@@ -56,8 +63,8 @@ def judge(found: Plan, *, rows: Sequence[str] = (), remedy: str = "", listed: bo
         )
 
 
-def _obstacle(found: Plan, *, listed: bool) -> errors.ObstacleError:
+def _obstacle(found: Plan, remedies: Mapping[str, Commands]) -> errors.ObstacleError:
     return errors.ObstacleError(
-        where="" if listed else "\n".join(report.obstacles(found.in_the_way)),
-        remedy=report.way_out(found.in_the_way),
+        where="\n".join(report.obstacles(found.in_the_way, remedies)),
+        remedy=report.way_out(found.in_the_way, remedies),
     )

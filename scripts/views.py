@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from scripts import chain, document, errors, locks, plan, report, runner, surroundings, survey, traffic
+from scripts import chain, document, errors, locks, plan, remedies, report, runner, surroundings, survey, traffic
 from scripts.chain import Step
 from scripts.console import CONSOLE, PEOPLE, as_message
 from scripts.database import Database
@@ -29,7 +29,7 @@ def verify(*, form: str, quiet: bool, verbose: bool) -> None:
             _say_steps(look, verbose=verbose)
         with _ending_of(look):
             refuse_no_schema(look.found.server)
-            judge(look.plan, rows=rows, remedy="Run invoke setup.", listed=form == PEOPLE)
+            judge(look.plan, look.ways, rows=rows, listed=form == PEOPLE)
         view = look.view()
         if form == "json":
             CONSOLE.emit_json(document.as_json(view))
@@ -49,7 +49,7 @@ def status(*, form: str, check: bool, quiet: bool, verbose: bool) -> None:
         CONSOLE.say(*report.around(around, look.found.server))
         if check:
             with _ending_of(look):
-                judge(look.plan, remedy="Run invoke setup.", listed=True)
+                judge(look.plan, look.ways, listed=True)
         if form == "json":
             CONSOLE.emit_json(document.as_json(look.view({"surroundings": asdict(around)})))
 
@@ -79,7 +79,7 @@ def _say_plan(look: _Look, form: str, *, verbose: bool) -> None:
     CONSOLE.say(*report.sizes(standing.values()))
     CONSOLE.say(*report.consequences(look.given, reshaped, bystanders, kept))
     with _ending_of(look):
-        refuse_what_cannot_be(look.found.server, look.plan)
+        refuse_what_cannot_be(look.found.server, look.plan, look.ways)
     if look.error is None:
         CONSOLE.say("setup would do this; nothing was changed" if look.plan.to_do else "nothing to do")
     if form == "json":
@@ -107,6 +107,7 @@ class _Look:
     steps: Sequence[Step]
     found: survey.Survey
     plan: plan.Plan
+    ways: Mapping[str, remedies.Commands]  # the commands that clear what is in the way, by its items
     error: errors.RecipeError | None = None
 
     @property
@@ -117,7 +118,15 @@ class _Look:
     def view(self, more: Mapping[str, object] | None = None) -> document.View:
         """Return what a document is made of."""
         return document.View(
-            self.task, self.where, self.given, self.found.server, self.found.items, self.plan, self.error, more or {}
+            self.task,
+            self.where,
+            self.given,
+            self.found.server,
+            self.found.items,
+            self.plan,
+            self.ways,
+            self.error,
+            more or {},
         )
 
 
@@ -136,7 +145,9 @@ def _looking(task: str, form: str, *, quiet: bool, sql: bool = False) -> Iterato
         with Work(partial(Database, where, brief), brief, steps, steps) as work:
             found = work.look(believes=lambda todo: not todo.missing)
             CONSOLE.say(report.server(found.server, found.items))
-            look = _Look(task, given, where, work, steps, found, plan.of(steps, found.items))
+            todo = plan.of(steps, found.items)
+            ways = remedies.read(work.database, todo.in_the_way)
+            look = _Look(task, given, where, work, steps, found, todo, ways)
             yield look
     except (Exception, KeyboardInterrupt) as error:
         if form == "json":

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 
-from scripts import embedded, errors, libpq, locks, plan, report, runner, survey, traffic, watch
+from scripts import embedded, errors, libpq, locks, plan, remedies, report, runner, survey, traffic, watch
 from scripts.chain import ROOT, Step
 from scripts.console import CONSOLE
 from scripts.database import Database
@@ -97,7 +97,7 @@ class Work:
         did = "done" if started_with.to_do else "nothing to do"
         CONSOLE.say(f"{did}: {report.summary(plan.items_of(self.wanted, after.items))}")
         rows = survey.orphans(self.database, left.missing)
-        judge(left, rows=rows, remedy=errors.MEND_THE_ROWS)
+        judge(left, remedies.read(self.database, left.in_the_way), rows=rows, remedy=errors.MEND_THE_ROWS)
 
     def rehearse(self, found: survey.Survey) -> runner.Rehearsed:
         """Carry out all atomic parts that are due, and roll them back; ask again as often as LOCK_WAIT allows."""

@@ -217,6 +217,26 @@ INSERT INTO achievements (game_id) SELECT id FROM games;
 """
 
 
+OLD_METRICS = """
+CREATE TABLE turn_metrics (
+  turn_id bigint {key}, story_id uuid NOT NULL, created_at timestamptz NOT NULL DEFAULT now(),
+  tokens_before int NOT NULL, tokens_after int NOT NULL, trims_count int NOT NULL DEFAULT 0,
+  top_trim_keys text[] DEFAULT '{{}}', model_ms int, rejects jsonb DEFAULT '{{}}', cost_estimate_cents int);
+INSERT INTO turn_metrics (turn_id, story_id, tokens_before, tokens_after, top_trim_keys)
+SELECT id, game_id, 900, 700, '{{world.tone}}' FROM turns WHERE id < 4;
+"""
+
+
+def old_metrics(key: str = "PRIMARY KEY REFERENCES turns (id) ON DELETE CASCADE") -> str:
+    """Write turn_metrics as made by hand, with rows."""
+    return OLD_METRICS.format(key=key)
+
+
+def altered(change: str) -> str:
+    """Write a database made by hand, then this change."""
+    return by_hand() + change
+
+
 def contents(db: Db) -> Contents:
     """Return the rows of every table of the users' (and not of the diary), in an order of their own."""
     tables = db.rows("""

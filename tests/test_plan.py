@@ -177,7 +177,7 @@ def test_outermost_hides_only_what_a_shown_one_says(items: list[Item]) -> None:
 @given(surveys)
 def test_obstacles_name_every_table_that_is_in_the_way(items: list[Item]) -> None:
     obstacles = plan.make(STEMS, items).in_the_way
-    said = "\n".join(report.obstacles(obstacles))
+    said = "\n".join(report.obstacles(obstacles, {}))
     assert {table for table in TABLES if table in said} == {re.split(r"[ .]", item.name)[0] for item in obstacles}
 
 

@@ -6,14 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import MIGRATIONS, VERIFICATIONS
+from conftest import MIGRATIONS
 from pglast import ast, parse_sql
 from pglast.parser import scan
 
 from scripts import chain
 
 STEPS = (*chain.load(), chain.load_recreate())
-FILES = sorted([*MIGRATIONS.glob("*.sql"), *VERIFICATIONS.glob("*.sql")])
+FILES = sorted(MIGRATIONS.parent.rglob("*.sql"))
 BODY = re.compile(r"(\$(?:migration|body|function)\$)(.*?)\1", re.S)
 
 

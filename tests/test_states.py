@@ -10,21 +10,20 @@ import psycopg
 import pytest
 from conftest import Db, clean_environment, run
 from states import (
-    ANOTHER_FEATURE,
     BIGINT,
     BIGINTS,
     CORE,
     CORE_ROWS,
-    CORE_WITH_UUID_TURNS,
     EXTRAS,
-    HANGING,
     ORPHANS,
     SLOT_ROWS,
     SLOTS_TEMPLATES,
     UUIDS,
+    altered,
     by_hand,
     contents,
     lost,
+    old_metrics,
     snapshot_rows,
     snapshots,
     with_uuid,
@@ -33,26 +32,6 @@ from states import (
 KEPT = {"public.prompt_snapshots.turn_id": "turn_id_uuid"}
 APP_KEPT = {"app.prompt_snapshots.turn_id": "turn_id_uuid"}
 TURN_FOREIGN_KEY = "FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE SET NULL"
-
-OLD_METRICS = """
-CREATE TABLE turn_metrics (
-  turn_id bigint {key}, story_id uuid NOT NULL, created_at timestamptz NOT NULL DEFAULT now(),
-  tokens_before int NOT NULL, tokens_after int NOT NULL, trims_count int NOT NULL DEFAULT 0,
-  top_trim_keys text[] DEFAULT '{{}}', model_ms int, rejects jsonb DEFAULT '{{}}', cost_estimate_cents int);
-INSERT INTO turn_metrics (turn_id, story_id, tokens_before, tokens_after, top_trim_keys)
-SELECT id, game_id, 900, 700, '{{world.tone}}' FROM turns WHERE id < 4;
-"""
-
-
-def old_metrics(key: str = "PRIMARY KEY REFERENCES turns (id) ON DELETE CASCADE") -> str:
-    """Write turn_metrics as made by hand, with rows."""
-    return OLD_METRICS.format(key=key)
-
-
-def altered(change: str) -> str:
-    """Write a database made by hand, then this change."""
-    return by_hand() + change
-
 
 SLOTS_FIRST = CORE + CORE_ROWS + SLOTS_TEMPLATES + SLOT_ROWS + snapshots(BIGINT) + snapshot_rows(BIGINTS)
 
@@ -144,238 +123,6 @@ def test_a_real_run_of_the_chain_twice_by_hand_before(db: Db) -> None:
     db.execute(CORE_ROWS.replace("'tutorial'", "'quest'").replace("'hidden'", "'draft'").replace("'gm'", "'system'"))
     db.execute(snapshot_rows(BIGINTS) + SLOT_ROWS)
     assert_ready(db)
-
-
-# (state, what stands, what is promised); where a column is missing: the table, the column
-IN_THE_WAY = {
-    "must_keep text": (altered("ALTER TABLE slots ADD must_keep text"), "slots.must_keep: text", "boolean NOT NULL"),
-    "must_keep nullable": (
-        altered("ALTER TABLE slots ADD must_keep boolean DEFAULT false"),
-        "slots.must_keep: boolean DEFAULT false",
-        "boolean NOT NULL DEFAULT false",
-    ),
-    "must_keep default true": (
-        altered("ALTER TABLE slots ADD must_keep boolean NOT NULL DEFAULT true"),
-        "slots.must_keep: boolean NOT NULL DEFAULT true",
-        "boolean NOT NULL DEFAULT false",
-    ),
-    "min_chars bigint": (altered("ALTER TABLE slots ADD min_chars bigint"), "slots.min_chars: bigint", "integer"),
-    "min_chars NOT NULL": (
-        altered("ALTER TABLE slots ADD min_chars int NOT NULL DEFAULT 0"),
-        "slots.min_chars: integer NOT NULL DEFAULT 0",
-        "integer",
-    ),
-    "budget_report json": (
-        altered("ALTER TABLE prompt_snapshots ADD budget_report json"),
-        "prompt_snapshots.budget_report: json,",
-        "jsonb",
-    ),
-    "budget_report NOT NULL": (
-        altered("ALTER TABLE prompt_snapshots ADD budget_report jsonb NOT NULL DEFAULT '{}'"),
-        "prompt_snapshots.budget_report: jsonb NOT NULL",
-        "jsonb",
-    ),
-    "story_id text": (
-        altered(old_metrics() + "ALTER TABLE turn_metrics ALTER story_id TYPE text"),
-        "turn_metrics.story_id: text NOT NULL",
-        "uuid NOT NULL",
-    ),
-    "turn_metrics.turn_id uuid": (
-        altered("CREATE TABLE turn_metrics (turn_id uuid PRIMARY KEY, tokens int)"),
-        "turn_metrics.turn_id: uuid NOT NULL",
-        "bigint NOT NULL",
-    ),
-    "turn_metrics with another default": (
-        altered(old_metrics() + "ALTER TABLE turn_metrics ALTER trims_count SET DEFAULT 1"),
-        "turn_metrics.trims_count: integer NOT NULL DEFAULT 1",
-        "integer NOT NULL DEFAULT 0",
-    ),
-    "turn_metrics without primary key": (
-        altered(old_metrics("NOT NULL REFERENCES turns (id) ON DELETE CASCADE")),
-        "turn_metrics (turn_id): missing",
-        "PRIMARY KEY",
-    ),
-    "turn_metrics without cascade": (
-        altered(old_metrics("PRIMARY KEY REFERENCES turns (id)")),
-        "turn_metrics foreign key (turn_id): FOREIGN KEY (turn_id) REFERENCES turns(id),",
-        "ON DELETE CASCADE",
-    ),
-    "turn_metrics a view": (
-        altered("CREATE VIEW turn_metrics AS SELECT id AS turn_id FROM turns"),
-        "turn_metrics",
-        "view",
-    ),
-    "turn_id text": (by_hand("text"), "prompt_snapshots.turn_id: text", "bigint"),
-    "turn_id int": (by_hand(BIGINT.replace("bigint", "int")), "prompt_snapshots.turn_id: integer", "bigint"),
-    "turn_id bigint NOT NULL": (
-        by_hand("bigint NOT NULL REFERENCES turns (id) ON DELETE SET NULL", "i"),
-        "prompt_snapshots.turn_id: bigint NOT NULL",
-        "bigint",
-    ),
-    "turn_id gone": (
-        altered("ALTER TABLE prompt_snapshots DROP turn_id"),
-        "prompt_snapshots",
-        "turn_id",
-    ),
-    "turn_id with cascade": (
-        by_hand("bigint REFERENCES turns (id) ON DELETE CASCADE"),
-        "REFERENCES turns(id) ON DELETE CASCADE",
-        TURN_FOREIGN_KEY,
-    ),
-    "turn_id to another table": (
-        "CREATE TABLE rounds (id bigint PRIMARY KEY); INSERT INTO rounds SELECT generate_series(1, 9);"
-        + by_hand("bigint REFERENCES rounds (id)"),
-        "REFERENCES rounds(id)",
-        TURN_FOREIGN_KEY,
-    ),
-    "parent_id text": (
-        altered("ALTER TABLE prompt_snapshots DROP parent_id, ADD parent_id text"),
-        "prompt_snapshots.parent_id: text",
-        "uuid",
-    ),
-    "parent_id with cascade": (
-        altered(
-            "ALTER TABLE prompt_snapshots DROP parent_id,"
-            " ADD parent_id uuid REFERENCES prompt_snapshots (id) ON DELETE CASCADE"
-        ),
-        "REFERENCES prompt_snapshots(id) ON DELETE CASCADE",
-        "REFERENCES prompt_snapshots(id) ON DELETE SET NULL",
-    ),
-    "slots without max_len": (altered("ALTER TABLE slots DROP max_len"), "slots", "max_len"),
-    "slots.name varchar": (
-        altered("ALTER TABLE slots ALTER name TYPE varchar(80)"),
-        "slots.name: character varying(80) NOT NULL",
-        "text NOT NULL",
-    ),
-    "slots without its key": (
-        altered("ALTER TABLE slots DROP CONSTRAINT uk_slots_type_name"),
-        "slots (type, name): missing",
-        "UNIQUE",
-    ),
-    "templates a view": (
-        altered("ALTER TABLE templates RENAME TO texts; CREATE VIEW templates AS SELECT * FROM texts"),
-        "templates",
-        "view",
-    ),
-    "turns.id uuid": (CORE_WITH_UUID_TURNS + CORE_ROWS, "turns.id: uuid NOT NULL", "bigint NOT NULL"),
-    "turns.id uuid, snapshots too": (
-        CORE_WITH_UUID_TURNS + CORE_ROWS + snapshots(BIGINT.replace("bigint", "uuid")) + SLOTS_TEMPLATES,
-        "turns.id: uuid NOT NULL",
-        "bigint NOT NULL",
-    ),
-    "turns.id int": (
-        CORE.replace("bigserial PRIMARY KEY, game_id", "serial PRIMARY KEY, game_id") + CORE_ROWS,
-        "turns.id: integer NOT NULL",
-        "bigint NOT NULL",
-    ),
-    "games without state": (
-        CORE + CORE_ROWS + "ALTER TABLE games DROP state",
-        "games",
-        "state",
-    ),
-    "turns partitioned": (
-        CORE[: CORE.index("CREATE TABLE IF NOT EXISTS turns")]
-        + "CREATE TABLE turns (id bigint, PRIMARY KEY (id)) PARTITION BY RANGE (id)",
-        "turns",
-        "partitioned table",
-    ),
-    "another feature's prompt_snapshots": (
-        CORE + CORE_ROWS + ANOTHER_FEATURE,
-        "prompt_snapshots",
-        "snapshot_id",
-    ),
-    "another feature's, nothing else": (ANOTHER_FEATURE, "prompt_snapshots", "snapshot_id"),
-    "index on another column": (
-        altered("DROP INDEX idx_slots_type; CREATE INDEX idx_slots_type ON slots (name)"),
-        "slots index idx_slots_type: btree (name)",
-        "btree (type)",
-    ),
-    "index not partial": (
-        altered(
-            "ALTER TABLE slots ADD must_keep boolean NOT NULL DEFAULT false;"
-            "CREATE INDEX idx_slots_must_keep ON slots (must_keep)"
-        ),
-        "slots index idx_slots_must_keep: btree (must_keep)",
-        "btree (must_keep) WHERE must_keep",
-    ),
-    "index unique": (
-        altered("CREATE UNIQUE INDEX idx_templates_type_slot_status ON templates (type, slot, status)"),
-        "templates index idx_templates_type_slot_status: UNIQUE btree (type, slot, status)",
-        "btree (type, slot, status)",
-    ),
-    "index of another table": (
-        altered("CREATE INDEX idx_games_world ON turns (role)"),
-        "games index idx_games_world: an index on turns",
-        "btree (world_id)",
-    ),
-    "table of an index's name": (
-        altered("CREATE TABLE idx_games_world ()"),
-        "games index idx_games_world: not an index",
-        "btree (world_id)",
-    ),
-    "turn_id's index on another column": (
-        altered(
-            "DROP INDEX idx_prompt_snapshots_turn_id;"
-            "CREATE INDEX idx_prompt_snapshots_turn_id ON prompt_snapshots (game_id)"
-        ),
-        "prompt_snapshots index idx_prompt_snapshots_turn_id: btree (game_id)",
-        "btree (turn_id)",
-    ),
-    "turn_id uuid, its index on another column": (
-        with_uuid() + "DROP INDEX idx_prompt_snapshots_turn_id;"
-        "CREATE INDEX idx_prompt_snapshots_turn_id ON prompt_snapshots (game_id)",
-        "prompt_snapshots index idx_prompt_snapshots_turn_id: btree (game_id)",
-        "btree (turn_id)",
-    ),
-    "turn_id's index on more columns": (
-        altered(
-            "DROP INDEX idx_prompt_snapshots_turn_id;"
-            "CREATE INDEX idx_prompt_snapshots_turn_id ON prompt_snapshots (turn_id, game_id)"
-        ),
-        "prompt_snapshots index idx_prompt_snapshots_turn_id: btree (turn_id, game_id)",
-        "btree (turn_id)",
-    ),
-    "turn_id generated": (
-        by_hand(values="NULL")
-        + "ALTER TABLE prompt_snapshots DROP turn_id, ADD turn_id uuid GENERATED ALWAYS AS (snapshot_id) STORED",
-        "prompt_snapshots.turn_id",
-        "none",
-    ),
-    "a sequence of the name of an index to be made": (
-        altered("CREATE SEQUENCE idx_turn_metrics_created"),
-        "idx_turn_metrics_created: not an index",
-        "btree (created_at DESC)",
-    ),
-} | {f"on turn_id hangs {name}": (with_uuid() + change, name, "turn_id") for name, change in HANGING.items()}
-
-
-@pytest.mark.parametrize(("state", "stands", "promised"), IN_THE_WAY.values(), ids=IN_THE_WAY)
-def test_what_is_in_the_way_is_named_and_nothing_is_changed(db: Db, state: str, stands: str, promised: str) -> None:
-    db.execute(state)
-    before = db.dump(data=True)
-    done = db.invoke("setup")
-    assert done.code == 6, done
-    assert stands in done.err
-    assert promised in done.err
-    assert db.dump(data=True) == before
-    assert db.rows("SELECT FROM pg_namespace WHERE nspname = 'budget_engine'") == []
-
-
-@pytest.mark.parametrize("advice", ["RENAME TO entity_snapshots", "SET SCHEMA attic"])
-def test_following_the_advice_leads_on(db: Db, advice: str) -> None:
-    db.execute("CREATE SCHEMA attic;" + CORE + CORE_ROWS + ANOTHER_FEATURE)
-    rows = db.rows("TABLE prompt_snapshots")
-    assert db.invoke("setup").code == 6
-    db.execute(f"ALTER TABLE prompt_snapshots {advice}")
-    before = db.dump(data=True)
-    done = db.invoke("setup")
-    assert done.code in {0, 6}, done
-    if done.code == 6:  # its keys kept their names
-        assert "prompt_snapshots_pkey" in done.err
-        assert db.dump(data=True) == before
-    else:
-        assert db.differing() == {}
-        assert db.rows(f"TABLE {'attic.prompt_snapshots' if 'attic' in advice else 'entity_snapshots'}") == rows
 
 
 @pytest.mark.parametrize("turn_id", ["bigint", "uuid"])

@@ -301,8 +301,8 @@ _NAMED_KEYS = {item for item, name in _UNIQUE_KEYS.items() if name.startswith(("
 
 def _name_taken(key: str, table: str) -> tuple[str | None, None]:
     """Return what stands in a key's place, and who mends it, where an index on that table bears the key's name."""
-    by_name = f"none, and the name idx_turns_game_idx is taken by an index on {table}"
-    return (by_name if _UNIQUE_KEYS.get(key) == "idx_turns_game_idx" else None), None
+    own = _UNIQUE_KEYS[key].startswith("uk_") and key.startswith(f"{table} ")  # the table's own: it is missing, no more
+    return None if own else f"none, and the name {_UNIQUE_KEYS[key]} is taken by an index on {table}", None
 
 
 def _key_name(item: Item) -> str:

@@ -21,7 +21,7 @@ WITH supabase (here) AS (
 ), promises (item, expected, actual, mended_by) AS (
   -- tables
   SELECT relation, 'table',
-         (SELECT CASE relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view'
+         (SELECT CASE relkind WHEN 'r' THEN CASE WHEN relispartition THEN 'partition' ELSE 'table' END WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view'
                               WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' WHEN 'S' THEN 'sequence'
                               WHEN 'i' THEN 'index' WHEN 'c' THEN 'type' END
           FROM pg_class WHERE oid = to_regclass(documented.relation)),
@@ -48,20 +48,26 @@ WITH supabase (here) AS (
   -- primary and unique keys, by their columns, whatever their names
   SELECT format('%s (%s)', documented.relation, array_to_string(documented.columns, ', ')),
          documented.kind,
-         (SELECT CASE WHEN documented.kind = 'PRIMARY KEY' AND bool_or(indisprimary) THEN 'PRIMARY KEY' WHEN count(*) > 0 THEN 'UNIQUE' END
+         coalesce((SELECT CASE WHEN documented.kind = 'PRIMARY KEY' AND bool_or(indisprimary) THEN 'PRIMARY KEY' WHEN count(*) > 0 THEN 'UNIQUE' END
           FROM pg_index
           WHERE indrelid = to_regclass(documented.relation) AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL AND indexprs IS NULL
             AND ARRAY(SELECT attname::text FROM pg_attribute
                       WHERE attrelid = indrelid AND attnum = ANY ((indkey::int2[])[0:indnkeyatts - 1]) ORDER BY 1)
                 = ARRAY(SELECT name FROM unnest(documented.columns) AS name ORDER BY 1)),
-         CASE WHEN to_regclass(documented.relation) IS NULL AND NOT EXISTS (  -- the name that it would get must be free
-                SELECT FROM pg_class WHERE relname = documented.name AND relnamespace = quote_ident(current_schema())::regnamespace)
-              THEN '20250213_prompt_snapshots' END
+                  'none, and the name ' || documented.name || ' is taken by ' || taken.by),
+         CASE WHEN to_regclass(documented.relation) IS NULL AND taken.by IS NULL THEN '20250213_prompt_snapshots' END
   FROM (VALUES
       ('prompt_snapshots', 'id', 'PRIMARY KEY', NULL),
       ('prompt_snapshots', 'snapshot_id', 'UNIQUE', 'uk_prompt_snapshots_snapshot_id')
     ) AS listed (relation, columns, kind, name)
   CROSS JOIN LATERAL (SELECT listed.relation, string_to_array(listed.columns, ' '), listed.kind, listed.name) AS documented (relation, columns, kind, name)
+  LEFT JOIN LATERAL (  -- the name that it would get must be free
+    SELECT coalesce('an index on ' || indrelid::regclass, 'something that is no index')
+    FROM pg_class LEFT JOIN pg_index ON indexrelid = oid
+    WHERE relname = documented.name AND (indrelid IS NULL OR indrelid IS DISTINCT FROM to_regclass(documented.relation))
+      AND relnamespace = coalesce((SELECT relnamespace FROM pg_class WHERE oid = to_regclass(documented.relation)),
+                                  quote_ident(current_schema())::regnamespace)
+  ) AS taken (by) ON true
   UNION ALL
   -- indexes
   SELECT format('%s index %s', documented.relation, documented.name), documented.definition, standing.definition,

@@ -33,6 +33,8 @@ WITH promises (item, expected, actual, mended_by) AS (
     SELECT format('publication %s: its subscribers lack the kept column', pubname)
     FROM pg_publication_rel AS r JOIN pg_publication ON pg_publication.oid = prpubid
     WHERE prrelid = attrelid AND to_jsonb(r) ->> 'prattrs' IS NULL  -- with a list of columns it depends on them; new in 15
+    UNION ALL
+    SELECT 'inherited from ' || inhparent::regclass FROM pg_inherits WHERE inhrelid = attrelid AND attinhcount > 0
   ) AS hanging (dependant)
   WHERE attrelid = to_regclass('prompt_snapshots') AND attname = 'turn_id' AND atttypid = 'uuid'::regtype
   UNION ALL
@@ -44,7 +46,10 @@ WITH promises (item, expected, actual, mended_by) AS (
   FROM (SELECT min(pg_get_constraintdef(f.oid)) FILTER (WHERE pg_get_constraintdef(f.oid) LIKE 'FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE SET NULL%'), min(pg_get_constraintdef(f.oid))
         FROM pg_constraint AS f JOIN pg_attribute AS a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum]
         WHERE f.contype = 'f' AND f.conrelid = to_regclass('prompt_snapshots') AND a.attname = 'turn_id') AS found (promised, other)
-  CROSS JOIN LATERAL (SELECT coalesce(found.promised, found.other)) AS standing (definition)
+  CROSS JOIN LATERAL (SELECT coalesce(found.promised, found.other, (  -- none on the column, but its name is taken
+                      SELECT conname || ' is ' || pg_get_constraintdef(oid) FROM pg_constraint
+                      WHERE conrelid = to_regclass('prompt_snapshots') AND conname = 'prompt_snapshots_turn_id_fkey'))
+  ) AS standing (definition)
   UNION ALL
   -- indexes
   SELECT format('%s index %s', documented.relation, documented.name), documented.definition, standing.definition,

@@ -19,7 +19,7 @@ WITH supabase (here) AS (
 ), promises (item, expected, actual, mended_by) AS (
   -- tables
   SELECT relation, 'table',
-         (SELECT CASE relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view'
+         (SELECT CASE relkind WHEN 'r' THEN CASE WHEN relispartition THEN 'partition' ELSE 'table' END WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view'
                               WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' WHEN 'S' THEN 'sequence'
                               WHEN 'i' THEN 'index' WHEN 'c' THEN 'type' END
           FROM pg_class WHERE oid = to_regclass(documented.relation)),
@@ -69,7 +69,10 @@ WITH supabase (here) AS (
   FROM (SELECT min(pg_get_constraintdef(f.oid)) FILTER (WHERE pg_get_constraintdef(f.oid) LIKE 'FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE CASCADE%'), min(pg_get_constraintdef(f.oid))
         FROM pg_constraint AS f JOIN pg_attribute AS a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum]
         WHERE f.contype = 'f' AND f.conrelid = to_regclass('turn_metrics') AND a.attname = 'turn_id') AS found (promised, other)
-  CROSS JOIN LATERAL (SELECT coalesce(found.promised, found.other)) AS standing (definition)
+  CROSS JOIN LATERAL (SELECT coalesce(found.promised, found.other, (  -- none on the column, but its name is taken
+                      SELECT conname || ' is ' || pg_get_constraintdef(oid) FROM pg_constraint
+                      WHERE conrelid = to_regclass('turn_metrics') AND conname = 'turn_metrics_turn_id_fkey'))
+  ) AS standing (definition)
   UNION ALL
   -- indexes
   SELECT format('%s index %s', documented.relation, documented.name), documented.definition, standing.definition,

@@ -1,0 +1,216 @@
+-- facts: what stands around the items that are in the way, for the commands that clear it (scripts/facts.py).
+--
+-- Rows of subject, what, value, other. A subject is a table, its column, an item, or a table and a name beside it. What hangs
+-- on a column comes in the order in which it is to be removed; what brings it back has {column} in place of the column's name.
+-- Reads the catalogs only, with an empty search_path, so that all names come qualified; which tables and names it is about,
+-- and what the search_path was, stands in settings of ours.
+WITH RECURSIVE standing (name, oid, home) AS (
+  SELECT key, value::oid, coalesce(relnamespace, quote_ident(current_setting('budget_engine.place'))::regnamespace)
+  FROM json_each_text(current_setting('budget_engine.standing')::json) LEFT JOIN pg_class ON pg_class.oid = value::oid
+), names (name) AS (
+  SELECT json_array_elements_text(current_setting('budget_engine.names')::json)
+), kinds (relkind, kind) AS (
+  VALUES ('r'::"char", 'TABLE'), ('p', 'TABLE'), ('v', 'VIEW'), ('m', 'MATERIALIZED VIEW'), ('f', 'FOREIGN TABLE'),
+         ('S', 'SEQUENCE'), ('i', 'INDEX'), ('I', 'INDEX'), ('c', 'TYPE')
+), columns (name, relid, attnum) AS (
+  SELECT standing.name || '.' || attname, attrelid, attnum
+  FROM standing JOIN pg_attribute ON attrelid = oid
+  WHERE attnum > 0 AND NOT attisdropped AND attname IN (SELECT name FROM names)
+), constraints (oid, name, kind, relid, target, key, target_key, index, remove, restore) AS (
+  SELECT oid, conname, contype, conrelid, confrelid, conkey, confkey, conindid,
+         format('ALTER TABLE %s DROP CONSTRAINT %I;', conrelid::regclass, conname),
+         format('ALTER TABLE %s ADD CONSTRAINT %I %s;', conrelid::regclass, conname, pg_get_constraintdef(oid))
+  FROM pg_constraint
+  WHERE conparentid = 0 AND (conrelid IN (SELECT oid FROM standing) OR confrelid IN (SELECT oid FROM standing))
+), policies (oid, name, relid, remove, restore) AS (
+  SELECT oid, polname, polrelid, format('DROP POLICY %I ON %s;', polname, polrelid::regclass),
+         format('CREATE POLICY %I ON %s%s FOR %s TO %s%s%s;', polname, polrelid::regclass,
+                CASE WHEN polpermissive THEN '' ELSE ' AS RESTRICTIVE' END,
+                CASE polcmd WHEN '*' THEN 'ALL' WHEN 'r' THEN 'SELECT' WHEN 'a' THEN 'INSERT' WHEN 'w' THEN 'UPDATE' ELSE 'DELETE' END,
+                (SELECT string_agg(CASE role WHEN 0 THEN 'PUBLIC' ELSE role::regrole::text END, ', ') FROM unnest(polroles) AS role),
+                ' USING (' || pg_get_expr(polqual, polrelid) || ')', ' WITH CHECK (' || pg_get_expr(polwithcheck, polrelid) || ')')
+  FROM pg_policy
+), hanging (subject, level, classid, objid) AS (
+  ( -- on a column, besides its own default and NOT NULL, and on turn_id its documented index
+    SELECT columns.name, 0, classid, objid
+    FROM columns JOIN pg_depend ON refclassid = 'pg_class'::regclass AND refobjid = relid AND refobjsubid = attnum
+    WHERE NOT (classid = 'pg_attrdef'::regclass AND deptype = 'a'
+               AND objid IN (SELECT oid FROM pg_attrdef WHERE adrelid = relid AND adnum = attnum))
+      AND NOT (classid = 'pg_constraint'::regclass AND objid IN (SELECT oid FROM pg_constraint WHERE contype = 'n'))
+      AND NOT (classid = 'pg_class'::regclass AND objid IN (
+                 SELECT indexrelid FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+                 WHERE indrelid = relid AND relname = 'idx_prompt_snapshots_turn_id' AND indnatts = 1
+                   AND indkey[0] = attnum AND NOT indisunique AND indpred IS NULL AND NOT indisreplident))
+    UNION
+    SELECT columns.name, 0, 'pg_trigger'::regclass, pg_trigger.oid
+    FROM columns JOIN pg_trigger ON tgrelid = relid JOIN pg_proc ON pg_proc.oid = tgfoid
+    WHERE columns.name = 'prompt_snapshots.turn_id' AND NOT tgisinternal AND prosrc ~ '[^a-z_]turn_id[^a-z_]'
+    UNION
+    SELECT columns.name, 0, 'pg_publication_rel'::regclass, pg_publication_rel.oid
+    FROM columns JOIN pg_publication_rel ON prrelid = relid WHERE columns.name = 'prompt_snapshots.turn_id'
+  )
+  UNION -- and on a view that hangs
+  SELECT hanging.subject, hanging.level + 1, pg_depend.classid, pg_depend.objid
+  FROM hanging
+  JOIN pg_rewrite ON hanging.classid = 'pg_rewrite'::regclass AND pg_rewrite.oid = hanging.objid AND rulename = '_RETURN'
+  JOIN pg_depend ON refclassid = 'pg_class'::regclass AND refobjid = ev_class AND pg_depend.objid <> pg_rewrite.oid
+                AND pg_depend.classid IN ('pg_rewrite'::regclass, 'pg_proc'::regclass)
+), hung (subject, level, classid, objid) AS (
+  SELECT subject, max(level), classid, objid FROM hanging GROUP BY subject, classid, objid
+), facts (position, subject, what, value, other) AS (
+  SELECT 0, name, 'stands', kind, oid::regclass::text FROM standing JOIN pg_class USING (oid) JOIN kinds USING (relkind)
+  UNION ALL
+  SELECT 0, standing.name, 'reached by',
+         CASE WHEN bool_or(grantee = 0) THEN 'PUBLIC' ELSE string_agg(DISTINCT grantee::regrole::text, ', ') END, NULL
+  FROM standing JOIN pg_class USING (oid) JOIN pg_namespace ON pg_namespace.oid = home
+  CROSS JOIN LATERAL (
+    SELECT grantee FROM aclexplode(coalesce(nspacl, acldefault('n', nspowner))) WHERE privilege_type = 'USAGE'
+    UNION SELECT relowner) AS reaching
+  GROUP BY standing.name
+  UNION ALL -- of that name, further down the search_path: what the name leads to when the first one is gone
+  SELECT 0, standing.name, 'next', pg_class.oid::regclass::text, NULL
+  FROM standing
+  CROSS JOIN LATERAL (
+    SELECT pg_class.oid
+    FROM json_array_elements_text(current_setting('budget_engine.path')::json) WITH ORDINALITY AS path (schema, position)
+    JOIN pg_namespace ON nspname = schema JOIN pg_class ON relnamespace = pg_namespace.oid AND relname = standing.name
+    WHERE pg_class.oid <> standing.oid ORDER BY path.position LIMIT 1) AS second
+  JOIN pg_class ON pg_class.oid = second.oid
+  UNION ALL
+  SELECT 0, name, 'child',
+         format(CASE WHEN relispartition THEN 'ALTER TABLE %1$s DETACH PARTITION %2$s;' ELSE 'ALTER TABLE %2$s NO INHERIT %1$s;' END,
+                inhparent::regclass, inhrelid::regclass),
+         format(CASE WHEN relispartition THEN 'ALTER TABLE %1$s ATTACH PARTITION %2$s %3$s;' ELSE 'ALTER TABLE %2$s INHERIT %1$s;' END,
+                inhparent::regclass, inhrelid::regclass, pg_get_expr(relpartbound, pg_class.oid))
+  FROM standing JOIN pg_class USING (oid) JOIN pg_inherits ON inhrelid = pg_class.oid
+  UNION ALL
+  SELECT 0, standing.name, 'led to', remove, restore
+  FROM standing JOIN constraints ON target = standing.oid WHERE kind = 'f' AND relid <> target
+  UNION ALL
+  SELECT 0, standing.name, 'primary key', constraints.name, restore
+  FROM standing JOIN constraints ON relid = standing.oid WHERE kind = 'p'
+  UNION ALL -- foreign keys that lead to a primary key
+  SELECT 0, standing.name, 'primary key led to', foreign_key.remove, foreign_key.restore
+  FROM standing JOIN constraints AS own ON own.relid = standing.oid AND own.kind = 'p'
+  JOIN constraints AS foreign_key ON foreign_key.kind = 'f' AND foreign_key.index = own.index
+  UNION ALL
+  SELECT 0, format('%s foreign key (%s)', standing.name, attname), 'foreign key', remove, restore
+  FROM standing JOIN constraints ON relid = standing.oid JOIN pg_attribute ON attrelid = relid AND key = ARRAY[attnum] WHERE kind = 'f'
+  UNION ALL
+  SELECT 0, format('%s policy %s', standing.name, policies.name), 'policy', remove, restore
+  FROM standing JOIN policies ON relid = standing.oid
+  UNION ALL -- what bears a name beside a table, or where it will be: how it is renamed, and whether it is the rest of a failed build
+  SELECT 0, standing.name || ' ' || relname, 'bears', format('ALTER %s %s RENAME', kind, pg_class.oid::regclass),
+         CASE WHEN NOT indisvalid AND NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid) THEN indexrelid::regclass::text END
+  FROM standing JOIN pg_class ON relnamespace = home JOIN kinds USING (relkind) LEFT JOIN pg_index ON indexrelid = pg_class.oid
+  WHERE relname IN (SELECT name FROM names)
+  UNION ALL
+  SELECT 0, standing.name || ' ' || constraints.name, 'bears', format('ALTER TABLE %s RENAME CONSTRAINT %I', relid::regclass, constraints.name), NULL
+  FROM standing JOIN constraints ON relid = standing.oid WHERE constraints.name IN (SELECT name FROM names) AND kind IN ('c', 'f')
+  UNION ALL
+  SELECT 0, standing.name || ' ' || tgname, 'bears', format('ALTER TRIGGER %I ON %s RENAME', tgname, tgrelid::regclass), NULL
+  FROM standing JOIN pg_trigger ON tgrelid = standing.oid WHERE tgname IN (SELECT name FROM names)
+  UNION ALL
+  SELECT 0, standing.name || ' ' || proname, 'bears', format('ALTER ROUTINE %s RENAME', pg_proc.oid::regprocedure), NULL
+  FROM standing JOIN pg_proc ON pronamespace = home WHERE proname IN (SELECT name FROM names) AND pronargs = 0
+  UNION ALL -- what a column is, besides what the survey says
+  SELECT 0, columns.name, 'inherited', NULL, NULL FROM columns JOIN pg_attribute USING (attnum) WHERE attrelid = relid AND attinhcount > 0
+  UNION ALL
+  SELECT 0, columns.name, 'virtual', NULL, NULL FROM columns JOIN pg_attribute USING (attnum) WHERE attrelid = relid AND attgenerated = 'v'
+  UNION ALL
+  SELECT 0, columns.name, 'counted by', format('ALTER SEQUENCE %s AS bigint;', seqrelid::regclass), NULL
+  FROM columns JOIN pg_depend ON refclassid = 'pg_class'::regclass AND refobjid = relid AND refobjsubid = attnum AND classid = refclassid
+  JOIN pg_sequence ON seqrelid = objid WHERE seqtypid <> 'bigint'::regtype
+  UNION ALL
+  SELECT 0, columns.name, 'default', pg_get_expr(adbin, adrelid), NULL
+  FROM columns JOIN pg_attrdef ON adrelid = relid AND adnum = attnum JOIN pg_attribute AS a ON a.attrelid = relid AND a.attnum = adnum
+  WHERE attgenerated = ''
+  UNION ALL -- either end of a foreign key
+  SELECT 0, columns.name, 'linked', NULL, NULL
+  FROM columns JOIN constraints ON kind = 'f'
+   AND (constraints.relid = columns.relid AND attnum = ANY (key) OR target = columns.relid AND attnum = ANY (target_key))
+  UNION ALL -- indexes and a foreign key on the column that bear names of ours
+  SELECT 0, columns.name, 'ours', format('ALTER INDEX %s RENAME', indexrelid::regclass), relname
+  FROM columns JOIN hung ON subject = columns.name AND classid = 'pg_class'::regclass
+  JOIN pg_index ON indexrelid = objid AND indrelid = relid JOIN pg_class ON pg_class.oid = indexrelid
+  WHERE starts_with(relname, 'idx_' || split_part(columns.name, '.', 1) || '_')
+  UNION ALL
+  SELECT 0, columns.name, 'ours', format('ALTER INDEX %s RENAME', indexrelid::regclass), relname  -- left out of what hangs
+  FROM columns JOIN pg_index ON indrelid = relid AND indkey[0] = attnum JOIN pg_class ON pg_class.oid = indexrelid
+  WHERE relname = 'idx_prompt_snapshots_turn_id' AND columns.name = 'prompt_snapshots.turn_id'
+    AND indexrelid NOT IN (SELECT objid FROM hung)
+  UNION ALL
+  SELECT 0, columns.name, 'ours', format('ALTER TABLE %s RENAME CONSTRAINT %I', columns.relid::regclass, constraints.name), constraints.name
+  FROM columns JOIN constraints ON constraints.relid = columns.relid AND kind = 'f' AND attnum = ANY (key)
+   AND constraints.name = replace(columns.name, '.', '_') || '_fkey'
+  UNION ALL -- what hangs on a column; whatever stands in the way of another type, too: "binds"
+  SELECT -hung.level, subject, 'binds',
+         CASE WHEN rulename = '_RETURN' THEN format('DROP %s %s;', kind, view.oid::regclass) ELSE format('DROP RULE %I ON %s;', rulename, view.oid::regclass) END,
+         CASE WHEN rulename <> '_RETURN' THEN pg_get_ruledef(pg_rewrite.oid)
+              ELSE format(E'CREATE %s %s (%s)%s AS\n%s', kind, view.oid::regclass,
+                     (SELECT string_agg(quote_ident(attname), ', ' ORDER BY attnum) FROM pg_attribute WHERE attrelid = view.oid AND attnum > 0),
+                     ' WITH (' || array_to_string(reloptions, ', ') || ')',
+                     CASE hung.level WHEN 0 THEN regexp_replace(pg_get_viewdef(view.oid), '\m' || split_part(subject, '.', 2) || '\M', '{column}', 'g')
+                                     ELSE pg_get_viewdef(view.oid) END)
+                   || coalesce((SELECT string_agg(E'\n' || pg_get_indexdef(indexrelid) || ';', '') FROM pg_index WHERE indrelid = view.oid), '')
+                   || CASE WHEN relowner = current_user::regrole THEN '' ELSE format(E'\nALTER %s %s OWNER TO %s;', kind, view.oid::regclass, relowner::regrole) END
+                   || coalesce((SELECT string_agg(format(E'\nGRANT %s ON %s TO %s;', privilege_type, view.oid::regclass,
+                                                         CASE grantee WHEN 0 THEN 'PUBLIC' ELSE grantee::regrole::text END), '')
+                                FROM aclexplode(relacl) WHERE grantee <> relowner), '') END
+  FROM hung JOIN pg_rewrite ON classid = 'pg_rewrite'::regclass AND pg_rewrite.oid = objid
+  JOIN pg_class AS view ON view.oid = ev_class JOIN kinds USING (relkind)
+  UNION ALL
+  SELECT 2, subject, 'binds', remove, restore FROM hung JOIN policies ON classid = 'pg_policy'::regclass AND policies.oid = objid
+  UNION ALL
+  SELECT 2, subject, 'binds', format('DROP TRIGGER %I ON %s;', tgname, tgrelid::regclass), pg_get_triggerdef(pg_trigger.oid) || ';'
+  FROM hung JOIN pg_trigger ON classid = 'pg_trigger'::regclass AND pg_trigger.oid = objid
+  UNION ALL
+  SELECT 2, subject, 'binds', format('DROP ROUTINE %s;', pg_proc.oid::regprocedure), rtrim(pg_get_functiondef(pg_proc.oid), E'\n') || ';'
+  FROM hung JOIN pg_proc ON classid = 'pg_proc'::regclass AND pg_proc.oid = objid
+  UNION ALL -- a generated column: its values stay where they are stored
+  SELECT 2, subject, 'binds',
+         format(CASE WHEN attgenerated = 's' THEN 'ALTER TABLE %1$s ALTER COLUMN %2$I DROP EXPRESSION;'
+                     WHEN subject LIKE '%.' || attname THEN 'ALTER TABLE %1$s DROP COLUMN %2$I, ADD COLUMN %2$I %3$s;'
+                     ELSE 'ALTER TABLE %1$s DROP COLUMN %2$I;' END, attrelid::regclass, attname, format_type(atttypid, atttypmod)),
+         format(CASE WHEN attgenerated = 's' OR subject LIKE '%.' || attname
+                     THEN 'ALTER TABLE %1$s DROP COLUMN %2$I, ADD COLUMN %2$I %3$s GENERATED ALWAYS AS (%4$s) %5$s;'
+                     ELSE 'ALTER TABLE %1$s ADD COLUMN %2$I %3$s GENERATED ALWAYS AS (%4$s) %5$s;' END, attrelid::regclass, attname,
+                format_type(atttypid, atttypmod), pg_get_expr(adbin, adrelid), CASE attgenerated WHEN 's' THEN 'STORED' ELSE 'VIRTUAL' END)
+  FROM hung JOIN pg_attrdef ON classid = 'pg_attrdef'::regclass AND pg_attrdef.oid = objid
+  JOIN pg_attribute ON attrelid = adrelid AND attnum = adnum
+  UNION ALL
+  SELECT CASE kind WHEN 'f' THEN 1 WHEN 'c' THEN 2 ELSE 3 END, subject, 'hangs', remove, restore
+  FROM hung JOIN constraints ON classid = 'pg_constraint'::regclass AND constraints.oid = objid
+  UNION ALL
+  SELECT 2, subject, 'hangs', format('DROP INDEX %s;', objid::regclass), pg_get_indexdef(objid) || ';'
+  FROM hung JOIN pg_class ON classid = 'pg_class'::regclass AND pg_class.oid = objid AND relkind IN ('i', 'I')
+  UNION ALL
+  SELECT 2, subject, 'hangs', format('DROP STATISTICS %s.%I;', stxnamespace::regnamespace, stxname), pg_get_statisticsobjdef(pg_statistic_ext.oid) || ';'
+  FROM hung JOIN pg_statistic_ext ON classid = 'pg_statistic_ext'::regclass AND pg_statistic_ext.oid = objid
+  UNION ALL -- its list of columns and its condition are new in 15: asked for by name
+  SELECT 2, subject, CASE WHEN to_jsonb(pg_publication_rel) ->> 'prqual' IS NULL THEN 'hangs' ELSE 'binds' END,
+         format('ALTER PUBLICATION %I DROP TABLE %s;', pg_publication.pubname, prrelid::regclass),
+         format('ALTER PUBLICATION %I ADD TABLE %s%s%s;', pg_publication.pubname, prrelid::regclass,
+                (SELECT ' (' || string_agg(quote_ident(attname), ', ' ORDER BY attnum) || ')' FROM pg_attribute
+                 WHERE attrelid = prrelid AND to_jsonb(pg_publication_rel) -> 'prattrs' @> to_jsonb(attnum)),
+                (SELECT ' WHERE ' || (to_jsonb(shown) ->> 'rowfilter') FROM pg_publication_tables AS shown
+                 WHERE shown.pubname = pg_publication.pubname AND format('%I.%I', schemaname, tablename)::regclass = prrelid))
+  FROM hung JOIN pg_publication_rel ON classid = 'pg_publication_rel'::regclass AND pg_publication_rel.oid = objid
+  JOIN pg_publication ON pg_publication.oid = prpubid
+  UNION ALL
+  SELECT 2, 'prompt_snapshots.turn_id', 'hangs', child.value, child.other
+  FROM columns CROSS JOIN LATERAL (
+    SELECT format('ALTER TABLE %s NO INHERIT %s;', inhrelid::regclass, inhparent::regclass), NULL
+    FROM pg_inherits JOIN pg_attribute ON attrelid = inhrelid WHERE inhrelid = relid AND pg_attribute.attnum = columns.attnum AND attinhcount > 0
+  ) AS child (value, other) WHERE columns.name = 'prompt_snapshots.turn_id'
+  UNION ALL -- names that a new one must not have
+  SELECT 0, '', 'taken', name, NULL
+  FROM (SELECT relname FROM pg_class UNION SELECT typname FROM pg_type UNION SELECT conname FROM pg_constraint UNION SELECT proname FROM pg_proc
+        UNION SELECT tgname FROM pg_trigger UNION SELECT nspname FROM pg_namespace
+        UNION SELECT attname FROM pg_attribute WHERE attrelid IN (SELECT oid FROM standing)) AS taken (name)
+  WHERE name ~ '^attic|^uk_|_old|_pkey|turn_id_uuid'
+)
+SELECT subject, what, value,
+       CASE WHEN what IN ('binds', 'hangs') AND position > 0  -- no view
+            THEN regexp_replace(other, '\m' || split_part(subject, '.', 2) || '\M', '{column}', 'g') ELSE other END
+FROM facts ORDER BY position, value;

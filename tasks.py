@@ -131,10 +131,16 @@ def psql(_: Context) -> None:
     flow.psql()
 
 
-@task(help={"only": "what to pass to pytest instead of the whole suite: a file, -k NAME, …"})
-def test(c: Context, only: str = "") -> None:  # noqa: PT028
+@task(
+    help={
+        "only": "what to pass to pytest instead of the whole suite: a file, -k NAME, …",
+        "postgres": "the major version of PostgreSQL to run them on: 14 to 18",
+    }
+)
+def test(c: Context, only: str = "", postgres: int = 18) -> None:  # noqa: PT028
     """Run the tests, on embedded servers of their own."""
-    c.run(f'"{sys.executable}" -m pytest -n auto {only}', pty=sys.stdout.isatty())
+    command = f'"{sys.executable}" -m pytest -n auto {only}'
+    c.run(command, pty=sys.stdout.isatty(), env={"TEST_POSTGRES": str(postgres)})
 
 
 @task(

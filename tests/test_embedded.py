@@ -20,7 +20,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from versions import MAJOR, locate
+from versions import MAJOR, locate, new_in
 
 from scripts import embedded
 from scripts.embedded import Cluster, running, start, stop
@@ -153,7 +153,7 @@ def test_what_the_server_is_like(cluster: Cluster, monkeypatch: pytest.MonkeyPat
         assert b"PGPORT" not in environment.read_bytes()
 
 
-@pytest.mark.skipif(MAJOR < 17, reason="a locale of its own, the same on every system, is new in PostgreSQL 17")
+@new_in(17, "a locale of PostgreSQL's own")
 def test_letters_are_not_ascii_alone(cluster: Cluster) -> None:
     start(cluster)
     assert _query(cluster, "SELECT upper('é')") == "É"

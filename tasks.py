@@ -15,6 +15,8 @@ from scripts.console import reported
 
 # Imported inside the tasks: `invoke --list` needs no database driver, and `invoke lint` no server.
 
+ROOT = Path(__file__).parent  # scripts/inv runs from any current folder
+
 
 class Verbatim(str):
     """An alias that keeps its underscore: Invoke turns those of all names into hyphens, unless they are falsy."""
@@ -139,6 +141,7 @@ def psql(_: Context) -> None:
 )
 def test(c: Context, only: str = "", postgres: int = 18) -> None:  # noqa: PT028
     """Run the tests, on embedded servers of their own."""
+    os.chdir(ROOT)
     command = f'"{sys.executable}" -m pytest -n auto {only}'
     c.run(command, pty=sys.stdout.isatty(), env={"TEST_POSTGRES": str(postgres)})
 
@@ -167,14 +170,14 @@ def bench(
     """Measure setup against other tools, or (--load) the steps under load; prints tables, draws charts."""
     given = {"rounds": rounds, "only": only, "sizes": sizes, "slots": slots, "baseline": baseline, "out": out}
     words = ["--load"] * load + [f"--{name}={value}" for name, value in given.items() if value]
-    root = Path(__file__).parent
-    path = os.pathsep.join([str(root / "tests"), str(root)])
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     c.run(shlex.join([sys.executable, "-m", "bench", *words]), env={"PYTHONPATH": path})
 
 
 @task
 def lint(c: Context) -> None:
     """Check style, types and SQL: ruff, mypy --strict, and the SQL's own rules."""
+    os.chdir(ROOT)
     for command in ("ruff check", "ruff format --check", "mypy", "pytest tests/test_sql_style.py"):
         c.run(f'"{sys.executable}" -m {command}')
 

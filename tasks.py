@@ -16,6 +16,13 @@ from scripts.console import reported
 # Imported inside the tasks: `invoke --list` needs no database driver, and `invoke lint` no server.
 
 ROOT = Path(__file__).parent  # scripts/inv runs from any current folder
+# The checkout may be read-only: what the tools remember lies with them.
+CACHE = Path(sys.prefix) / "cache"
+CACHES = {
+    "RUFF_CACHE_DIR": str(CACHE / "ruff"),
+    "MYPY_CACHE_DIR": str(CACHE / "mypy"),
+    "HYPOTHESIS_STORAGE_DIRECTORY": str(CACHE / "hypothesis"),
+}
 
 
 class Verbatim(str):
@@ -142,8 +149,8 @@ def psql(_: Context) -> None:
 def test(c: Context, only: str = "", postgres: int = 18) -> None:  # noqa: PT028
     """Run the tests, on embedded servers of their own."""
     os.chdir(ROOT)
-    command = f'"{sys.executable}" -m pytest -n auto {only}'
-    c.run(command, pty=sys.stdout.isatty(), env={"TEST_POSTGRES": str(postgres)})
+    command = f'"{sys.executable}" -m pytest -n auto -o "cache_dir={CACHE}/pytest" {only}'
+    c.run(command, pty=sys.stdout.isatty(), env={**CACHES, "TEST_POSTGRES": str(postgres)})
 
 
 @task(
@@ -178,8 +185,8 @@ def bench(
 def lint(c: Context) -> None:
     """Check style, types and SQL: ruff, mypy --strict, and the SQL's own rules."""
     os.chdir(ROOT)
-    for command in ("ruff check", "ruff format --check", "mypy", "pytest tests/test_sql_style.py"):
-        c.run(f'"{sys.executable}" -m {command}')
+    for command in ("ruff check", "ruff format --check", "mypy", "pytest -p no:cacheprovider tests/test_sql_style.py"):
+        c.run(f'"{sys.executable}" -m {command}', env=CACHES)
 
 
 namespace = Collection(setup, prereqs, fix, slots_flags, budget_report, turn_metrics, verify, test, lint, bench)

@@ -30,6 +30,8 @@ from scripts.chain import ROOT
 
 # A suite that a script runs in the background is started with Ctrl-C ignored; all that it starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Where the user's own data lies: no server of ours may go there.
+os.environ.pop(embedded.DATA_VARIABLE, None)
 
 MIGRATIONS = ROOT / "db" / "migrations"
 VERIFICATIONS = ROOT / "db" / "verify"

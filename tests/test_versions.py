@@ -7,6 +7,7 @@ import io
 import os
 import re
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -41,6 +42,11 @@ def lock_of(folder: Path, *, whole: bool = True) -> Path:
 
 def test_the_server_is_of_the_chosen_version(db: Db) -> None:
     assert db.value("SELECT current_setting('server_version_num')::int / 10000") == versions.MAJOR
+
+
+def test_no_server_of_ours_lies_with_the_users_data(db: Db) -> None:
+    """Run with BUDGET_ENGINE_POSTGRES set, too."""
+    assert db.cluster.data.is_relative_to(tempfile.gettempdir())
 
 
 def test_versions_are_all_from_the_oldest_that_is_accepted_to_the_embedded_one() -> None:

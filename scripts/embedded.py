@@ -7,6 +7,7 @@ superuser without a password, so that the socket lies in a folder which only the
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import os
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from scripts.errors import UnreachableError
+from scripts import errors
 
 if sys.platform != "win32":
     import fcntl
@@ -53,7 +54,6 @@ SETTINGS = {
     "dynamic_shared_memory_type": "mmap",
     "log_checkpoints": "off",
 }
-OTHERWISE = "Set DATABASE_URL to a PostgreSQL server of yours, or run as an ordinary user that has an account."
 
 
 @dataclass(frozen=True)
@@ -92,27 +92,25 @@ def locate(root: Path, major: int = 18, binaries: Path | None = None) -> Cluster
 def _package_binaries(major: int) -> Path:
     """Find the folder of initdb and postgres without importing the package."""
     if sys.platform == "win32":
-        raise UnreachableError(
-            "The embedded server needs unix sockets.",
-            where="This is Windows.",
-            remedy="Set DATABASE_URL, or work inside WSL.",
-        )
+        raise errors.NoSocketsError(where="This is Windows.")
     package = importlib.util.find_spec(PACKAGE)
     folders = (package.submodule_search_locations if package else None) or []
     for folder in folders:
         binaries = Path(folder) / INSTALLATIONS[major] / "bin"
         if (binaries / "postgres").exists():
             return binaries
-    raise UnreachableError(
-        f"There are no binaries of PostgreSQL {major} for an embedded server.",
-        where=f"The package {PACKAGE.replace('_', '-')} is not installed in {sys.prefix}.",
-        remedy="Run the task through python3 scripts/inv, or set DATABASE_URL.",
+    raise errors.NoBinariesError(
+        major=major, where=f"The package {PACKAGE.replace('_', '-')} is not installed in {sys.prefix}."
     )
 
 
 def _home(root: Path, major: int) -> Path:
     """Return the folder for every major's data; once there is data, the decision stands."""
-    home = (root / Path(os.environ.get(DATA_VARIABLE) or ".postgres").expanduser()).resolve()
+    given = os.environ.get(DATA_VARIABLE) or ".postgres"
+    try:
+        home = (root / Path(given).expanduser()).resolve()
+    except RuntimeError as error:  # ~ of nobody; links in a circle
+        raise errors.EmbeddedFilesError(why=str(error).strip("."), variable=DATA_VARIABLE, where=given) from None
     if os.geteuid() != 0 or (home / str(major)).exists():
         return home
     elsewhere = MACHINE / _digest(home)
@@ -194,7 +192,7 @@ def _bring_up(cluster: Cluster, lock: int) -> None:
     for stale in (cluster.data / "postmaster.pid", *cluster.sockets.glob(".s.PGSQL.*")):
         stale.unlink(missing_ok=True)
     if not _until(lambda: _serve(cluster, binaries), ORPHAN_SECONDS):
-        raise _failed("Processes of the embedded server that was killed still use its data.", cluster)
+        raise _failed("was killed, and processes of it still use its data", cluster)
 
 
 def _stop(cluster: Cluster) -> bool:
@@ -204,7 +202,7 @@ def _stop(cluster: Cluster) -> bool:
         return False
     os.kill(pid, signal.SIGINT)
     if not _until(lambda: _pid(cluster) is None, STOP_SECONDS):
-        raise _failed(f"The embedded server (process {pid}) does not stop.", cluster)
+        raise _failed(f"(process {pid}) does not stop", cluster)
     return True
 
 
@@ -257,6 +255,45 @@ def _command_line(pid: int) -> list[str]:
         return []
 
 
+@dataclass(frozen=True)
+class Health:
+    """How a cluster stands, as far as one can see without starting it.
+
+    pid: of its server, whether it takes connections or not; made: whether there is data; complaint: the end of the log
+    of a server that is gone, and was not shut down; version: of the binaries, "" where they cannot be run.
+    """
+
+    running: bool
+    pid: int | None
+    made: bool
+    complaint: str
+    version: str
+
+
+def health(cluster: Cluster) -> Health:
+    """Look how the cluster stands; raise where its folders are not ours, or could not be made."""
+    is_running = running(cluster)
+    with _explained(cluster):
+        pid, made = _pid(cluster), (cluster.data / "PG_VERSION").exists()
+        nearest = next(folder for folder in cluster.data.parents if folder.exists())
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(nearest))
+        return Health(is_running, pid, made, "" if pid else _complaint(cluster), _version(cluster))
+
+
+def _complaint(cluster: Cluster) -> str:
+    said = _tail(cluster.log.read_text(errors="replace")) if cluster.log.exists() else ""
+    return "" if said.endswith("database system is shut down") else said
+
+
+def _version(cluster: Cluster) -> str:
+    try:
+        done = subprocess.run([cluster.binaries / "postgres", "-V"], capture_output=True, text=True, env=_environment())
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
 # ── folders and the lock ───────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -302,11 +339,10 @@ def _is_private(folder: Path, cluster: Cluster) -> bool:
         return False
     if stat.S_ISDIR(found.st_mode) and found.st_uid == _owner(cluster) and not found.st_mode & 0o077:
         return True
-    raise UnreachableError(
-        "The embedded server's folder is not private to its user.",
+    raise errors.NotPrivateError(
         where=f"{folder} is {stat.filemode(found.st_mode)} and belongs to {_name(found.st_uid)}; "
         f"drwx------ of {cluster.user or _name(os.geteuid())} was expected.",
-        remedy=f"Run as the user whose folder it is, or set {DATA_VARIABLE} to a folder of yours, or DATABASE_URL.",
+        variable=DATA_VARIABLE,
     )
 
 
@@ -340,11 +376,7 @@ def _create_account(cluster: Cluster) -> None:
                 done = subprocess.run([found, *flags, ACCOUNT], check=False, capture_output=True, text=True)
                 output = done.stderr.strip()
     if _owner(cluster) is None:
-        raise UnreachableError(
-            f"PostgreSQL does not run as root, and the user {ACCOUNT} could not be created for it.",
-            where=output,
-            remedy=OTHERWISE,
-        )
+        raise errors.NoAccountError(account=ACCOUNT, where=output)
 
 
 def _as_server(cluster: Cluster) -> dict[str, Any]:
@@ -412,9 +444,7 @@ def _initdb(cluster: Cluster, binaries: Path, lock: int) -> None:
         **_as_server(cluster),
     )
     if done.returncode:
-        raise UnreachableError(
-            "initdb could not make the embedded server's data folder.", where=_tail(done.stdout), remedy=OTHERWISE
-        )
+        raise errors.InitdbError(where=_tail(done.stdout))
     unfinished.rename(cluster.data)
 
 
@@ -439,9 +469,9 @@ def _serve(cluster: Cluster, binaries: Path) -> bool:
             if select.select([alive], [], [], 0.005)[0]:
                 if "shared memory block" in cluster.log.read_text(errors="replace"):
                     return False
-                raise _failed("The embedded server does not start.", cluster)
+                raise _failed("does not start", cluster)
             if time.monotonic() > deadline:
-                raise _failed("The embedded server is not ready yet; perhaps it recovers.", cluster)
+                raise _failed("is not ready yet; perhaps it recovers", cluster)
     finally:
         os.close(alive)
     return True
@@ -456,17 +486,15 @@ def _explained(cluster: Cluster) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UnreachableError(
-            f"The embedded server cannot be used: {error.strerror or error}.",
-            where=f"{error.filename or cluster.data.parent}",
-            remedy=f"Set {DATA_VARIABLE} to a folder that can be written, or DATABASE_URL to a server of yours.",
+        raise errors.EmbeddedFilesError(
+            why=error.strerror or error, variable=DATA_VARIABLE, where=f"{error.filename or cluster.data.parent}"
         ) from error
 
 
-def _failed(what: str, cluster: Cluster) -> UnreachableError:
+def _failed(does: str, cluster: Cluster) -> errors.EmbeddedServerError:
     """Return the error with the end of the server's log, which says why."""
     said = _tail(cluster.log.read_text(errors="replace")) if cluster.log.exists() else "(no log)"
-    return UnreachableError(what, where=f"{cluster.log}:\n{said}", remedy=f"See the log. {OTHERWISE}")
+    return errors.EmbeddedServerError(does=does, where=f"{cluster.log}:\n{said}")
 
 
 def _tail(text: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from scripts.chain import Step
 from scripts.survey import ONLINE, Item
 
 
@@ -14,6 +15,7 @@ class State(Enum):
 
     DONE = "done"
     PENDING = "pending"
+    HALF_DONE = "half done"
     IN_THE_WAY = "in the way"
     NOT_NEEDED = "not needed"
 
@@ -78,13 +80,24 @@ class Plan:
         return any(step.atomic or step.online for step in self.steps)
 
 
+def of(steps: Sequence[Step], items: Sequence[Item]) -> Plan:
+    """Plan these steps (in their order), given the items of the whole chain."""
+    return make([step.stem for step in steps], items)
+
+
+def items_of(steps: Sequence[Step], items: Sequence[Item]) -> list[Item]:
+    """Return the items that these steps promise."""
+    stems = {step.stem for step in steps}
+    return [item for item in items if item.stem in stems]
+
+
 def make(stems: Sequence[str], items: Sequence[Item]) -> Plan:
     """Plan the steps of these stems (in their order), given the items of the whole chain."""
+    return Plan(tuple(_plan_step(stem, items) for stem in stems))
+
+
+def _plan_step(stem: str, items: Sequence[Item]) -> StepPlan:
     differing = [item for item in items if not item.stands]
-    return Plan(tuple(_plan_step(stem, differing) for stem in stems))
-
-
-def _plan_step(stem: str, differing: Sequence[Item]) -> StepPlan:
     atomic = [item for item in differing if item.mended_by == stem]
     online = [item for item in differing if item.mended_by == stem + ONLINE]
     obstacles = [item for item in differing if item.stem == stem and item.in_the_way]
@@ -92,7 +105,8 @@ def _plan_step(stem: str, differing: Sequence[Item]) -> StepPlan:
     if obstacles:
         state = State.IN_THE_WAY
     elif atomic or online:
-        state = State.PENDING
+        begun = any(item.stem == stem and item.stands and item.is_place for item in items)
+        state = State.HALF_DONE if begun else State.PENDING
     else:
         state = State.NOT_NEEDED if elsewhere else State.DONE
     return StepPlan(stem, state, bool(atomic), bool(online), (*obstacles, *atomic, *online), tuple(elsewhere))

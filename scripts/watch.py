@@ -30,7 +30,7 @@ WITH ours AS (
 )"""
 
 # a: a row of pg_stat_activity; of other roles' sessions some columns are NULL for most of us.
-_SESSION = """
+SESSION = """
        format('pid %s (role %s, application %s) is %s%s, its transaction open for %s s: %s',
               a.pid, a.usename, quote_literal(a.application_name), coalesce(a.state, a.backend_type, 'busy'),
               CASE WHEN a.wait_event_type = 'Lock' THEN ' and waits itself' ELSE '' END,
@@ -42,7 +42,7 @@ _WAITS = (
     + f"""
 SELECT coalesce(wanted.mode || ' on ' || wanted.relation::regclass, 'a transaction to end'),
        coalesce(
-         CASE WHEN a.pid IS NOT NULL THEN {_SESSION} END,
+         CASE WHEN a.pid IS NOT NULL THEN {SESSION} END,
          (SELECT string_agg(format('prepared transaction %s (role %s), prepared %s s ago: COMMIT PREPARED or ROLLBACK '
                                    'PREPARED ends it', quote_literal(p.gid), p.owner,
                                    round(extract(epoch FROM clock_timestamp() - p.prepared))), E'\\n')
@@ -69,7 +69,7 @@ FROM pg_stat_progress_create_index JOIN mine USING (pid)"""
 )
 
 _AT_WORK = f"""
-SELECT {_SESSION}
+SELECT {SESSION}
 FROM pg_stat_activity AS a
 WHERE a.pid <> pg_backend_pid() AND a.pid IN (
   SELECT pid FROM pg_locks

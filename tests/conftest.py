@@ -139,10 +139,10 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("PG")}
 
 
-def run(command: list[str], environment: Mapping[str, str], timeout: float = 120) -> Run:
-    """Run a command in the project's folder."""
+def run(command: list[str], environment: Mapping[str, str], timeout: float = 120, cwd: Path = ROOT) -> Run:
+    """Run a command, in the project's folder unless told otherwise."""
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
     return Run(done.returncode, done.stdout, done.stderr)
 

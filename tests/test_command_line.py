@@ -232,7 +232,7 @@ def test_peer_that_is_no_server_or_refuses(tree: Path, talk: Callable[[socket.so
 
 
 @pytest.mark.parametrize("task", ["setup", "verify"])
-@pytest.mark.parametrize("host", ["127.0.0.1:1", "no-such-host.invalid", "127.0.0.1:1,no-such-host.invalid:2"])
+@pytest.mark.parametrize("host", ["127.0.0.1:1", "no-such-host.invalid:5432", "127.0.0.1:1,no-such-host.invalid:2"])
 def test_nobody_there(tree: Path, task: str, host: str) -> None:
     done = recipe(tree, task, DATABASE_URL=f"postgresql://somebody:{PASSWORD}@{host}/db", CONNECT_TIMEOUT="2")
     assert_refused(done, 4, f"postgresql://somebody:***@{host}/db")

@@ -37,7 +37,7 @@ from pathlib import Path
 from scripts import embedded
 try:
     print(embedded.start(embedded.locate(Path(sys.argv[1]), int(sys.argv[3]), Path(sys.argv[2]))))
-except embedded.UnreachableError as error:
+except embedded.errors.UnreachableError as error:
     sys.exit(f"{error.what} | {error.where} | {error.remedy}")
 """
 
@@ -476,7 +476,7 @@ if ROOT_CASE:
 
 def test_missing_package_asks_for_a_url(folder: Path) -> None:
     code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from scripts import embedded\n"
-    code += "try: embedded.locate(Path.cwd())\nexcept embedded.UnreachableError as error: print(error.remedy)"
+    code += "try: embedded.locate(Path.cwd())\nexcept embedded.errors.UnreachableError as error: print(error.remedy)"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code, PROJECT], capture_output=True, text=True, check=True)
     assert "DATABASE_URL" in done.stdout
 

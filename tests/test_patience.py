@@ -14,7 +14,7 @@ from scripts.patience import Patience
 LIMITS = st.floats(0.01, 600)
 FIRSTS = st.floats(0.01, 5)
 TRIES_S = st.lists(st.floats(0, 10), min_size=1, max_size=50)  # what each try itself takes
-WHY = LockTimeoutError("somebody is in the way")
+WHY = LockTimeoutError(what="somebody is in the way")
 
 
 @dataclass

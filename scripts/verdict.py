@@ -1,0 +1,63 @@
+"""The verdict: whether a plan can be carried out, and whether what stands is what was promised. No connection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from scripts import errors, report
+from scripts.chain import label
+from scripts.plan import Plan
+from scripts.survey import Server, outermost
+
+
+def refuse_what_cannot_be(server: Server, todo: Plan) -> None:
+    """Raise, before anything is changed, where the plan cannot be carried out as a whole."""
+    for hindrance in hindrances(server, todo):
+        raise hindrance
+
+
+def hindrances(server: Server, todo: Plan) -> Iterator[errors.RecipeError]:
+    """Tell each reason for which the plan cannot be carried out as a whole; the first one is what a task ends with."""
+    yield from _no_schema(server)
+    if todo.in_the_way:
+        yield _obstacle(todo, listed=False)
+    if absent := todo.mended_elsewhere:
+        lines = [report.difference(item) for item in absent]
+        yield errors.PrerequisiteError(step=label(absent[0].stem), where="\n".join(lines))
+    if todo.to_do and server.read_only:
+        pending = ", ".join(label(step.stem) for step in todo.steps if step.atomic or step.online)
+        yield errors.ReadOnlyError(why=server.read_only, where=f"pending: {pending}")
+    if todo.lacking:
+        yield errors.RightError(role=server.role, where="\n".join(todo.lacking))
+
+
+def refuse_no_schema(server: Server) -> None:
+    """Raise where there is no place for tables."""
+    for hindrance in _no_schema(server):
+        raise hindrance
+
+
+def _no_schema(server: Server) -> Iterator[errors.RecipeError]:
+    if server.schema is None:
+        yield errors.NoSchemaError(search_path=server.search_path)
+
+
+def judge(found: Plan, *, rows: Sequence[str] = (), remedy: str = "", listed: bool = False) -> None:
+    """Raise where something that the plan's steps promise does not stand.
+
+    rows: those that refuse it, in words; listed: the report has said already what does not stand.
+    """
+    if found.in_the_way:
+        raise _obstacle(found, listed=listed)
+    if found.missing:
+        raise errors.MissingError(
+            where="\n".join([*([] if listed else map(report.difference, outermost(found.missing))), *rows]),
+            remedy=remedy,
+        )
+
+
+def _obstacle(found: Plan, *, listed: bool) -> errors.ObstacleError:
+    return errors.ObstacleError(
+        where="" if listed else "\n".join(report.obstacles(found.in_the_way)),
+        remedy=report.way_out(found.in_the_way),
+    )

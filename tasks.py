@@ -20,6 +20,15 @@ if sys.platform != "win32":
 
 # Imported inside the tasks: `invoke --list` needs no database driver, and `invoke lint` no server.
 
+ROOT = Path(__file__).parent  # scripts/inv runs from any current folder
+# The checkout may be read-only: what the tools remember lies with them.
+CACHE = Path(sys.prefix) / "cache"
+CACHES = {
+    "RUFF_CACHE_DIR": str(CACHE / "ruff"),
+    "MYPY_CACHE_DIR": str(CACHE / "mypy"),
+    "HYPOTHESIS_STORAGE_DIRECTORY": str(CACHE / "hypothesis"),
+}
+
 
 class Verbatim(str):
     """An alias that keeps its underscore: Invoke turns those of all names into hyphens, unless they are falsy."""
@@ -209,10 +218,17 @@ def psql(_: Context) -> None:
     at_hand.psql()
 
 
-@task(help={"only": "what to pass to pytest instead of the whole suite: a file, -k NAME, …"})
-def test(c: Context, only: str = "") -> None:  # noqa: PT028
+@task(
+    help={
+        "only": "what to pass to pytest instead of the whole suite: a file, -k NAME, …",
+        "postgres": "the major version of PostgreSQL to run them on: 14, 15, 16, 17 or 18",
+    }
+)
+def test(c: Context, only: str = "", postgres: int = 18) -> None:  # noqa: PT028
     """Run the tests, on embedded servers of their own."""
-    c.run(f'"{sys.executable}" -m pytest -n auto {only}', pty=sys.stdout.isatty())
+    os.chdir(ROOT)
+    command = f'"{sys.executable}" -m pytest -n auto -o "cache_dir={CACHE}/pytest" {only}'
+    c.run(command, pty=sys.stdout.isatty(), env={**CACHES, "TEST_POSTGRES": str(postgres)})
 
 
 @task(
@@ -249,16 +265,16 @@ def pictures(c: Context) -> None:
 
 def _run_of_tests(c: Context, module: str, *words: str) -> None:
     """Run a module that lies beside the tests, and uses what they use."""
-    root = Path(__file__).parent
-    path = os.pathsep.join([str(root / "tests"), str(root)])
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     c.run(shlex.join([sys.executable, "-m", module, *words]), env={"PYTHONPATH": path})
 
 
 @task
 def lint(c: Context) -> None:
     """Check style, types and SQL: ruff, mypy --strict, and the SQL's own rules."""
-    for command in ("ruff check", "ruff format --check", "mypy", "pytest tests/test_sql_style.py"):
-        c.run(f'"{sys.executable}" -m {command}')
+    os.chdir(ROOT)
+    for command in ("ruff check", "ruff format --check", "mypy", "pytest -p no:cacheprovider tests/test_sql_style.py"):
+        c.run(f'"{sys.executable}" -m {command}', env=CACHES)
 
 
 _CHAIN = (setup, prereqs, fix, slots_flags, budget_report, turn_metrics)

@@ -55,11 +55,7 @@ def as_json(view: View) -> dict[str, object]:
                 "state": planned.state.value,
                 "atomic_part_due": planned.atomic,
                 "online_part_due": planned.online,
-                "items": [
-                    _item(item) | {"remedy": view.ways.get(item.name, ())}
-                    for item in view.items
-                    if item.stem == planned.stem
-                ],
+                "items": [_item(item, view.ways) for item in view.items if item.stem == planned.stem],
             }
             for planned in view.plan.steps
         ],

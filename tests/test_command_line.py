@@ -329,9 +329,11 @@ def test_application_name_is_ours_unless_the_url_names_another(db: Db) -> None:
 
 # ── rights: exit 8 ─────────────────────────────────────────────────────────────────────────────────────────────────
 
+NOT_TO_ALL = "REVOKE CREATE ON SCHEMA public FROM PUBLIC"  # as it is from PostgreSQL 15 on
+
 # How far the database is, what of it the role is given, which right it lacks.
 RIGHTS = {
-    "create": ([], "SELECT", "CREATE on schema public"),
+    "create": ([], NOT_TO_ALL, "CREATE on schema public"),
     "ownership": (
         [step.stem for step in STEPS[:4]],
         "GRANT ALL ON SCHEMA public TO {0}; GRANT ALL ON ALL TABLES IN SCHEMA public TO {0}",

@@ -222,6 +222,7 @@ class MisplacedLoginError(SettingsError):
     """A host or a database is named by what looks like user and password: it is not printed, and not looked up."""
 
     says = "What stands for the name of the {part} is none."
+    usual_remedy = "Write {form}, user and password percent-encoded, each part in its place."
 
 
 class UnparsableUrlError(SettingsError):

@@ -61,9 +61,6 @@ class _Url(NamedTuple):
 
 _Given = Mapping[str, tuple[str, str]]  # setting → its value, where that was read
 
-_COLON_NOTE = (
-    "odd in DATABASE_URL: a user with a colon in the name (the password stands behind a colon that is not encoded)"
-)
 _UNIT_MS = {"us": 0.001, "ms": 1, "s": 1_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}  # PostgreSQL's units
 _LONGEST_MS = 2**31 - 1  # PostgreSQL's limit for lock_timeout
 _SHORTEST_SECRET = 4  # masking "a" wherever it stands would destroy the message; `display` masks by position
@@ -161,15 +158,16 @@ def _refuse_shortened_url(bindings: Sequence[Binding]) -> None:
         if binding.key != "DATABASE_URL":
             continue
         _, _, rest = binding.original.string.partition(binding.value or "\n")
-        if re.match(r"\s+#.*@", rest) or (next_one and not _is_sound(next_one)):
+        if re.match(r"\s+#.*@", rest) or (next_one and _may_go_on(next_one)):
             remedy = "Write the URL on one line, in single quotes: without them a comment begins at a # behind a blank."
             raise errors.EnvLineError(where=f"line {_line(binding)}", remedy=remedy)
 
 
-def _is_sound(binding: Binding) -> bool:
-    """Tell whether this is NAME=VALUE, or a comment."""
+def _may_go_on(binding: Binding) -> bool:
+    """Tell whether this may be the rest of the URL above: no NAME=VALUE, no comment, but one word, or with an @."""
     is_pair = binding.value is not None and _NAME.fullmatch(binding.key or "")
-    return not binding.error and (binding.key is None or bool(is_pair))
+    is_comment = binding.key is None and not binding.error
+    return not is_pair and not is_comment and re.fullmatch(r"\S+|.*@.*", binding.original.string.strip()) is not None
 
 
 def _line(binding: Binding) -> int:
@@ -337,9 +335,9 @@ def _target_of_conninfo(
     if options:  # left empty rather than out: libpq would go for PGOPTIONS
         conninfo["options"] = _SEARCH_PATH_OPTION.sub("", options).strip()
     # A whole login in the place of the user's name is a common slip; a name with a colon in it is rare.
-    _, colon, behind_colon = conninfo.get("user", "").partition(":")
+    user, colon, behind_colon = conninfo.get("user", "").partition(":")
     if colon and "password" not in conninfo:
-        notes = [*notes, _COLON_NOTE]
+        notes = [*notes, f"odd in DATABASE_URL: the name of the user goes on behind {user}: (is that a password?)"]
     secrets = [*typed_secrets, behind_colon, *(value for name, value in conninfo.items() if name in libpq.SECRET)]
     known = tuple(dict.fromkeys(filter(None, secrets)))
     return Target(conninfo, _display(conninfo), search_path, tuple(dict.fromkeys(notes)), known)
@@ -361,7 +359,7 @@ def _refuse_misplaced_login(conninfo: Mapping[str, str], source: str) -> None:
     }
     for part, is_odd in misplaced.items():
         if is_odd:
-            raise errors.MisplacedLoginError(part=part, where=source, remedy=_ENCODING_HELP)
+            raise errors.MisplacedLoginError(part=part, form=_URL_FORM, where=source)
 
 
 def _display(conninfo: Mapping[str, str]) -> str:

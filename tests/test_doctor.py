@@ -27,7 +27,7 @@ from pooler import Pooler
 from scripts import chain, embedded, errors, findings, plan
 from scripts.embedded import Cluster, Health
 from scripts.findings import Finding, Host, Limit, Session, State, Way
-from scripts.settings import parse_target
+from scripts.settings import completed, parse_target
 from scripts.survey import ONLINE, Item, Server
 
 OK, NOTE, PROBLEM = (state.value for state in State)
@@ -77,7 +77,8 @@ def test_healthy_database_before_and_after_setup(db: Db) -> None:
 
 def test_target_and_source_come_first(db: Db) -> None:
     lines = db.invoke("doctor").out.splitlines()
-    assert lines[0] == f"target    {parse_target(db.url).display}"
+    shown = completed(parse_target(db.url), ".env").display
+    assert lines[0] == f"target    {shown}"
     assert lines[1] == "from      environment variable DATABASE_URL"
 
 

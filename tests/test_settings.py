@@ -172,6 +172,7 @@ def test_url_that_goes_on_elsewhere_is_refused(tmp_path: Path, content: str) -> 
         f"DATABASE_URL={URL} # ask Ada\n# a comment\n",
         f"DATABASE_URL='{URL}' # ask ada@example.com\n\nLOCK_WAIT=\n",
         f"DATABASE_URL={URL}\nexport LOCK_WAIT=1s\n",
+        f"DATABASE_URL={URL}\nnot a line\n",
     ],
 )
 def test_what_stands_behind_a_url_does_no_harm(tmp_path: Path, content: str) -> None:

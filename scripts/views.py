@@ -142,7 +142,7 @@ def _looking(task: str, form: str, *, quiet: bool, sql: bool = False) -> Iterato
         steps = chain.load()
         # Reading a definition waits for whoever has the table locked against readers: for moments at a time only.
         brief = replace(given, lock_timeout_ms=min(_MOMENT_MS, given.lock_timeout_ms))
-        with Work(partial(Database, where, brief), brief, steps, steps) as work:
+        with Work(partial(Database, where, brief), brief, steps, steps, early=False) as work:
             found = work.look(believes=lambda todo: not todo.missing)
             CONSOLE.say(report.server(found.server, found.items))
             todo = plan.of(steps, found.items)

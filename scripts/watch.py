@@ -90,10 +90,12 @@ def at_work(database: Database, locks: Iterable[int], tables: Iterable[str]) -> 
 class Watch:
     """Looks for one Database while that one waits; tells each thing that is in the way once.
 
-    open_second: opens the second connection; it is opened at the first look that is due, if ever.
+    open_second: opens the second connection; it is opened at the first look that is due, if ever. early: whether the
+    first look comes before a wait for a lock is given up, though a far server's silence may be no wait at all.
     """
 
-    def __init__(self, database: Database, open_second: Callable[[], Database]) -> None:
+    def __init__(self, database: Database, open_second: Callable[[], Database], *, early: bool = True) -> None:
+        self.early = early
         self._pid, self._open_second = database.backend_pid, open_second
         self._first_look_s = min(_FIRST_LOOK_S, database.lock_timeout_ms / 4000)
         self._second: Database | None = None
@@ -107,7 +109,7 @@ class Watch:
 
     def answered(self) -> None:
         """Begin to count the silence anew: something has come back."""
-        self._pause_s = self._first_look_s
+        self._pause_s = self._first_look_s if self.early else _FIRST_LOOK_S
         self._next_look = time.monotonic() + self._pause_s
 
     def idle(self) -> None:

@@ -53,9 +53,15 @@ class Work:
     """One task against one database: looking, and carrying out the plan until its promises stand."""
 
     def __init__(
-        self, connect: Callable[..., Database], given: Settings, everything: Sequence[Step], wanted: Sequence[Step]
+        self,
+        connect: Callable[..., Database],
+        given: Settings,
+        everything: Sequence[Step],
+        wanted: Sequence[Step],
+        *,
+        early: bool = True,  # see Watch
     ) -> None:
-        self.given, self.everything, self.wanted = given, everything, wanted
+        self.given, self.everything, self.wanted, self._early = given, everything, wanted, early
         self.patience = Patience(given.lock_wait_s)
         self._open = connect
         self._open_second = partial(connect, answer_s=given.connect_timeout_s)  # all that it is asked takes moments
@@ -137,6 +143,7 @@ class Work:
             try:
                 found = survey.read(self.database, self.everything)
             except errors.LockTimeoutError as error:
+                self._watch.early = True
                 self._pause(error)
             else:
                 self._tables = sorted({item.table for item in found.items})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -13,7 +14,20 @@ from invoke.tasks import task
 
 from scripts.console import reported
 
+if sys.platform != "win32":
+    with reported():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # scripts/inv blocks it while Python starts
+
 # Imported inside the tasks: `invoke --list` needs no database driver, and `invoke lint` no server.
+
+ROOT = Path(__file__).parent  # scripts/inv runs from any current folder
+# The checkout may be read-only: what the tools remember lies with them.
+CACHE = Path(sys.prefix) / "cache"
+CACHES = {
+    "RUFF_CACHE_DIR": str(CACHE / "ruff"),
+    "MYPY_CACHE_DIR": str(CACHE / "mypy"),
+    "HYPOTHESIS_STORAGE_DIRECTORY": str(CACHE / "hypothesis"),
+}
 
 
 class Verbatim(str):
@@ -29,7 +43,12 @@ class Verbatim(str):
 @task
 @reported()
 def setup(c: Context) -> None:
-    """Bring the database to the schema: prereqs, fix where needed, slots-flags, budget-report, turn-metrics, verify."""
+    """Bring the database to the schema: prereqs, fix where needed, slots-flags, budget-report, turn-metrics, verify.
+
+    What is done already is not done again. `invoke plan` says beforehand what it would do.
+    Exit codes: 0 all promises stand, 1 a step failed, 3 settings, 4 no connection, 5 rows refuse a key, 6 something
+    is in the way, 7 no lock to be had, 8 not permitted, 130 interrupted (README, "Exit codes").
+    """
     from scripts import flow
 
     flow.run(None, dry=c.config.run.dry)
@@ -44,7 +63,11 @@ def setup(c: Context) -> None:
 )
 @reported()
 def prereqs(c: Context, recreate: bool = False, with_dependants: bool = False, yes: bool = False) -> None:
-    """Create the core schema, slots and templates, prompt snapshots: each only where missing."""
+    """Create the core schema, slots and templates, prompt snapshots: each only where missing.
+
+    --recreate is for core tables in an older form (turns.id is uuid, say); with --dry before the task's name it shows
+    what would move.
+    """
     from scripts import flow
 
     flow.prereqs(recreate=recreate, with_dependants=with_dependants, yes=yes, dry=c.config.run.dry)
@@ -53,7 +76,10 @@ def prereqs(c: Context, recreate: bool = False, with_dependants: bool = False, y
 @task
 @reported()
 def fix(c: Context) -> None:
-    """Make prompt_snapshots.turn_id bigint, only where it is uuid; the uuid values are kept."""
+    """Make prompt_snapshots.turn_id bigint, only where it is uuid; the uuid values are kept.
+
+    They stay in the column turn_id_uuid, whose comment holds the SQL that undoes it.
+    """
     from scripts import flow
 
     flow.run("fix", dry=c.config.run.dry)
@@ -86,13 +112,74 @@ def turn_metrics(c: Context) -> None:
     flow.run("turn-metrics", dry=c.config.run.dry)
 
 
-@task
+_FORMAT = "table (a terminal's width is respected, and NO_COLOR), or json (scripts/report.schema.json)"
+_VIEW = {"quiet": "print only what was asked for in another format, and errors", "verbose": "name what stands, too"}
+
+
+@task(help={"format": _FORMAT + ", junit, github", **_VIEW})
 @reported()
-def verify(_: Context) -> None:
-    """Compare every promise with what stands; changes nothing."""
+def verify(_: Context, format: str = "table", quiet: bool = False, verbose: bool = False) -> None:  # noqa: A002
+    """Compare every promise with what stands; changes nothing.
+
+    Exit codes: 0 all stand, 5 something is missing, 6 something is in the way.
+    """
     from scripts import views
 
-    views.verify()
+    views.verify(form=format, quiet=quiet, verbose=verbose)
+
+
+@task(help={"format": _FORMAT, "check": "for CI: exit 5 where anything is missing, 6 where it is in the way", **_VIEW})
+@reported()
+def status(
+    _: Context,
+    format: str = "table",  # noqa: A002
+    check: bool = False,
+    quiet: bool = False,
+    verbose: bool = False,
+) -> None:
+    """Say how each step stands, what is odd around it, and what the diary says; changes nothing.
+
+    Exit code 0 whatever stands, unless --check is given.
+    """
+    from scripts import views
+
+    views.status(form=format, check=check, quiet=quiet, verbose=verbose)
+
+
+@task(help={"format": _FORMAT, "sql": "print the SQL instead, as it would be sent, for psql", **_VIEW})
+@reported()
+def plan(_: Context, format: str = "table", sql: bool = False, quiet: bool = False, verbose: bool = False) -> None:  # noqa: A002
+    """Say what setup would do now and why, with locks, sizes, and who is in the way; changes nothing.
+
+    Exit code 0 where setup could do it, else the one that setup would end with.
+    """
+    from scripts import views
+
+    views.what_setup_would_do(form=format, sql=sql, quiet=quiet, verbose=verbose)
+
+
+@task
+@reported()
+def rehearse(_: Context) -> None:
+    """Run every atomic part that setup would run, verified, in one transaction that is rolled back.
+
+    It takes the real locks, for the time that it says, and asks for them as setup does. Exit codes are those of setup.
+    """
+    from scripts import flow
+
+    flow.rehearse()
+
+
+@task
+@reported()
+def doctor(_: Context) -> None:
+    """Say what is wrong with this machine, this URL, this server, this role, and what to do; changes nothing.
+
+    Exit code 0 where setup could run, else the one that setup would end with. It starts no server.
+    """
+    from scripts import doctor
+
+    doctor.run()
 
 
 @task
@@ -131,10 +218,17 @@ def psql(_: Context) -> None:
     at_hand.psql()
 
 
-@task(help={"only": "what to pass to pytest instead of the whole suite: a file, -k NAME, …"})
-def test(c: Context, only: str = "") -> None:  # noqa: PT028
+@task(
+    help={
+        "only": "what to pass to pytest instead of the whole suite: a file, -k NAME, …",
+        "postgres": "the major version of PostgreSQL to run them on: 14, 15, 16, 17 or 18",
+    }
+)
+def test(c: Context, only: str = "", postgres: int = 18) -> None:  # noqa: PT028
     """Run the tests, on embedded servers of their own."""
-    c.run(f'"{sys.executable}" -m pytest -n auto {only}', pty=sys.stdout.isatty())
+    os.chdir(ROOT)
+    command = f'"{sys.executable}" -m pytest -n auto -o "cache_dir={CACHE}/pytest" {only}'
+    c.run(command, pty=sys.stdout.isatty(), env={**CACHES, "TEST_POSTGRES": str(postgres)})
 
 
 @task(
@@ -160,18 +254,30 @@ def bench(
 ) -> None:
     """Measure setup against other tools, or (--load) the steps under load; prints tables, draws charts."""
     given = {"rounds": rounds, "only": only, "sizes": sizes, "slots": slots, "baseline": baseline, "out": out}
-    words = ["--load"] * load + [f"--{name}={value}" for name, value in given.items() if value]
-    root = Path(__file__).parent
-    path = os.pathsep.join([str(root / "tests"), str(root)])
-    c.run(shlex.join([sys.executable, "-m", "bench", *words]), env={"PYTHONPATH": path})
+    _run_of_tests(c, "bench", *["--load"] * load, *(f"--{name}={value}" for name, value in given.items() if value))
+
+
+@task
+def pictures(c: Context) -> None:
+    """Draw the README's pictures of a terminal anew, from real runs."""
+    _run_of_tests(c, "pictures")
+
+
+def _run_of_tests(c: Context, module: str, *words: str) -> None:
+    """Run a module that lies beside the tests, and uses what they use."""
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    c.run(shlex.join([sys.executable, "-m", module, *words]), env={"PYTHONPATH": path})
 
 
 @task
 def lint(c: Context) -> None:
     """Check style, types and SQL: ruff, mypy --strict, and the SQL's own rules."""
-    for command in ("ruff check", "ruff format --check", "mypy", "pytest tests/test_sql_style.py"):
-        c.run(f'"{sys.executable}" -m {command}')
+    os.chdir(ROOT)
+    for command in ("ruff check", "ruff format --check", "mypy", "pytest -p no:cacheprovider tests/test_sql_style.py"):
+        c.run(f'"{sys.executable}" -m {command}', env=CACHES)
 
 
-namespace = Collection(setup, prereqs, fix, slots_flags, budget_report, turn_metrics, verify, test, lint, bench)
+_CHAIN = (setup, prereqs, fix, slots_flags, budget_report, turn_metrics)
+_VIEWS = (verify, status, plan, rehearse, doctor)
+namespace = Collection(*_CHAIN, *_VIEWS, test, lint, bench, pictures)
 namespace.add_collection(Collection("db", start, stop, url, psql))

@@ -41,6 +41,13 @@ WITH RECURSIVE standing (name, oid, home) AS (
                  SELECT indexrelid FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
                  WHERE indrelid = relid AND relname = 'idx_prompt_snapshots_turn_id' AND indnatts = 1
                    AND indkey[0] = attnum AND NOT indisunique AND indpred IS NULL AND NOT indisreplident))
+    UNION -- a generated column: in PostgreSQL 14 it depends as a column; and the column itself, if it is one
+    SELECT columns.name, 0, 'pg_attrdef'::regclass, pg_attrdef.oid
+    FROM columns JOIN pg_attribute AS a ON a.attrelid = relid AND attgenerated <> ''
+    JOIN pg_attrdef ON adrelid = relid AND adnum = a.attnum
+    WHERE a.attnum = columns.attnum
+       OR EXISTS (SELECT FROM pg_depend WHERE classid = 'pg_class'::regclass AND objid = relid AND objsubid = a.attnum
+                    AND refclassid = classid AND refobjid = relid AND refobjsubid = columns.attnum)
     UNION
     SELECT columns.name, 0, 'pg_trigger'::regclass, pg_trigger.oid
     FROM columns JOIN pg_trigger ON tgrelid = relid JOIN pg_proc ON pg_proc.oid = tgfoid
@@ -168,7 +175,7 @@ WITH RECURSIVE standing (name, oid, home) AS (
   SELECT 2, subject, 'binds', format('DROP ROUTINE %s;', pg_proc.oid::regprocedure), rtrim(pg_get_functiondef(pg_proc.oid), E'\n') || ';'
   FROM hung JOIN pg_proc ON classid = 'pg_proc'::regclass AND pg_proc.oid = objid
   UNION ALL -- a generated column: its values stay where they are stored
-  SELECT 2, subject, 'binds',
+  SELECT 2, subject, CASE WHEN subject LIKE '%.' || attname THEN 'hangs' ELSE 'binds' END,
          format(CASE WHEN attgenerated = 's' THEN 'ALTER TABLE %1$s ALTER COLUMN %2$I DROP EXPRESSION;'
                      WHEN subject LIKE '%.' || attname THEN 'ALTER TABLE %1$s DROP COLUMN %2$I, ADD COLUMN %2$I %3$s;'
                      ELSE 'ALTER TABLE %1$s DROP COLUMN %2$I;' END, attrelid::regclass, attname, format_type(atttypid, atttypmod)),

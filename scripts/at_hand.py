@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 
 from psycopg.conninfo import make_conninfo
 
-from scripts import embedded
+from scripts import embedded, libpq, report
 from scripts.chain import ROOT
 from scripts.console import CONSOLE
-from scripts.settings import load
-from scripts.work import announced
+from scripts.settings import completed, load
+from scripts.work import announced, target_of
 
 
 def start() -> None:
@@ -30,24 +29,22 @@ def stop() -> None:
 def url() -> None:
     """Print the URL in use (its password masked) on stdout, all else on stderr."""
     given = load(ROOT, os.environ)
-    if given.target is None:
-        print(embedded.locate(ROOT).url)
-    else:
-        print(given.target.display)
-    print(f"from {given.source}", file=sys.stderr)
+    where = completed(given.target, given.source) if given.target else target_of(embedded.locate(ROOT))
+    CONSOLE.say(where.display)
+    CONSOLE.aside(f"from {report.sources(where, given)}")
 
 
 def psql() -> None:
     """Become a psql on the database in use."""
-    _, where = announced()
-    password = where.conninfo.get("password")
-    conninfo = {name: value for name, value in where.conninfo.items() if name != "password"}
-    environment = dict(os.environ)
-    if password is not None:
-        environment["PGPASSWORD"] = password  # not as an argument: everybody may read those
+    given, where = announced()
+    # What its libpq, an older one perhaps, adds by itself, is left to it.
+    typed = (given.target or where).conninfo
+    address = {name: value for name, value in where.conninfo.items() if name in libpq.ADDRESS}
+    # Everybody may read a program's arguments. It asks for the secrets that are not in its environment.
+    conninfo = {name: value for name, value in (typed | address).items() if name not in libpq.SECRET}
     if where.search_path is not None:
-        environment["PGOPTIONS"] = (
-            f"{environment.get('PGOPTIONS', '')} -c search_path={where.search_path.replace(' ', chr(92) + ' ')}"
-        )
+        search_path = where.search_path.replace(" ", r"\ ")
+        conninfo["options"] = f"{where.conninfo.get('options', '')} -c search_path={search_path}".strip()
+    password = {"PGPASSWORD": typed["password"]} if "password" in typed else {}
     program = shutil.which("psql") or str(embedded.locate(ROOT).binaries / "psql")
-    os.execve(program, [program, make_conninfo(**conninfo)], environment)  # noqa: S606
+    os.execve(program, [program, make_conninfo(**conninfo)], {**os.environ, **password})  # noqa: S606

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from scripts import errors
+
 ROOT = Path(__file__).parent.parent
 _DB = ROOT / "db"
 _ONLINE_MARKER = "-- online:"
@@ -76,8 +78,8 @@ def load_recreate() -> Step:
 
 def _read(stem: str, task: str) -> Step:
     # read_text() turns CRLF into LF: the checksum and the functions that a file creates are the same on every machine.
-    migration = (_DB / "migrations" / f"{stem}.sql").read_text(encoding="utf-8")
-    verification = (_DB / "verify" / f"{stem}.sql").read_text(encoding="utf-8")
+    migration = _text(_DB / "migrations" / f"{stem}.sql")
+    verification = _text(_DB / "verify" / f"{stem}.sql")
     atomic, _, online = migration.partition(_ONLINE_MARKER)
     return Step(
         stem,
@@ -89,9 +91,17 @@ def _read(stem: str, task: str) -> Step:
     )
 
 
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise errors.CheckoutError(file=file.relative_to(ROOT), why=why, where=str(file)) from None
+
+
 def version() -> str:
     """Version of the recipes: pyproject.toml says it, and nothing else (Python 3.10 has no TOML parser)."""
-    found = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
+    found = re.search(r'^version = "(.+)"$', _text(ROOT / "pyproject.toml"), re.M)
     return found[1] if found else "unknown"
 
 

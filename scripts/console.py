@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
 
 from scripts import errors
+
+_NARROWEST_TABLE = 60  # columns: the names of the steps take half of them
+PEOPLE = "table"  # the format that people read; the others are for machines
 
 
 class Console:
@@ -16,23 +24,53 @@ class Console:
 
     def __init__(self) -> None:
         self.mask: Callable[[str], str] = str  # replaced once there are secrets to mask
+        self.quiet = False  # whether only documents, questions and errors are wanted
+        self.format = PEOPLE
         self._progress = ""  # the line that the next one is to replace
+
+    @property
+    def _for_people(self) -> TextIO:
+        """Where lines go: a document has stdout for itself."""
+        return sys.stdout if self.format == PEOPLE else sys.stderr
 
     def progress(self, line: str) -> None:
         """Show on a terminal, and nowhere else, how far something is; the next line takes its place, "" none."""
-        if line != self._progress and sys.stdout.isatty():
+        if line != self._progress and self._for_people.isatty() and not self.quiet:
             width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be taken back
-            print(f"\r\x1b[K{self.mask(line)[:width]}", end="", flush=True)
+            print(f"\r\x1b[K{self.mask(line)[:width]}", end="", flush=True, file=self._for_people)
             self._progress = line
 
     def say(self, *lines: str) -> None:
         """Print the lines at once: a pipe would otherwise keep them back until the end."""
         self.progress("")
+        if not self.quiet:
+            self._print(self._for_people, *lines)
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], plain: Sequence[str]) -> None:
+        """Draw a table on a terminal with room for it; elsewhere, where lines are compared, say the plain lines."""
+        width = shutil.get_terminal_size().columns
+        if not self._for_people.isatty() or width < _NARROWEST_TABLE:
+            self.say(*plain)
+        elif not self.quiet:
+            from scripts import table  # it takes longer to load than most tasks take
+
+            masked = [[self.mask(cell) for cell in row] for row in rows]  # before words are broken over lines
+            self.say("", *table.draw(header, masked, width), "")
+
+    def emit(self, document: str) -> None:
+        """Print what was asked for, whole, on stdout."""
+        self._print(sys.stdout, document)
+
+    def emit_json(self, document: Mapping[str, object]) -> None:
+        """Print a JSON document, its texts masked one by one: JSON would write a secret's characters otherwise."""
+        self.emit(json.dumps(_masked(document, self.mask), indent=2, ensure_ascii=False))
+
+    def _print(self, stream: TextIO, *lines: str) -> None:
         try:
             for line in lines:
-                print(self.mask(line), flush=True)
-        except BrokenPipeError:  # whoever read has seen enough; the work goes on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                print(self.mask(line), flush=True, file=stream)
+        except OSError:  # whoever read has seen enough, or the disk is full; the work goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
     def confirms(self, question: str) -> bool | None:
         """Ask the person at the terminal, where no is the default; None: there is no terminal."""
@@ -44,25 +82,69 @@ class Console:
     def complain(self, error: errors.RecipeError) -> None:
         """Print what is wrong, what it concerns, and what helps."""
         self.progress("")
-        for line in error.lines():
-            print(self.mask(line), file=sys.stderr, flush=True)
+        self.aside(*error.lines())
+
+    def aside(self, *lines: str) -> None:
+        """Print to stderr."""
+        with suppress(OSError):  # nobody listens; the exit code says what matters
+            for line in lines:
+                print(self.mask(line), file=sys.stderr, flush=True)
 
 
+def _make_usable() -> None:
+    """Let neither a stream that was closed, nor a character that the locale does not know, end a task."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - for as long as we live
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+_make_usable()
 CONSOLE = Console()
+
+
+def _masked(value: object, mask: Callable[[str], str]) -> object:
+    if isinstance(value, str):
+        return mask(value)
+    if isinstance(value, Mapping):
+        return {name: _masked(of, mask) for name, of in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_masked(each, mask) for each in value]
+    return value
 
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turn a foreseen failure, or Ctrl-C, into its message and its exit code."""
+    """Turn whatever ends a task, Ctrl-C too, into a message and an exit code."""
     try:
         yield
-    except errors.RecipeError as error:
-        ending = error
-    except errors.StatementError as error:  # of a statement that belongs to no step: the survey, say
-        ending = errors.for_sqlstate(error.sqlstate)(what=error.message, where=error.detail, remedy=error.remedy)
-    except KeyboardInterrupt:
-        ending = errors.StoppedError()
+    except (Exception, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed once more it would end the message
+        ending = as_message(error)
     else:
         return
     CONSOLE.complain(ending)
     raise SystemExit(ending.exit_code)
+
+
+def as_message(error: BaseException) -> errors.RecipeError:
+    """Return the error that has a message for people; Python's own would be a traceback, unmasked."""
+    match error:
+        case errors.RecipeError():
+            return error
+        case errors.StatementError():  # of a statement that belongs to no step: the survey, say
+            kind = errors.for_sqlstate(error.sqlstate)
+            return kind(what=error.message, where=error.where, remedy=error.remedy)
+        case KeyboardInterrupt():
+            return errors.StoppedError()
+        case ImportError():
+            return errors.NoPackageError(why=error, where=f"Python's environment is {sys.prefix}")
+        case OSError():
+            return errors.SystemRefusesError(why=error.strerror or error, where=str(error.filename or ""))
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    where = "\n".join(f"{frame.filename}, line {frame.lineno}, in {frame.name}" for frame in frames)
+    return errors.UnforeseenError(why=f"{type(error).__name__}: {error}", where=where)

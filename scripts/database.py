@@ -7,12 +7,13 @@ Query"): its statements run in order, after an error the rest is skipped. So the
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from ipaddress import ip_address
-from typing import NoReturn, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import psycopg
 from psycopg import generators, pq, sql
@@ -21,7 +22,8 @@ from psycopg.conninfo import make_conninfo
 from psycopg.errors import Diagnostic, error_from_result
 from psycopg.waiting import Ready
 
-from scripts.errors import NoConnectionError, StatementError
+from scripts import errors, libpq
+from scripts.errors import StatementError
 from scripts.settings import Settings, Target, mask
 
 # What psycopg logs is for developers; users get our messages, and logging's last resort would print both.
@@ -36,6 +38,28 @@ _STATEMENT_TIMEOUT = "60s"  # for catalog work, instead of what the role brings 
 _MOMENT_S = 0.1  # without an answer, after which a watcher may look around
 _CANCEL_S = 5.0  # how long a request to cancel may take to reach the server
 OLDEST_VERSION = 140000  # CREATE OR REPLACE TRIGGER and string_to_table came with PostgreSQL 14
+
+# Of a login that fails, libpq keeps only words, no SQLSTATE. These are the server's, PgBouncer's, libpq's and psycopg's
+# own; the first that fit decide, so that an answer counts for more than none. A server that speaks another language
+# (lc_messages) is not understood: then the remedy is the one for all.
+_REFUSALS: tuple[tuple[str, type[errors.RecipeError]], ...] = (
+    ("password authentication failed|no password supplied|SASL authentication failed", errors.PasswordError),
+    (r'role ".*" (does not exist|is not permitted to log in)|no such user|user not found', errors.LoginError),
+    (r"pg_hba\.conf|authentication failed", errors.LoginError),
+    ('database ".*" does not exist|no such database', errors.NoDatabaseError),
+    ("permission denied for database", errors.NotPermittedError),
+    ("too many (clients|connections)|connection slots are reserved|no more connections", errors.FullServerError),
+    ("the database system is", errors.NotReadyError),
+    ("No space left on device", errors.NoRoomError),
+    ("out of (shared )?memory", errors.NoMemoryError),
+    ("unsupported startup parameter|(for|configuration) parameter", errors.StartupOptionError),
+    ("invalid response to SSL negotiation|expected authentication request", errors.NotPostgresError),
+    ("server closed the connection|SSL (SYSCALL|connection has)|reset by peer", errors.LostConnectionError),
+    ("SSL|certificate", errors.TlsError),
+    ("resolve host (?!.*Servname)|translate host name|parse network address|'idna' codec", errors.NoSuchHostError),
+    ("timeout expired|timed out|No route to host|unreachable", errors.SilentHostError),
+    ("Connection refused|No such file or directory", errors.NobodyThereError),
+)
 
 
 class Watcher(Protocol):
@@ -69,14 +93,16 @@ class Database:
         self.watch: Watcher | None = None
         defaults = {"application_name": APPLICATION_NAME, "connect_timeout": str(settings.connect_timeout_s)}
         conninfo = defaults | target.conninfo | {"client_encoding": "UTF8"}
+        if conninfo.get("sslrootcert") == "system":
+            libpq.find_certificates()
         try:
             self._connection = psycopg.connect(make_conninfo(**conninfo), autocommit=True, prepare_threshold=None)
-        except psycopg.Error as error:
-            _refuse(target, str(error))
+        except (psycopg.Error, UnicodeError) as error:  # UnicodeError: of what can be no host's name
+            raise _refusal(target, str(error)) from None
         if self._connection.info.server_version < OLDEST_VERSION:
             version = self._connection.info.parameter_status("server_version")
             self.close()
-            _refuse(target, f"the server is PostgreSQL {version}", "PostgreSQL 14 or newer is needed.")
+            raise errors.TooOldError(target=target.display, where=f"the server is PostgreSQL {version}")
 
     @property
     def backend_pid(self) -> int:
@@ -88,6 +114,17 @@ class Database:
         """Whether the server is on this machine, for all that its name says: a tunnel leads elsewhere."""
         host, address = self._connection.info.host, self._connection.info.hostaddr
         return host.startswith(("/", "@")) or all(_is_loopback(name) for name in (host, address))
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether the connection goes through TLS."""
+        return bool(self._connection.pgconn.ssl_in_use)
+
+    @property
+    def sslmode(self) -> str:
+        """What libpq was told about TLS: in the URL, by PGSSLMODE, by a service."""
+        options = {option.keyword: option.val for option in self._connection.pgconn.info}
+        return (options[b"sslmode"] or b"").decode()
 
     @property
     def transaction_settings(self) -> str:
@@ -228,7 +265,7 @@ def _is_loopback(name: str) -> bool:
 def _rows(result: pq.abc.PGresult) -> Rows:
     def text(row: int, column: int) -> str | None:
         value = result.get_value(row, column)
-        return None if value is None else value.decode()
+        return None if value is None else value.decode(errors="replace")  # of SQL_ASCII, where text is bytes
 
     return [tuple(text(row, column) for column in range(result.nfields)) for row in range(result.ntuples)]
 
@@ -245,5 +282,8 @@ def _refused(index: int, error: psycopg.Error) -> StatementError:
     )
 
 
-def _refuse(target: Target, reason: str, remedy: str = "") -> NoReturn:
-    raise NoConnectionError(target=target.display, where=mask(reason.strip(), target.secrets), remedy=remedy)
+def _refusal(target: Target, words: str) -> errors.NoConnectionError:
+    """Return the error of a login that failed, with what helps in its case."""
+    cause = next((kind for phrases, kind in _REFUSALS if re.search(phrases, words)), errors.NoConnectionError)
+    where = mask(words.strip(), target.secrets)
+    return errors.NoConnectionError(target=target.display, where=where, remedy=cause.usual_remedy)

@@ -7,6 +7,7 @@ superuser without a password, so that the socket lies in a folder which only the
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import os
@@ -42,7 +43,8 @@ ACCOUNT_TOOLS = {
 }
 STRANGER = 65534  # a user that owns nothing and belongs to no group
 LONGEST_SOCKET = 103  # bytes; macOS takes no more, Linux 107
-START_SECONDS, STOP_SECONDS, ORPHAN_SECONDS = 60.0, 60.0, 15.0
+START_SECONDS, STOP_SECONDS = 60.0, 60.0
+ORPHAN_SECONDS = 30.0  # of 14, the autovacuum launcher outlives its postmaster by 20
 SETTINGS = {
     "listen_addresses": "",
     "port": "5432",
@@ -77,9 +79,12 @@ class Cluster:
 # ── where ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def locate(root: Path, major: int = 18) -> Cluster:
-    """Decide where the project's server lies: <root>/.postgres/<major> unless root's case forbids it."""
-    binaries = _package_binaries(major)
+def locate(root: Path, major: int = 18, binaries: Path | None = None) -> Cluster:
+    """Decide where the project's server lies: <root>/.postgres/<major> unless root's case forbids it.
+
+    binaries: another installation's (the tests run on versions that the package does not bring).
+    """
+    binaries = binaries or _package_binaries(major)
     place = _home(root, major) / str(major)
     return Cluster(place / "data", _socket_folder(place), binaries, ACCOUNT if os.geteuid() == 0 else None)
 
@@ -101,7 +106,11 @@ def _package_binaries(major: int) -> Path:
 
 def _home(root: Path, major: int) -> Path:
     """Return the folder for every major's data; once there is data, the decision stands."""
-    home = (root / Path(os.environ.get(DATA_VARIABLE) or ".postgres").expanduser()).resolve()
+    given = os.environ.get(DATA_VARIABLE) or ".postgres"
+    try:
+        home = (root / Path(given).expanduser()).resolve()
+    except RuntimeError as error:  # ~ of nobody; links in a circle
+        raise errors.EmbeddedFilesError(why=str(error).strip("."), variable=DATA_VARIABLE, where=given) from None
     if os.geteuid() != 0 or (home / str(major)).exists():
         return home
     elsewhere = MACHINE / _digest(home)
@@ -246,6 +255,45 @@ def _command_line(pid: int) -> list[str]:
         return []
 
 
+@dataclass(frozen=True)
+class Health:
+    """How a cluster stands, as far as one can see without starting it.
+
+    pid: of its server, whether it takes connections or not; made: whether there is data; complaint: the end of the log
+    of a server that is gone, and was not shut down; version: of the binaries, "" where they cannot be run.
+    """
+
+    running: bool
+    pid: int | None
+    made: bool
+    complaint: str
+    version: str
+
+
+def health(cluster: Cluster) -> Health:
+    """Look how the cluster stands; raise where its folders are not ours, or could not be made."""
+    is_running = running(cluster)
+    with _explained(cluster):
+        pid, made = _pid(cluster), (cluster.data / "PG_VERSION").exists()
+        nearest = next(folder for folder in cluster.data.parents if folder.exists())
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(nearest))
+        return Health(is_running, pid, made, "" if pid else _complaint(cluster), _version(cluster))
+
+
+def _complaint(cluster: Cluster) -> str:
+    said = _tail(cluster.log.read_text(errors="replace")) if cluster.log.exists() else ""
+    return "" if said.endswith("database system is shut down") else said
+
+
+def _version(cluster: Cluster) -> str:
+    try:
+        done = subprocess.run([cluster.binaries / "postgres", "-V"], capture_output=True, text=True, env=_environment())
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
 # ── folders and the lock ───────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -350,14 +398,15 @@ def _environment() -> dict[str, str]:
 
 def _reachable_binaries(cluster: Cluster) -> Path:
     """Return the binaries, or in root's case a copy of them where the server's user cannot reach the package."""
-    works = '"$1/postgres" -V && test -r "$1/../share/postgresql/postgres.bki"'
+    readable = " || ".join(f'test -r "$1/../share/{file}"' for file in ("postgresql/postgres.bki", "postgres.bki"))
+    works = f'"$1/postgres" -V && {{ {readable}; }}'
     if cluster.user is None or _stranger_can(works, cluster.binaries):
         return cluster.binaries
     version = hashlib.sha256((cluster.binaries / "postgres").read_bytes()).hexdigest()[:12]
     copy = MACHINE / f"binaries-{version}"
     if not copy.exists():
         _copy_installation(cluster.binaries.parent, copy)
-    return copy / PACKAGE / cluster.binaries.parent.name / "bin"
+    return copy / cluster.binaries.relative_to(cluster.binaries.parents[2])
 
 
 def _copy_installation(installation: Path, target: Path) -> None:
@@ -365,7 +414,7 @@ def _copy_installation(installation: Path, target: Path) -> None:
     package = installation.parent
     _make_passage(target.parent)
     made = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
-    for part in (installation, package / ".dylibs", package.with_name(f"{PACKAGE}.libs")):
+    for part in (installation, package / ".dylibs", package.with_name(f"{package.name}.libs")):
         if part.exists():
             place = made / part.relative_to(package.parent)
             shutil.copytree(part, place, ignore=shutil.ignore_patterns("include", "*.a"))
@@ -383,7 +432,8 @@ def _initdb(cluster: Cluster, binaries: Path, lock: int) -> None:
     """
     unfinished = cluster.data.with_name("initdb")
     shutil.rmtree(unfinished, ignore_errors=True)
-    builtin = ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"] if "pginstall18" in binaries.parts else []
+    major = int(cluster.data.parent.name)
+    builtin = ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"] if major >= 17 else []
     options = ["--no-sync", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", *builtin]
     done = subprocess.run(
         [binaries / "initdb", "-D", unfinished, *options],

@@ -9,16 +9,17 @@ from typing import ClassVar
 class RecipeError(Exception):
     """A failure that was foreseen: printed as a message, never as a traceback.
 
-    says: what is wrong, one sentence, with places for the facts; where: what it concerns, in lines; remedy: the command
-    or edit that helps (empty: the one that the class has for all its cases).
+    says: what is wrong, one sentence, with places for the facts; what: the server's own words instead; where: what it
+    concerns, in lines; remedy: the command or edit that helps (empty: the one that the class has for all its cases).
     """
 
     exit_code: ClassVar[int] = 1
-    says: ClassVar[str] = "{what}"  # of a family: the server's own words, say
+    says: ClassVar[str] = ""  # only the server does
     usual_remedy: ClassVar[str] = ""
+    in_a_step: ClassVar[str] = "{step} failed in {part}: {words}"  # where the server does, while a step runs
 
-    def __init__(self, *, where: str = "", remedy: str = "", **facts: object) -> None:
-        self.what = self.says.format(**facts)
+    def __init__(self, *, what: str = "", where: str = "", remedy: str = "", **facts: object) -> None:
+        self.what = what or self.says.format(**facts)
         self.where, self.remedy = where, remedy or self.usual_remedy.format(**facts)
         super().__init__(self.what)
 
@@ -38,11 +39,56 @@ class RecipeError(Exception):
 class StepFailedError(RecipeError):
     """A step failed, or its prerequisites are missing; the database is as before that step."""
 
+    usual_remedy = "Mend what the server names, then run the task again: it goes on from what stands."
+
+
+class BrokenPromiseError(StepFailedError):
+    """Something undid a step's work while it ran, or a migration and its verification disagree."""
+
+    says = "the step ran, but what it promises does not stand"
+    usual_remedy = "It was rolled back. Look for event triggers that undo such work; else report it, with these lines."
+
+
+class TableGoneError(StepFailedError):
+    """A table that somebody's function or trigger names is not where they look for it."""
+
+    usual_remedy = "Where is that table? If in another schema, name that one in DATABASE_URL (?schema=…)."
+
+
+class EndedStatementError(StepFailedError):
+    """A limit, or somebody, ended the statement."""
+
+    usual_remedy = """\
+A limit (statement_timeout, transaction_timeout) or an administrator ended it: run the task again when the server
+is less busy; it finishes what is left."""
+
+
+class ConflictError(StepFailedError):
+    """Another transaction's work, or a standby's replay, came in between."""
+
+    usual_remedy = "What came in between is done: run the task again (on a standby, or on its primary)."
+
+
+class UnsupportedError(StepFailedError):
+    """The server lacks a feature, or a pooler's other clients left something in the session."""
+
+    usual_remedy = """\
+Through a pooler, what other clients prepared or set is still there: name the server itself in DATABASE_URL (the direct
+URL), or run the task again. Without one: the server, or what it runs on a command, refuses such a statement."""
+
 
 class NoRoomError(StepFailedError):
     """The server's disk is full."""
 
     usual_remedy = "Make room on the server's disk, then run the task again: what was committed stands."
+
+
+class NoMemoryError(StepFailedError):
+    """The server's memory, or its table of locks, is full."""
+
+    usual_remedy = """\
+Run the task again when the server has less to do; for "out of shared memory" have max_locks_per_transaction raised
+(it needs a restart)."""
 
 
 class PrerequisiteError(StepFailedError):
@@ -63,6 +109,42 @@ class OptionError(StepFailedError):
     """An option was given without the one that it belongs to."""
 
     says = "{options} are for {of}, which is not there"
+    usual_remedy = "Add {of}, or leave them out."
+
+
+class NoPackageError(StepFailedError):
+    """Invoke runs in an environment that is not the project's."""
+
+    says = "a package cannot be loaded: {why}"
+    usual_remedy = "Run the task through python3 scripts/inv, which installs all that is needed."
+
+
+class CheckoutError(StepFailedError):
+    """A file of this project cannot be read."""
+
+    says = "{file} of this project cannot be read: {why}"
+    usual_remedy = "Bring the checkout back into order (git status, git checkout), then run the task again."
+
+
+class SystemRefusesError(StepFailedError):
+    """The operating system refuses something that nobody thought of."""
+
+    says = "the operating system refuses: {why}"
+    usual_remedy = "Mend that, then run the task again: what was committed stands."
+
+
+class UnforeseenError(StepFailedError):
+    """A mistake of this project's."""
+
+    says = "this should not happen: {why}"
+    usual_remedy = "Please report it, with these lines; what was committed stands, and invoke verify says what does."
+
+
+class FormatError(StepFailedError):
+    """A format was asked for that the task does not have."""
+
+    says = "{task} has no format {form}"
+    usual_remedy = "Choose one of these: {formats}."
 
 
 # ── 3: settings ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -92,7 +174,7 @@ class EnvLineError(SettingsError):
     """The line of .env that holds the URL is broken."""
 
     says = "DATABASE_URL in .env cannot be read."
-    usual_remedy = "Is a closing quote missing, or does something follow it?"
+    usual_remedy = "Write DATABASE_URL=…; is a closing quote missing, or does something follow it?"
 
 
 class NoUrlInCiError(SettingsError):
@@ -126,7 +208,7 @@ class UnprintableUrlError(SettingsError):
 class OtherUrlError(SettingsError):
     """DATABASE_URL is of another kind of database, or no URL."""
 
-    says = "DATABASE_URL {found}."
+    says = "DATABASE_URL is no URL of PostgreSQL: it {found}."
     usual_remedy = "Only PostgreSQL will do: {form}"
 
 
@@ -134,6 +216,13 @@ class AmbiguousUrlError(SettingsError):
     """A guess could send the password to a stranger."""
 
     says = "DATABASE_URL cannot be taken apart without a guess."
+
+
+class MisplacedLoginError(SettingsError):
+    """A host or a database is named by what looks like user and password: it is not printed, and not looked up."""
+
+    says = "What stands for the name of the {part} is none."
+    usual_remedy = "Write {form}, user and password percent-encoded, each part in its place."
 
 
 class UnparsableUrlError(SettingsError):
@@ -149,7 +238,6 @@ class UnreachableError(RecipeError):
     """The server cannot be reached, refuses the login, is too old, or (embedded) cannot be started."""
 
     exit_code = 4
-    usual_remedy = "Run the task again: what was committed stands, and it goes on from there."
 
 
 class NoConnectionError(UnreachableError):
@@ -159,6 +247,122 @@ class NoConnectionError(UnreachableError):
     usual_remedy = (
         "Check host, port, user, password and database in DATABASE_URL, and that the server runs and has room."
     )
+
+
+class TooOldError(NoConnectionError):
+    """The server is older than what the migrations are written for."""
+
+    usual_remedy = "PostgreSQL 14 or newer is needed."
+
+
+class PasswordError(UnreachableError):
+    """The password is wrong, or there is none."""
+
+    usual_remedy = """\
+Check user and password in DATABASE_URL (percent-encoded where they hold special characters), or PGPASSFILE. Servers say
+the same of a user that does not exist."""
+
+
+class LoginError(UnreachableError):
+    """The server lets this user not in, or not from here, whatever the password."""
+
+    usual_remedy = """\
+Check the user in DATABASE_URL: does it exist, may it log in (ALTER ROLE … LOGIN), does pg_hba.conf let it in from here?
+"no encryption": add ?sslmode=require. Poolers want USER.PROJECT (Supabase), or a user of their own list."""
+
+
+class NoDatabaseError(UnreachableError):
+    """There is no such database."""
+
+    usual_remedy = """\
+Check the name after the last / of DATABASE_URL (without one it is the user's); psql -l lists those that there are, and
+createdb NAME makes one."""
+
+
+class StartupOptionError(UnreachableError):
+    """The server, or the pooler, does not take what the session was to begin with."""
+
+    usual_remedy = """\
+Correct or remove what the message names: in options of DATABASE_URL, or a PG… variable of the environment (PGOPTIONS,
+PGTZ). Poolers take no options at all."""
+
+
+class FullServerError(UnreachableError):
+    """The server, the database or the role has as many connections as it may."""
+
+    usual_remedy = """\
+Run the task again when other sessions have ended (pg_stat_activity shows them), raise the limit that the message names,
+or go through the pooler if there is one."""
+
+
+class NotReadyError(UnreachableError):
+    """The server is starting up, shutting down or recovering."""
+
+    usual_remedy = "Run the task again in a moment; if it stays so, the server's log says what it does."
+
+
+class EndedSessionError(UnreachableError):
+    """An administrator ended the session, or the server goes down."""
+
+    usual_remedy = "Run the task again once nobody ends it: what was committed stands, and it goes on from there."
+
+
+class IdleSessionError(UnreachableError):
+    """The session was idle for longer than the role may be, between two tries."""
+
+    usual_remedy = """\
+The role's idle_session_timeout is shorter than a wait for others: run the task again when they are done, or lift it
+(ALTER ROLE … SET idle_session_timeout = 0)."""
+
+
+class NobodyThereError(UnreachableError):
+    """Nothing listens there."""
+
+    usual_remedy = "Does the server run, and listen there? Check host and port in DATABASE_URL (PostgreSQL's is 5432)."
+
+
+class NoSuchHostError(UnreachableError):
+    """The host's name leads nowhere."""
+
+    usual_remedy = """\
+Check the host in DATABASE_URL for typing mistakes, and this machine's DNS (getent ahosts HOST). Supabase's direct hosts
+have IPv6 addresses only: without IPv6 take the pooler's."""
+
+
+class SilentHostError(UnreachableError):
+    """Nothing answers in time."""
+
+    usual_remedy = """\
+A firewall, a wrong address, or a server that is asleep or busy: check host and port in DATABASE_URL, or set a longer
+CONNECT_TIMEOUT."""
+
+
+class NoRouteError(UnreachableError):
+    """A host has only IPv6 addresses, as Supabase's direct hosts do, and this machine cannot go there."""
+
+    usual_remedy = "Use a URL whose host has an IPv4 address: the pooler's (Supabase: Connect, Session pooler)."
+
+
+class NotPostgresError(UnreachableError):
+    """What answers there does not speak PostgreSQL's protocol."""
+
+    usual_remedy = "Something else than PostgreSQL answers there: check host and port in DATABASE_URL."
+
+
+class TlsError(UnreachableError):
+    """Client and server do not agree on TLS."""
+
+    usual_remedy = """\
+Check sslmode and sslrootcert in DATABASE_URL: sslmode=require encrypts, verify-full also wants the certificate of the
+server's authority (sslrootcert=FILE, or =system), sslmode=disable is for servers without TLS."""
+
+
+class LostConnectionError(UnreachableError):
+    """The connection broke, or a pooler gave up."""
+
+    usual_remedy = """\
+Run the task again: what was committed stands, and it goes on from there. Where it comes back: is it PostgreSQL that
+answers at this host and port, is its server up, and has the pooler room?"""
 
 
 class CrowdedError(UnreachableError):
@@ -237,12 +441,14 @@ class MissingError(RecipeError):
 
     exit_code = 5
     says = "something promised is missing"
+    usual_remedy = "Run invoke setup."
 
 
 class InTheWayError(RecipeError):
     """Something stands in the way that a step must not touch by itself."""
 
     exit_code = 6
+    usual_remedy = 'README.md, "In the way", has the command for each case; then run the task again.'
 
 
 class ObstacleError(InTheWayError):
@@ -255,6 +461,7 @@ class NotConfirmedError(InTheWayError):
     """The question was answered with no, or could not be asked."""
 
     says = "not confirmed: the old core tables stay in the way, and nothing was changed"
+    usual_remedy = "Answer y, or, where there is no terminal to ask on, add --yes."
 
 
 # ── 7: locks ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -264,7 +471,14 @@ class LockTimeoutError(RecipeError):
     """Gave up waiting for a lock."""
 
     exit_code = 7
+    in_a_step = "{step} got no lock in {part}: {words}"
     usual_remedy = "End what holds the lock, or set a longer LOCK_TIMEOUT, then run the task again."
+
+
+class DeadlockError(LockTimeoutError):
+    """Another session and this one waited for each other."""
+
+    usual_remedy = "Run the task again; if it comes back, end or stop what works on the same tables meanwhile."
 
 
 class UnreadableCatalogsError(LockTimeoutError):
@@ -287,7 +501,9 @@ class NotPermittedError(RecipeError):
     """The role lacks a right, or the server takes no writes."""
 
     exit_code = 8
-    usual_remedy = "Log in as the owner of the tables, or have the right granted, then run the task again."
+    usual_remedy = """\
+Log in as the owner of what the message names (on Supabase: as postgres), or have the owner GRANT the right to this
+role, then run the task again."""
 
 
 class RightError(NotPermittedError):
@@ -311,7 +527,7 @@ class StoppedError(RecipeError):
     """The user pressed Ctrl-C."""
 
     exit_code = 130
-    says = "interrupted; the step that was running left no trace"
+    says = "interrupted; what is done stands, and the next run goes on from there"
 
 
 @dataclass(eq=False)  # not frozen: contextlib sets the traceback of what passes through it
@@ -335,29 +551,58 @@ class StatementError(Exception):
 
     @property
     def remedy(self) -> str:
-        """What helps: we say it where we know the case; else the hint does, our files' or the server's."""
-        return for_sqlstate(self.sqlstate).usual_remedy or self.hint
+        """What helps: what we know of the SQLSTATE; where that says little, the hint of our files or the server."""
+        kind = for_sqlstate(self.sqlstate)
+        return (self.hint if kind in _HINTED else "") or kind.usual_remedy
+
+    @property
+    def where(self) -> str:
+        """The details, and the SQLSTATE, by which README's "Troubleshooting" knows it: the words may be translated."""
+        ours = self.sqlstate is None or self.sqlstate.startswith("TB")
+        return "\n".join(filter(None, [self.detail, "" if ours else f"SQLSTATE {self.sqlstate}"]))
 
 
+# PostgreSQL's names: manual, appendix A.
 _BY_SQLSTATE: dict[str | None, type[RecipeError]] = {
-    "TB001": StepFailedError,  # ours: a prerequisite is missing
-    "TB002": InTheWayError,  # ours
-    "TB003": StepFailedError,  # ours: a promise is not kept
-    "55P03": LockTimeoutError,  # lock_not_available
-    "40P01": LockTimeoutError,  # deadlock_detected
+    "TB001": PrerequisiteError,  # ours, as the other TB…
+    "TB002": InTheWayError,
+    "TB003": BrokenPromiseError,
+    "TB004": BusyError,
+    "08001": NobodyThereError,  # sqlclient_unable_to_establish_sqlconnection
+    "08006": LostConnectionError,  # connection_failure
+    "08": LostConnectionError,  # the class of connection exceptions: all that PgBouncer ever says
+    "0A000": UnsupportedError,  # feature_not_supported
+    "25006": ReadOnlyError,  # read_only_sql_transaction
+    "25P04": EndedStatementError,  # transaction_timeout
+    "28000": LoginError,  # invalid_authorization_specification
+    "28P01": PasswordError,  # invalid_password
+    "3D000": NoDatabaseError,  # invalid_catalog_name
+    "3F000": NoSchemaError,  # invalid_schema_name
+    "40001": ConflictError,  # serialization_failure
+    "40P01": DeadlockError,  # deadlock_detected
     "42501": NotPermittedError,  # insufficient_privilege
-    "25006": NotPermittedError,  # read_only_sql_transaction
-    "57P01": UnreachableError,  # admin_shutdown
-    "57P02": UnreachableError,  # crash_shutdown
-    "57P03": UnreachableError,  # cannot_connect_now
-    "57P05": UnreachableError,  # idle_session_timeout: the role's own, between two tries
-    "53300": UnreachableError,  # too_many_connections
-    "08": UnreachableError,  # the class of connection exceptions: all that PgBouncer ever says
+    "42P01": TableGoneError,  # undefined_table
     "53100": NoRoomError,  # disk_full
-    None: UnreachableError,  # not the server's: the connection is gone
+    "53200": NoMemoryError,  # out_of_memory
+    "53300": FullServerError,  # too_many_connections
+    "55P03": LockTimeoutError,  # lock_not_available
+    "57014": EndedStatementError,  # query_canceled
+    "57P01": EndedSessionError,  # admin_shutdown
+    "57P02": EndedSessionError,  # crash_shutdown
+    "57P03": NotReadyError,  # cannot_connect_now
+    "57P05": IdleSessionError,  # idle_session_timeout
+    None: LostConnectionError,  # not the server's: the connection is gone
 }
+_HINTED = (PrerequisiteError, InTheWayError, StepFailedError)
+
+# Remedies that the case decides: timeouts in an online part, through a pooler; rows that refuse what is promised.
+LIMITS_OF_THE_ROLE = """\
+Online work takes as long as it takes, but the role brings a statement_timeout, lock_timeout or transaction_timeout
+along, which cannot be lifted through a transaction pooler: name the server itself in DATABASE_URL (the direct URL, not
+the pooler's), and run the task again; it finishes what is left."""
+MEND_THE_ROWS = "Mend those rows, then run the task again; no row was deleted or changed."
 
 
 def for_sqlstate(sqlstate: str | None) -> type[RecipeError]:
-    """Return the error that a SQLSTATE (PostgreSQL manual, appendix A) stands for; None: the server sent none."""
+    """Return the error that a SQLSTATE stands for; None: the server sent none."""
     return _BY_SQLSTATE.get(sqlstate) or _BY_SQLSTATE.get((sqlstate or "")[:2], StepFailedError)

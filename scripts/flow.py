@@ -24,6 +24,22 @@ def run(task: str | None, *, dry: bool = False) -> None:
             work.carry_out(before)
 
 
+def rehearse() -> None:
+    """Run every atomic part that setup would run, verified, in one transaction that is rolled back."""
+    given, where = announced()
+    everything = chain.load()
+    with Work(partial(Database, where, given), given, everything, everything) as work:
+        before = work.look()
+        CONSOLE.say(report.server(before.server, before.items))
+        todo = plan.of(everything, before.items)
+        refuse_what_cannot_be(before.server, todo, remedies.read(work.database, todo.in_the_way))
+        if todo.atomic:
+            CONSOLE.say("rehearsing: all that follows is rolled back at the end")
+            CONSOLE.say(*report.rehearsal(*work.rehearse(before)))
+        else:
+            CONSOLE.say("nothing to rehearse: no atomic part is due", report.summary(before.items))
+
+
 def prereqs(*, recreate: bool, with_dependants: bool, yes: bool, dry: bool) -> None:
     """Run the prerequisites; recreate: with the alternative to the core schema."""
     if recreate:
@@ -56,7 +72,7 @@ def _recreate(*, with_dependants: bool, yes: bool, dry: bool) -> None:
 def _is_to_be_done(work: Work, before: survey.Survey, todo: plan.Plan, *, dry: bool) -> bool:
     """Say what is to be done, where that is all that was wanted; raise where it cannot be."""
     if dry:
-        CONSOLE.say(*report.steps(todo), "nothing was changed (--dry)")
+        CONSOLE.say(*report.steps(report.step_rows(todo)), "nothing was changed (--dry)")
     refuse_what_cannot_be(before.server, todo, remedies.read(work.database, todo.in_the_way))
     return not dry
 
@@ -76,8 +92,5 @@ def _ask(database: Database, moving: Sequence[recreation.Move]) -> None:
     if database.is_near and all(held is None for held in rows.values()):
         return
     CONSOLE.say(*report.moves(database.target, moving, rows))
-    confirmed = CONSOLE.confirms("Move them?")
-    if not confirmed:
-        raise errors.NotConfirmedError(
-            remedy="Where there is no terminal to ask on, add --yes." if confirmed is None else ""
-        )
+    if not CONSOLE.confirms("Move them?"):
+        raise errors.NotConfirmedError

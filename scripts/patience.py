@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from scripts.errors import RecipeError
 
-_LONGEST_PAUSE_S = 5.0  # whoever is in the way may be gone by then
+LONGEST_PAUSE_S = 5.0  # whoever is in the way may be gone by then
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Patience:
             if self.tries:
                 why.where = f"{why.where}\ntried {self.tries + 1} times in {spent_s:.0f} s".strip()
             raise why
-        longest_s = min(first_s * 2**self.tries, _LONGEST_PAUSE_S)
+        longest_s = min(first_s * 2**self.tries, LONGEST_PAUSE_S)
         pause_s = min(random.uniform(longest_s / 2, longest_s), left_s)  # noqa: S311 - nothing secret
         self.tries += 1
         announce(pause_s, left_s)

@@ -15,6 +15,7 @@ class State(Enum):
 
     DONE = "done"
     PENDING = "pending"
+    HALF_DONE = "half done"
     IN_THE_WAY = "in the way"
     NOT_NEEDED = "not needed"
 
@@ -92,11 +93,11 @@ def items_of(steps: Sequence[Step], items: Sequence[Item]) -> list[Item]:
 
 def make(stems: Sequence[str], items: Sequence[Item]) -> Plan:
     """Plan the steps of these stems (in their order), given the items of the whole chain."""
+    return Plan(tuple(_plan_step(stem, items) for stem in stems))
+
+
+def _plan_step(stem: str, items: Sequence[Item]) -> StepPlan:
     differing = [item for item in items if not item.stands]
-    return Plan(tuple(_plan_step(stem, differing) for stem in stems))
-
-
-def _plan_step(stem: str, differing: Sequence[Item]) -> StepPlan:
     atomic = [item for item in differing if item.mended_by == stem]
     online = [item for item in differing if item.mended_by == stem + ONLINE]
     obstacles = [item for item in differing if item.stem == stem and item.in_the_way]
@@ -104,7 +105,8 @@ def _plan_step(stem: str, differing: Sequence[Item]) -> StepPlan:
     if obstacles:
         state = State.IN_THE_WAY
     elif atomic or online:
-        state = State.PENDING
+        begun = any(item.stem == stem and item.stands and item.is_place for item in items)
+        state = State.HALF_DONE if begun else State.PENDING
     else:
         state = State.NOT_NEEDED if elsewhere else State.DONE
     return StepPlan(stem, state, bool(atomic), bool(online), (*obstacles, *atomic, *online), tuple(elsewhere))

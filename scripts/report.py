@@ -7,11 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from scripts.chain import RECREATE, label
 from scripts.errors import RecipeError
-from scripts.plan import Plan, State
+from scripts.locks import Change
+from scripts.plan import Plan, State, StepPlan
 from scripts.recreation import Move
 from scripts.remedies import Commands, statements
 from scripts.settings import Settings, Target
-from scripts.survey import ONLINE, Item, Server
+from scripts.surroundings import Surroundings
+from scripts.survey import ONLINE, Item, Server, outermost
+from scripts.traffic import Bystander, Kept, Size
 
 _WIDTH = 30  # the longest label, fix_prompt_snapshots_turn_id, and a little air
 
@@ -20,7 +23,12 @@ def target(target: Target, settings: Settings) -> list[str]:
     """Which database this is about, where its URL came from, and what of it was ignored."""
     notes = [f"note      {note}" for note in (*settings.notes, *target.notes)]
     shell = ["shell     python3 scripts/inv db.psql"] if settings.target is None else []
-    return [f"target    {target.display}", f"from      {settings.source}", *shell, *notes]
+    return [f"target    {target.display}", f"from      {sources(target, settings)}", *shell, *notes]
+
+
+def sources(target: Target, settings: Settings) -> str:
+    """Where the URL came from, and what else says where it leads."""
+    return ", ".join([settings.source, *target.sources])
 
 
 def server(server: Server, items: Sequence[Item]) -> str:
@@ -28,16 +36,17 @@ def server(server: Server, items: Sequence[Item]) -> str:
     via = ", through a pooler" if server.pooled else ""
     return (
         f"server    PostgreSQL {server.version}{via}; role {server.role}, database {server.database}, "
-        f"schema {server.schema}; {_row_security(items)}"
+        f"schema {server.schema}; {row_security(items)}"
     )
 
 
-def _row_security(items: Sequence[Item]) -> str:
+def row_security(items: Sequence[Item]) -> str:
+    """Which of the three worlds this is."""
     # The verifications ask for row-level security on Supabase only, for admins' policies only where profiles exists.
     names = [item.name for item in items]
     if "slots row-level security" not in names:
         return "plain PostgreSQL"
-    return "Supabase" if any("_admin" in name for name in names) else "Supabase, without admin policies"
+    return "Supabase" if any("_admin" in name for name in names) else "Supabase without profiles"
 
 
 def step(label: str, what: str) -> str:
@@ -58,17 +67,178 @@ def wait(hindrance: RecipeError, left_s: float) -> list[str]:
     ]
 
 
-def steps(plan: Plan) -> list[str]:
-    """How each step stands, with what differs."""
+STEP_HEADER = ("step", "state", "what differs")
+
+
+def step_rows(plan: Plan, standing: Iterable[Item] = ()) -> list[tuple[str, str, list[str]]]:
+    """How each step stands, with what differs; standing: items to be named although they stand."""
+    return [
+        (
+            label(planned.stem),
+            planned.state.value + _parts(planned),
+            [
+                *(_reason(item, planned.stem) for item in outermost(planned.reasons)),
+                *(f"{item.name}: {item.actual}" for item in standing if item.stem == planned.stem and item.stands),
+            ],
+        )
+        for planned in plan.steps
+    ]
+
+
+def step_cells(plan: Plan, standing: Iterable[Item] = ()) -> list[tuple[str, str, str]]:
+    """Say the same in short, for a table: what is missing by its names alone."""
+    stands = [item for item in standing if item.stands]
+    return [
+        (
+            label(planned.stem),
+            planned.state.value,
+            "\n".join([*_in_short(planned), *(f"{it.name}: {it.actual}" for it in stands if it.stem == planned.stem)]),
+        )
+        for planned in plan.steps
+    ]
+
+
+def _in_short(planned: StepPlan) -> list[str]:
+    missing: dict[str, list[str]] = {}
     lines = []
-    for planned in plan.steps:
-        parts = [name for name, due in (("atomic part", planned.atomic), ("online part", planned.online)) if due]
-        what = planned.state.value
-        if planned.state is State.PENDING:
-            what += f" ({' and '.join(parts)})"
-        lines.append(step(label(planned.stem), what))
-        lines += [step("", difference(item)) for item in outermost(planned.reasons)]
+    for item in outermost(planned.reasons):
+        if item.actual is None and item.mended_by in (planned.stem, planned.stem + ONLINE):
+            how = "missing, to be built online: " if item.mended_by.endswith(ONLINE) else "missing: "
+            missing.setdefault(how, []).append(_NAMED.sub("", item.name))
+        else:
+            lines.append(_reason(item, planned.stem))
+    return [*lines, *(how + ", ".join(names) for how, names in missing.items())]
+
+
+_NAMED = re.compile(r"^\w+ (index|trigger|function|policy) ")  # what bears a name of its own needs no table's
+
+
+def _reason(item: Item, stem: str) -> str:
+    """Say why a step has anything to do; that it is the one who mends it goes without saying."""
+    if item.mended_by not in (stem, stem + ONLINE):
+        return difference(item)
+    return f"{item.name}: {item.actual or 'missing'}, promised: {item.expected}" + (
+        " (online)" if item.mended_by.endswith(ONLINE) else ""
+    )
+
+
+def _parts(planned: StepPlan) -> str:
+    if planned.state not in (State.PENDING, State.HALF_DONE):
+        return ""
+    parts = [name for name, due in (("atomic part", planned.atomic), ("online part", planned.online)) if due]
+    return f" ({' and '.join(parts)})"
+
+
+def steps(rows: Iterable[tuple[str, str, list[str]]]) -> list[str]:
+    """Write such rows as lines."""
+    return [line for name, state, what in rows for line in (step(name, state), *(step("", text) for text in what))]
+
+
+def rehearsal(items: Sequence[Item], duration_ms: Mapping[str, float]) -> list[str]:
+    """How a rehearsal went: how long each step took, and what stood before it was rolled back."""
+    online = sum(not item.stands for item in items)
+    return [
+        *(step(name, f"{took:.0f} ms") for name, took in duration_ms.items()),
+        f"rolled back after {sum(duration_ms.values()):.0f} ms: {summary(items)} until then"
+        + (f"; online parts would bring the other {online}" if online else ""),
+    ]
+
+
+CHANGE_HEADER = ("step", "statements", "effect, locks")
+_BYTES = ("B", "kB", "MB", "GB", "TB")
+
+
+def change_cells(changes: Sequence[Change]) -> list[tuple[str, str, str]]:
+    """Say what each step would do, statements of the same locks and effect together; for a table."""
+    together: dict[tuple[str, str], list[str]] = {}
+    for (name, online, statement), lines in _locks_by_statement(changes).items():
+        together.setdefault((name + ("\n(online)" if online else ""), "\n".join(lines)), []).append(statement)
+    rows, last = [], ""
+    for (name, takes), what in together.items():
+        rows.append(("" if name == last else name, "\n".join(what), takes))
+        last = name
+    return rows
+
+
+def changes(changes: Sequence[Change]) -> list[str]:
+    """Say what each step would do, a line for each statement."""
+    return [
+        step(name, f"{'online: ' if online else ''}{statement}: {'; '.join(takes)}")
+        for (name, online, statement), takes in _locks_by_statement(changes).items()
+    ]
+
+
+def _locks_by_statement(changes: Sequence[Change]) -> dict[tuple[str, bool, str], list[str]]:
+    """Return what each statement does, and the locks that it takes."""
+    found: dict[tuple[str, bool, str], list[str]] = {}
+    for change in changes:
+        lines = found.setdefault((change.step, change.online, change.statement), [change.effect.value])
+        lines += [f"{change.lock.value} on {change.table}"] if change.lock else []
+    return found
+
+
+def sizes(standing: Iterable[Size]) -> list[str]:
+    """Say how large the tables are that others use."""
+    return [f"table     {size.name}: {_rows(size)}, {_bytes(size)}" for size in standing]
+
+
+def _rows(size: Size) -> str:
+    return "rows not counted yet" if size.rows is None else f"about {size.rows:,} rows"
+
+
+def _bytes(size: Size) -> str:
+    if size.size_bytes is None:
+        return "of unknown size (it is locked)"
+    power = max(0, min((size.size_bytes.bit_length() - 1) // 10, len(_BYTES) - 1))
+    return f"{size.size_bytes / 1024**power:.0f} {_BYTES[power]} with its indexes"
+
+
+def consequences(
+    settings: Settings, reshaped: Sequence[str], bystanders: Sequence[Bystander], kept: Sequence[Kept]
+) -> list[str]:
+    """Say what a plan means for others: whom it would wait for now, what it keeps, what fails once."""
+    patience = f"{settings.lock_timeout_ms / 1000:g} s at a time, up to {settings.lock_wait_s:g} s in all"
+    lines = [f"now       {one.session} {_hold(one)}" for one in bystanders]
+    if bystanders:
+        lines.append(f"          setup would wait for them, {patience} (LOCK_TIMEOUT, LOCK_WAIT)")
+    lines += [f"keeps     {_count(values)} values of {values.column}, in the column {values.into}" for values in kept]
+    if reshaped:
+        tables = ", ".join(reshaped)
+        lines.append(f"note      prepared SELECT * statements of {tables} fail once: 0A000, their result type changes")
     return lines
+
+
+def _hold(one: Bystander) -> str:
+    held = f"{one.mode} on {one.table}" if one.table else one.mode
+    return f"[{'holds' if one.granted else 'waits for'} {held}]"
+
+
+def _count(values: Kept) -> str:
+    if values.count is not None:
+        return f"{values.count:,}"
+    return "an unknown number of" if values.estimate is None else f"about {values.estimate:,}"
+
+
+def around(seen: Surroundings, server: Server) -> list[str]:
+    """Say what stands around the chain, and what helps where that is no good."""
+    return [
+        *(
+            f"roles     {role} may write turns, but not turn_metrics: GRANT INSERT ON turn_metrics TO {role};"
+            for role in seen.unwritable
+        ),
+        *(
+            f"elsewhere {name} bears a name of ours; the search_path ({server.search_path}) does not lead to it"
+            for name in seen.elsewhere
+        ),
+        *(f"invalid   index {name}: left by a build that was stopped; setup builds ours anew" for name in seen.invalid),
+        *(
+            f"diary     {entry.finished_at}  {label(entry.step)}, {entry.part} part, {entry.duration_ms} ms, "
+            f"by {entry.role}, version {entry.version}"
+            for entry in seen.diary
+        ),
+        *([] if seen.diary else ["diary     none (nothing was run here yet, or the role may not read it)"]),
+        *(f"changed   db/migrations/{stem}.sql is not the file that was applied here last" for stem in seen.changed),
+    ]
 
 
 def difference(item: Item) -> str:
@@ -152,20 +322,6 @@ def _remedy(item: Item) -> str:
         return "in the way"
     stem = item.mended_by.removesuffix(ONLINE)
     return f"{label(stem)} mends it" + (" online" if item.mended_by.endswith(ONLINE) else "")
-
-
-def outermost(items: Iterable[Item]) -> list[Item]:
-    """Leave out what is part of a table or column that is missing or of the wrong kind: one line says it all."""
-    items = list(items)
-    broken = {item.name for item in items if item.name.isidentifier() or item.actual is None}
-    return [item for item in items if broken.isdisjoint(_containers(item.name))]
-
-
-def _containers(name: str) -> tuple[str, ...]:
-    """Names of the table, and of the column, that an item is part of."""
-    column = name.partition(" ")[0]
-    table = column.partition(".")[0]
-    return tuple(container for container in (table, column) if container != name)
 
 
 def summary(items: Sequence[Item]) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from psycopg import sql
 from psycopg.errors import Diagnostic
@@ -22,6 +23,8 @@ from scripts import errors
 from scripts.chain import Step, version
 from scripts.database import Database
 from scripts.errors import StatementError
+from scripts.plan import Plan
+from scripts.survey import Item, items_of, items_query
 
 Say = Callable[[str, str], None]  # (label of the step, what happened to it)
 
@@ -37,10 +40,6 @@ _DEADLOCK = "40P01"
 _INTEGRITY = "23"  # the class of integrity constraint violations
 _DUPLICATE_TABLE = "42P07"
 _TIMEOUTS = {"57014", "55P03", "25P04"}  # what a role's own limits end a statement with
-_DIRECT = """\
-Online work takes as long as it takes, but the role brings a statement_timeout, lock_timeout or transaction_timeout
-along, which cannot be lifted through a transaction pooler: name the server itself in DATABASE_URL (the direct URL, not
-the pooler's), and run the task again; it finishes what is left."""
 _GUARD = f"""DO $guard$
 BEGIN
   IF NOT pg_try_advisory_xact_lock({ADVISORY_LOCK}) THEN
@@ -64,7 +63,7 @@ BEGIN
      AND (mended_by = {stem} OR own AND coalesce(split_part(mended_by, ' ', 1) <> ALL ({stems}), true));
   IF broken IS NOT NULL THEN
     RAISE EXCEPTION USING ERRCODE = CASE WHEN obstructed THEN 'TB002' ELSE 'TB003' END,
-      MESSAGE = 'the step ran, but what it promises does not stand', DETAIL = broken;
+      MESSAGE = {message}, DETAIL = broken;
   END IF;
 END
 $verification$"""
@@ -112,7 +111,7 @@ _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 # For the session that builds, and for the transaction that holds the turn meanwhile (transaction_timeout is new in 17).
 _UNLIMITED = """SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN '{lock_timeout_ms}' ELSE '0' END, false)
 FROM pg_settings WHERE name IN ('statement_timeout', 'transaction_timeout', 'lock_timeout')"""
-_STAY = """SELECT set_config(name, '0', true)
+STAY = """SELECT set_config(name, '0', true)
 FROM pg_settings WHERE name IN ('idle_in_transaction_session_timeout', 'transaction_timeout')"""
 
 
@@ -120,6 +119,7 @@ class Part(Enum):
     """What a statement of a step's transaction is there for."""
 
     FRAME = "its transaction"
+    CLOCK = "its clock"
     GUARD = "the lock against other runs"
     MIGRATION = "its migration"
     ONLINE = "its online part"
@@ -151,6 +151,76 @@ def script(steps: Sequence[Step], chain: Sequence[Step], transaction_settings: s
             (Part.DIARY, _diary(step, "atomic", None)),
             (Part.COMMIT, "COMMIT"),
         )
+    ]
+
+
+def as_sql(steps: Sequence[Step], todo: Plan, chain: Sequence[Step], transaction_settings: str) -> str:
+    """Write what would be sent for a plan as a file for psql; steps: those that have anything to do."""
+    atomic = [step for step in steps if step.stem in todo.atomic]
+    message = [f"{statement.sql};" for statement in script(atomic, chain, transaction_settings)]
+    online = [f"{query}\n\\gexec" for step in steps if step.online for query in step.online]
+    return "\n".join([*message, *online]) or "-- nothing to do"
+
+
+class Rehearsed(NamedTuple):
+    """How a rehearsal went: what stood at its end, and how long each step took, in milliseconds, by its label."""
+
+    items: tuple[Item, ...]
+    duration_ms: dict[str, float]
+
+
+def rehearse(database: Database, steps: Sequence[Step], chain: Sequence[Step], say: Say) -> Rehearsed:
+    """Carry out the atomic parts of the steps in one transaction, verify each, survey what stands, and roll back.
+
+    Raises as run_atomic() does. Only the first lock is queued for: who waits for a later one holds up others with what
+    he has got already.
+    """
+    message = _rehearsal(steps, chain, database)
+    current = message[0]
+
+    def on_done(index: int) -> None:
+        nonlocal current
+        current = message[min(index + 1, len(message) - 1)]
+
+    try:
+        with database.notices(lambda notice: say(current.step.label, notice.message_primary or "")):
+            answers = database.run([statement.sql for statement in message], on_done)
+    except StatementError as error:
+        if error.sqlstate == _BUSY:
+            raise errors.BusyError(who=_AT_WORK) from error
+        raise _failure(message[: error.index + 1], error) from error
+    times = [float(rows[0][-1] or 0) for rows, told in zip(answers, message, strict=True) if told.part is Part.CLOCK]
+    took = {step.label: 1000 * (end - start) for step, start, end in zip(steps, times, times[1:], strict=False)}
+    return Rehearsed(items_of(answers[-2], chain), took)
+
+
+_CLOCK = "extract(epoch FROM clock_timestamp())"
+_MOMENT_MS = 100  # as in the migrations: shorter than deadlock_timeout
+_BUDGET = """SELECT set_config('lock_timeout', CASE WHEN pg_current_xact_id_if_assigned() IS NULL THEN '{first_ms}'
+                                       ELSE '{later_ms}' END || 'ms', true), {clock}"""
+
+
+def _rehearsal(steps: Sequence[Step], chain: Sequence[Step], database: Database) -> list[Statement]:
+    budget = _BUDGET.format(
+        first_ms=database.lock_timeout_ms, later_ms=min(_MOMENT_MS, database.lock_timeout_ms), clock=_CLOCK
+    )
+    first, last = steps[0], steps[-1]
+    return [
+        Statement(first, Part.FRAME, _BEGIN),
+        Statement(first, Part.FRAME, f"SELECT {database.transaction_settings}"),
+        Statement(first, Part.GUARD, _GUARD),
+        *(
+            Statement(step, part, text)
+            for step in steps
+            for part, text in (
+                (Part.CLOCK, budget),
+                (Part.MIGRATION, step.atomic),
+                (Part.VERIFICATION, _verification(step, chain)),
+            )
+        ),
+        Statement(last, Part.CLOCK, f"SELECT {_CLOCK}"),
+        Statement(last, Part.FRAME, items_query(chain)),
+        Statement(last, Part.FRAME, "ROLLBACK"),
     ]
 
 
@@ -241,12 +311,12 @@ class Online:
         """
         if self._turn is not None:
             return
-        with _tried(self.database) as free, _needing_room():
+        with _tried(self.database) as free, needing_room():
             second = self._open_second() if free else None
             if second is not None:
                 second.run(["SELECT"])
         if second is not None:
-            with _needing_room():
+            with needing_room():
                 taken = _took_turn(second)  # its transaction stays open, without a snapshot that a build would wait for
             if taken:
                 self._turn = second
@@ -290,12 +360,12 @@ class Online:
 
 def _took_turn(database: Database) -> bool:
     """Try for the turn to build; it lasts as long as the transaction that this opens."""
-    *_, rows = database.run([_BEGIN + " READ ONLY", _STAY, f"SELECT pg_try_advisory_xact_lock({ONLINE_LOCK})"])
+    *_, rows = database.run([_BEGIN + " READ ONLY", STAY, f"SELECT pg_try_advisory_xact_lock({ONLINE_LOCK})"])
     return rows == [("t",)]
 
 
 @contextmanager
-def _needing_room() -> Iterator[None]:
+def needing_room() -> Iterator[None]:
     """Say of a failure that it is the second connection's."""
     try:
         yield
@@ -322,7 +392,8 @@ def _verification(step: Step, chain: Sequence[Step]) -> str:
         if other is step or step.stem in other.verification
     )
     stems = ", ".join(_literal(other.stem) for other in chain)
-    return _VERIFICATION.format(promises=promises, stem=_literal(step.stem), stems=f"ARRAY[{stems}]")
+    message = _literal(errors.BrokenPromiseError.says)
+    return _VERIFICATION.format(promises=promises, stem=_literal(step.stem), stems=f"ARRAY[{stems}]", message=message)
 
 
 def _diary(step: Step, part: str, duration: str | None) -> str:
@@ -342,23 +413,23 @@ def _failure(statements: Sequence[Statement], error: StatementError, *, pooled: 
     done = [statement.step.label for statement in statements[:-1] if statement.part is Part.COMMIT]
     where = [
         _place(failed, error.context),
-        error.detail,
+        error.where,
         *error.holders,
         _aftermath(failed, kind),
         f"done before it: {', '.join(done)}" if done else "",
     ]
-    ended = "got no lock in" if kind is errors.LockTimeoutError else "failed in"
+    in_a_step = kind.in_a_step.format(step=failed.step.label, part=failed.part.value, words=error.message)
     return kind(
-        what=error.message if expected else f"{failed.step.label} {ended} {failed.part.value}: {error.message}",
+        what=error.message if expected else in_a_step,
         where="\n".join(line for line in where if line),
-        remedy=_DIRECT if pooled and error.sqlstate in _TIMEOUTS else error.remedy,
+        remedy=errors.LIMITS_OF_THE_ROLE if pooled and error.sqlstate in _TIMEOUTS else error.remedy,
     )
 
 
 def _aftermath(failed: Statement, kind: type[errors.RecipeError]) -> str:
     if failed.part is Part.ONLINE:
         return "what it left unfinished, an INVALID index perhaps, the next run finishes"
-    if kind is errors.UnreachableError:  # the server has the whole message, and may go on without us
+    if issubclass(kind, errors.UnreachableError):  # the server has the whole message, and may go on without us
         return "the next run reads from the catalogs how far it came"
     return f"{failed.step.label} left no trace"
 

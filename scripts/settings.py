@@ -6,22 +6,24 @@ repr, not through libpq's own errors, which quote what they could not parse.
 
 from __future__ import annotations
 
+import html
+import json
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote, quote_plus, unquote
+from urllib.parse import quote, unquote
 
 import psycopg
 from dotenv.parser import Binding, parse_stream
 from dotenv.variables import parse_variables
-from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict
 
-from scripts import errors
+from scripts import errors, libpq
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Target:
     search_path: str | None  # to be set in each transaction: transaction poolers refuse it as a startup option
     notes: tuple[str, ...]  # what was ignored or corrected in the URL
     secrets: tuple[str, ...] = field(repr=False)  # for mask()
+    sources: tuple[str, ...] = ()  # what libpq added came from: variables, a service, the password file
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,10 @@ _UNIT_MS = {"us": 0.001, "ms": 1, "s": 1_000, "min": 60_000, "h": 3_600_000, "d"
 _LONGEST_MS = 2**31 - 1  # PostgreSQL's limit for lock_timeout
 _SHORTEST_SECRET = 4  # masking "a" wherever it stands would destroy the message; `display` masks by position
 
-_LIBPQ = pq.Conninfo.parse(b"")  # every parameter that this libpq knows; unlike get_defaults() it reads no environment
-_KNOWN = {option.keyword.decode() for option in _LIBPQ}
-_SECRET = {option.keyword.decode() for option in _LIBPQ if option.dispchar == b"*"}
-_SECRET |= {"scram_client_key", "scram_server_key"}  # not marked by libpq, but as good as the password
 _OURS = {"schema", "search_path"}
 _SSLMODE_OF_SSL = {"true": "require", "1": "require", "false": "prefer", "0": "prefer"}  # other drivers say ssl=…
 
+_ESCAPED = {" ": ["+"], "'": ["\\'", "''"]}  # otherwise than by code: in queries, in libpq's keyword form and SQL
 _BLANKS = " \t\r\n\f\v\u00a0\u200b\ufeff"
 _QUOTES = "\"'`\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb"  # straight and typographic
 _WRAPPINGS = {
@@ -77,9 +77,15 @@ _WRAPPINGS = {
     '"psql" in front of it': re.compile(r"psql\s(.*)", re.S),
 }
 _POSTGRES = re.compile(r"postgres(?:ql)?(\+\w+)?://(.*)", re.I)
-_OTHER_SCHEME = re.compile(r"(sqlite|jdbc|[a-z][a-z0-9+.-]*(?=://)):", re.I)
+# A list, because what else stands before :// may be a password.
+_OTHER_SCHEME = re.compile(
+    r"(sqlite|jdbc|(?:\w*sql|mariadb|oracle|mongodb|redis|cockroachdb|https?|file|prisma)[\w+.-]*(?=://)):", re.I
+)
 _HOST = r"(?:\[[\w:.%]+\]|[\w.~%-]*)(?::\d{1,5})?"
-_AFTER_LOGIN = re.compile(rf"(?P<hosts>{_HOST}(?:,{_HOST})*)(?:/(?P<dbname>[^@?]*|[^/?]*))?(?:\?(?P<query>.*))?")
+_HOST_NAME = re.compile(r"/[^@]*|[\w.~-]*|[0-9A-Fa-f:.]+(?:%[\w.-]+)?")  # a folder of sockets, a name, an address
+_LOGIN = re.compile(r"://|.:.+@.", re.S)
+_AFTER_LOGIN = re.compile(rf"(?P<hosts>{_HOST}(?:,{_HOST})*)(?:/(?P<dbname>[^@?\s]*|[^/?\s]*))?(?:\?(?P<query>.*))?")
+_NAME = re.compile(r"[\w.-]+")
 _PARAMETER = re.compile(r"([\w.-]+)=(.*)")
 _BARE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _SEARCH_PATH_OPTION = re.compile(r"(?<!\S)(?<!\\\s)(?:-c\s*|--)search[_-]path=((?:\\.|[^\s\\])*)\s*", re.I)
@@ -124,10 +130,13 @@ def parse_env_file(text: str, environ: Mapping[str, str]) -> tuple[dict[str, str
     broken = [binding for binding in bindings if binding.error]
     if "DATABASE_URL" not in environ:
         _refuse_broken_url(broken)
+        _refuse_shortened_url(bindings)
     notes = [f"ignored in .env: line {_line(binding)}, which is not of the form NAME=VALUE" for binding in broken]
     url_lines = [str(_line(binding)) for binding in bindings if binding.key == "DATABASE_URL"]
     if len(url_lines) > 1:
         notes.append(f"ignored in .env: every DATABASE_URL but the last one (lines {', '.join(url_lines)})")
+    if ineffective := [binding.key for binding in bindings if binding.key in libpq.VARIABLES]:
+        notes.append(f"ignored in .env: {', '.join(dict.fromkeys(ineffective))} (libpq's: only in the environment)")
     values: dict[str, str] = {}
     for binding in bindings:
         if binding.key:
@@ -139,8 +148,26 @@ def parse_env_file(text: str, environ: Mapping[str, str]) -> tuple[dict[str, str
 def _refuse_broken_url(broken: Iterable[Binding]) -> None:
     """Ignoring such a line would send the recipes to the embedded server."""
     for binding in broken:
-        if re.search(r"^\s*(export\s+)?DATABASE_URL\b", binding.original.string, re.M):
+        if re.search(r"^[^#\n]*\bDATABASE_URL\b", binding.original.string, re.M):
             raise errors.EnvLineError(where=f"line {_line(binding)}")
+
+
+def _refuse_shortened_url(bindings: Sequence[Binding]) -> None:
+    """Refuse a URL that goes on behind a raw " #", or on the next line: the beginning may pass for another URL."""
+    for binding, next_one in zip(bindings, [*bindings[1:], None], strict=False):
+        if binding.key != "DATABASE_URL":
+            continue
+        _, _, rest = binding.original.string.partition(binding.value or "\n")
+        if re.match(r"\s+#.*@", rest) or (next_one and _may_go_on(next_one)):
+            remedy = "Write the URL on one line, in single quotes: without them a comment begins at a # behind a blank."
+            raise errors.EnvLineError(where=f"line {_line(binding)}", remedy=remedy)
+
+
+def _may_go_on(binding: Binding) -> bool:
+    """Tell whether this may be the rest of the URL above: no NAME=VALUE, no comment, but one word, or with an @."""
+    is_pair = binding.value is not None and _NAME.fullmatch(binding.key or "")
+    is_comment = binding.key is None and not binding.error
+    return not is_pair and not is_comment and re.fullmatch(r"\S+|.*@.*", binding.original.string.strip()) is not None
 
 
 def _line(binding: Binding) -> int:
@@ -183,7 +210,9 @@ def parse_target(text: str, source: str = "DATABASE_URL") -> Target:
         driver = [f"ignored in DATABASE_URL: {match[1]} in the scheme"] if match[1] else []
         return _target_of_url(match[2], source, [*notes, *driver])
     if re.match(r"\w+\s*=", text):
-        return _target_of_conninfo(_ask_libpq(text, source), notes)
+        conninfo = _ask_libpq(text, source)
+        _refuse_misplaced_login(conninfo, source)
+        return _target_of_conninfo(conninfo, notes)
     scheme = _OTHER_SCHEME.match(text)
     found = f"begins with {scheme[1]}:" if scheme else "is neither a URL nor libpq's keyword form (host=… dbname=…)"
     raise errors.OtherUrlError(found=found, form=_URL_FORM, where=source)
@@ -204,9 +233,10 @@ def _target_of_url(rest: str, source: str, notes: list[str]) -> Target:
     url = _split_url(rest)
     if url is None:
         raise errors.AmbiguousUrlError(where=source, remedy=_ENCODING_HELP)
-    typed_secrets = [url.login.partition(":")[2], *(value for name, value in url.parameters if name in _SECRET)]
+    typed_secrets = [url.login.partition(":")[2], *(value for name, value in url.parameters if name in libpq.SECRET)]
     search_paths = [_as_search_path(name, unquote(value)) for name, value in url.parameters if name in _OURS]
     conninfo = _ask_libpq(_normalize(url), source)
+    _refuse_misplaced_login(conninfo, source)
     return _target_of_conninfo(conninfo, [*notes, *_notes_on_url(url)], typed_secrets, search_paths)
 
 
@@ -220,17 +250,35 @@ def _split_url(rest: str) -> _Url | None:
         match = _AFTER_LOGIN.fullmatch(rest, start)
         parameters = _split_query(match["query"] or "") if match else None
         if match and parameters is not None:
-            dbname = match["dbname"] or ""
-            return None if "@" in dbname else _Url(rest[: max(start - 1, 0)], match["hosts"], dbname, parameters)
+            login, dbname = rest[: max(start - 1, 0)], match["dbname"] or ""
+            is_a_guess = "@" in dbname or _is_no_login(login, match["hosts"])
+            return None if is_a_guess else _Url(login, match["hosts"], dbname, parameters)
     return None
+
+
+def _is_no_login(login: str, hosts: str) -> bool:
+    """Tell whether a raw character in the user's name may stand for the : between user and password.
+
+    Azure's "ada@server" is a user's name, where the host is the server's.
+    """
+    user, colon, _ = login.partition(":")
+    _, at, server = user.partition("@")
+    is_azures = colon and hosts.startswith(f"{server}.")
+    return re.search(r"[/?#\s]", user) is not None or bool(at and not is_azures)
 
 
 def _split_query(query: str) -> list[tuple[str, str]] | None:
     """Split into names and values; None where this is no query but, say, the end of a password with a ? in it."""
     pieces = [_PARAMETER.fullmatch(piece) for piece in query.split("&") if piece]
-    if not all(piece and ("@" not in piece[2] or piece[1] in _KNOWN | _OURS) for piece in pieces):
+    if not all(piece and _is_parameter(piece[1], piece[2]) for piece in pieces):
         return None
     return [_as_sslmode(piece[1], piece[2]) for piece in pieces if piece]
+
+
+def _is_parameter(name: str, value: str) -> bool:
+    if name != "options" and name not in libpq.SECRET and re.search(r"\s\w+\s*=", value):
+        return False  # libpq's other form begins here: "sslmode=require password=…"
+    return "@" not in value or name in libpq.KNOWN | _OURS
 
 
 def _as_sslmode(name: str, value: str) -> tuple[str, str]:
@@ -247,7 +295,7 @@ def _as_search_path(name: str, value: str) -> str:
 def _normalize(url: _Url) -> str:
     """Write the URL as libpq wants it, without the parameters that libpq does not know."""
     login = ":".join(_percent_encode(part) for part in url.login.split(":", 1))
-    query = "&".join(f"{name}={_percent_encode(value)}" for name, value in url.parameters if name in _KNOWN)
+    query = "&".join(f"{name}={_percent_encode(value)}" for name, value in url.parameters if name in libpq.KNOWN)
     return f"postgresql://{login}@{url.hosts}/{_percent_encode(url.dbname)}?{query}"
 
 
@@ -260,9 +308,9 @@ def _notes_on_url(url: _Url) -> list[str]:
     notes = []
     if re.search(r"[@/?#\s]", url.login) or _BARE_PERCENT.search(url.login):
         notes.append("corrected in DATABASE_URL: user or password hold characters that must be percent-encoded")
-    unknown = dict.fromkeys(name for name, _ in url.parameters if name not in _KNOWN | _OURS)
+    unknown = dict.fromkeys(name for name, _ in url.parameters if name not in libpq.KNOWN | _OURS)
     # In ?password=a&b=c the name "b" may be the rest of a password with a raw & in it.
-    speakable = not any(name in _SECRET for name, _ in url.parameters)
+    speakable = not any(name in libpq.SECRET for name, _ in url.parameters)
     if unknown:
         names = ", ".join(unknown) if speakable else f"{len(unknown)} in number"
         notes.append(f"ignored in DATABASE_URL: parameters that libpq does not know ({names})")
@@ -281,19 +329,44 @@ def _ask_libpq(conninfo: str, source: str) -> dict[str, str]:
 def _target_of_conninfo(
     conninfo: dict[str, str], notes: Iterable[str], typed_secrets: Iterable[str] = (), search_paths: Iterable[str] = ()
 ) -> Target:
-    options = conninfo.pop("options", "")
+    options = conninfo.get("options", "")
     option_paths = [re.sub(r"\\(.)", r"\1", path) for path in _SEARCH_PATH_OPTION.findall(options)]
     search_path = next(filter(None, reversed([*option_paths, *search_paths])), None)  # the last one wins, as in libpq
-    if other_options := _SEARCH_PATH_OPTION.sub("", options).strip():
-        conninfo["options"] = other_options
-    secrets = dict.fromkeys([*typed_secrets, *(value for name, value in conninfo.items() if name in _SECRET)])
-    secrets.pop("", None)
-    return Target(conninfo, _display(conninfo), search_path, tuple(notes), tuple(secrets))
+    if options:  # left empty rather than out: libpq would go for PGOPTIONS
+        conninfo["options"] = _SEARCH_PATH_OPTION.sub("", options).strip()
+    # A whole login in the place of the user's name is a common slip; a name with a colon in it is rare.
+    user, colon, behind_colon = conninfo.get("user", "").partition(":")
+    if colon and "password" not in conninfo:
+        notes = [*notes, f"odd in DATABASE_URL: the name of the user goes on behind {user}: (is that a password?)"]
+    secrets = [*typed_secrets, behind_colon, *(value for name, value in conninfo.items() if name in libpq.SECRET)]
+    known = tuple(dict.fromkeys(filter(None, secrets)))
+    return Target(conninfo, _display(conninfo), search_path, tuple(dict.fromkeys(notes)), known)
+
+
+def completed(target: Target, source: str) -> Target:
+    """Return the target with what libpq adds to it by itself: where it really leads, every secret that may turn up."""
+    whole, secrets, sources = libpq.resolve(target.conninfo)
+    _refuse_misplaced_login(whole, ", ".join([source, *sources]))
+    paths = [target.search_path or ""]
+    return replace(_target_of_conninfo(whole, target.notes, [*target.secrets, *secrets], paths), sources=sources)
+
+
+def _refuse_misplaced_login(conninfo: Mapping[str, str], source: str) -> None:
+    """Refuse a login in the place of a host or a database: it would be printed, and asked of a name server."""
+    misplaced = {
+        "host": not all(map(_HOST_NAME.fullmatch, conninfo.get("host", "").split(","))),
+        "database": _LOGIN.search(conninfo.get("dbname", "")),
+    }
+    for part, is_odd in misplaced.items():
+        if is_odd:
+            raise errors.MisplacedLoginError(part=part, form=_URL_FORM, where=source)
 
 
 def _display(conninfo: Mapping[str, str]) -> str:
-    shown = {name: "***" if name in _SECRET else quote(value, safe="/,:") for name, value in conninfo.items()}
-    login = quote(conninfo.get("user", ""), safe="") + (":***" if "password" in conninfo else "")
+    given = {name: value for name, value in conninfo.items() if value}
+    shown = {name: "***" if name in libpq.SECRET else quote(value, safe="/,:") for name, value in given.items()}
+    user, colon, _ = conninfo.get("user", "").partition(":")
+    login = quote(user, safe="") + (":***" if colon or "password" in given else "")
     address = _address(conninfo)
     placed = {"user", "password", "dbname"} | ({"host", "port"} if address is not None else set())
     url = f"postgresql://{login}{'@' if login else ''}{address or ''}/{shown.get('dbname', '')}"
@@ -313,12 +386,15 @@ def _address(conninfo: Mapping[str, str]) -> str | None:
 
 def mask(text: str, secrets: Iterable[str]) -> str:
     """Replace every secret by ***, in each way in which it may be written."""
-    forms = {form for secret in secrets if len(secret) >= _SHORTEST_SECRET for form in _written_forms(secret)}
+    long = {secret for secret in secrets if len(secret) >= _SHORTEST_SECRET}
     # One pass, longest first: a secret within another must not leave the other's rest behind.
-    pattern = "|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True))
+    pattern = "|".join("".join(map(_spellings, secret)) for secret in sorted(long, key=len, reverse=True))
     return re.sub(pattern, "***", text) if pattern else text
 
 
-def _written_forms(secret: str) -> set[str]:
-    encoded = {quote(secret, safe=""), quote(secret), quote_plus(secret)}
-    return {secret} | encoded | {re.sub("%..", lambda code: code[0].lower(), form) for form in encoded}
+@cache
+def _spellings(character: str) -> str:
+    """Return a pattern for the character as it is, or as it stands in a URL, in JSON or in XML."""
+    code = "".join(f"%{byte:02X}" for byte in character.encode(errors="replace"))
+    written = {character, html.escape(character), json.dumps(character)[1:-1], *_ESCAPED.get(character, [])}
+    return f"(?:{'|'.join(map(re.escape, sorted(written, key=len, reverse=True)))}|(?i:{code}))"

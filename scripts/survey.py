@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from psycopg import sql
 
 from scripts.chain import Step
-from scripts.database import Database
+from scripts.database import Database, Rows
 from scripts.errors import LockTimeoutError, StatementError, UnreadableCatalogsError, for_sqlstate
 
 ONLINE = " online"  # behind a stem in mended_by: its online part mends the item
@@ -37,9 +37,20 @@ class Item:
         return self.name.partition(" ")[0].partition(".")[0]
 
     @property
+    def is_place(self) -> bool:
+        """Whether it is a table or a column, which others hang on, and no key, index, comment or the like."""
+        return " " not in self.name
+
+    @property
     def stands(self) -> bool:
         """Whether the promise is kept."""
         return self.actual == self.expected
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether it is a column of another type, whose values a step keeps under another name."""
+        other = self.actual is not None and not self.expected.startswith(self.actual)
+        return other and self.is_place and self.name != self.table and self.mended_by is not None
 
     @property
     def in_the_way(self) -> bool:
@@ -57,6 +68,20 @@ class Item:
             f"SELECT * FROM {self.table} AS child WHERE {column} IS NOT NULL"
             f" AND NOT EXISTS (SELECT FROM {parent} AS parent WHERE parent.{parent_key} = child.{column})"
         )
+
+
+def outermost(items: Iterable[Item]) -> list[Item]:
+    """Leave out what is part of a table or column that is missing or of the wrong kind: one line says it all."""
+    items = list(items)
+    broken = {item.name for item in items if item.name == item.table or item.actual is None}
+    return [item for item in items if broken.isdisjoint(_containers(item.name))]
+
+
+def _containers(name: str) -> tuple[str, ...]:
+    """Names of the table, and of the column, that an item is part of."""
+    column = name.partition(" ")[0]
+    table = column.partition(".")[0]
+    return tuple(container for container in (table, column) if container != name)
 
 
 def at_hand(item: Item, stems: Collection[str]) -> Item:
@@ -87,7 +112,7 @@ class Survey:
     items: tuple[Item, ...]
 
 
-_BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"
+BEGIN_READ_ONLY = "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"
 
 _SERVER = """
 SELECT current_setting('server_version'), current_user, current_database(), current_schema(),
@@ -139,18 +164,23 @@ def read(database: Database, steps: Sequence[Step]) -> Survey:
 
 
 def _read(database: Database, steps: Sequence[Step]) -> Survey:
-    _, _, server, items, _ = database.run(
-        [
-            _BEGIN,
-            # Compiling so large a query would take longer than running it.
-            f"SELECT {database.transaction_settings}, set_config('jit', 'off', true)",
-            _SERVER,
-            _ITEMS.format(items=_union(steps)),
-            "COMMIT",
-        ]
-    )
+    settings = f"SELECT {database.transaction_settings}, {_WITHOUT_JIT}"
+    _, _, server, rows, _ = database.run([BEGIN_READ_ONLY, settings, _SERVER, items_query(steps), "COMMIT"])
+    return Survey(_server(server[0], database), items_of(rows, steps))
+
+
+_WITHOUT_JIT = "set_config('jit', 'off', true)"  # compiling so large a query would take longer than running it
+
+
+def items_query(steps: Sequence[Step]) -> str:
+    """Write the query for all that the steps promise, to be sent in any transaction."""
+    return _ITEMS.format(items=_union(steps))
+
+
+def items_of(rows: Rows, steps: Sequence[Step]) -> tuple[Item, ...]:
+    """Read the rows of that query."""
     stems = {step.stem for step in steps}
-    return Survey(_server(server[0], database), tuple(at_hand(_item(row), stems) for row in items))
+    return tuple(at_hand(_item(row), stems) for row in rows)
 
 
 def _union(steps: Sequence[Step]) -> str:
@@ -187,7 +217,9 @@ def orphans(database: Database, items: Sequence[Item]) -> list[str]:
 def _count_orphans(database: Database, item: Item, query: str) -> list[str]:
     settings = f"SELECT {database.transaction_settings}, set_config('statement_timeout', '0', true)"
     try:
-        _, _, [(count,)], _ = database.run([_BEGIN, settings, f"SELECT count(*) FROM ({query}) AS orphan", "COMMIT"])
+        _, _, [(count,)], _ = database.run(
+            [BEGIN_READ_ONLY, settings, f"SELECT count(*) FROM ({query}) AS orphan", "COMMIT"]
+        )
     except StatementError as error:
         return [f"{item.table}: the rows that point to nothing could not be counted ({error}): {query}"]
     return [f"{item.table}: {count} rows point to nothing: {query}"] if count != "0" else []
@@ -205,7 +237,7 @@ def rows_of(database: Database, tables: Sequence[str]) -> dict[str, int | None]:
     )
     # Where row-level security hides rows from us, an error is better than a table that looks empty.
     settings = f"SELECT {database.transaction_settings}, set_config('row_security', 'off', true)"
-    _, _, rows, _ = database.run([_BEGIN, settings, query, "COMMIT"])
+    _, _, rows, _ = database.run([BEGIN_READ_ONLY, settings, query, "COMMIT"])
     return {
         tables[int(position or 0)]: int(estimate or 0) if exists == "t" else None for position, exists, estimate in rows
     }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from scripts import errors, report
 from scripts.chain import label
 from scripts.plan import Plan
 from scripts.remedies import Commands
-from scripts.survey import Server
+from scripts.survey import Server, outermost
 
 
 def refuse_what_cannot_be(server: Server, todo: Plan, remedies: Mapping[str, Commands]) -> None:
@@ -16,23 +16,34 @@ def refuse_what_cannot_be(server: Server, todo: Plan, remedies: Mapping[str, Com
 
     remedies: the commands that clear what is in the way.
     """
-    refuse_no_schema(server)
+    for hindrance in hindrances(server, todo, remedies):
+        raise hindrance
+
+
+def hindrances(server: Server, todo: Plan, remedies: Mapping[str, Commands]) -> Iterator[errors.RecipeError]:
+    """Tell each reason for which the plan cannot be carried out as a whole; the first one is what a task ends with."""
+    yield from _no_schema(server)
     if todo.in_the_way:
-        judge(todo, remedies)
+        yield _obstacle(todo, remedies)
     if absent := todo.mended_elsewhere:
         lines = [report.difference(item) for item in absent]
-        raise errors.PrerequisiteError(step=label(absent[0].stem), where="\n".join(lines))
+        yield errors.PrerequisiteError(step=label(absent[0].stem), where="\n".join(lines))
     if todo.to_do and server.read_only:
         pending = ", ".join(label(step.stem) for step in todo.steps if step.atomic or step.online)
-        raise errors.ReadOnlyError(why=server.read_only, where=f"pending: {pending}")
+        yield errors.ReadOnlyError(why=server.read_only, where=f"pending: {pending}")
     if todo.lacking:
-        raise errors.RightError(role=server.role, where="\n".join(todo.lacking))
+        yield errors.RightError(role=server.role, where="\n".join(todo.lacking))
 
 
 def refuse_no_schema(server: Server) -> None:
     """Raise where there is no place for tables."""
+    for hindrance in _no_schema(server):
+        raise hindrance
+
+
+def _no_schema(server: Server) -> Iterator[errors.RecipeError]:
     if server.schema is None:
-        raise errors.NoSchemaError(search_path=server.search_path)
+        yield errors.NoSchemaError(search_path=server.search_path)
 
 
 def judge(
@@ -44,12 +55,16 @@ def judge(
     report has said already what that is.
     """
     if found.in_the_way:
-        raise errors.ObstacleError(
-            where="\n".join(report.obstacles(found.in_the_way, remedies)),
-            remedy=report.way_out(found.in_the_way, remedies),
-        )
+        raise _obstacle(found, remedies)
     if found.missing:
         raise errors.MissingError(
-            where="\n".join([*([] if listed else map(report.difference, report.outermost(found.missing))), *rows]),
+            where="\n".join([*([] if listed else map(report.difference, outermost(found.missing))), *rows]),
             remedy=remedy,
         )
+
+
+def _obstacle(found: Plan, remedies: Mapping[str, Commands]) -> errors.ObstacleError:
+    return errors.ObstacleError(
+        where="\n".join(report.obstacles(found.in_the_way, remedies)),
+        remedy=report.way_out(found.in_the_way, remedies),
+    )

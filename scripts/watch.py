@@ -30,7 +30,7 @@ WITH ours AS (
 )"""
 
 # a: a row of pg_stat_activity; of other roles' sessions some columns are NULL for most of us.
-_SESSION = """
+SESSION = """
        format('pid %s (role %s, application %s) is %s%s, its transaction open for %s s: %s',
               a.pid, a.usename, quote_literal(a.application_name), coalesce(a.state, a.backend_type, 'busy'),
               CASE WHEN a.wait_event_type = 'Lock' THEN ' and waits itself' ELSE '' END,
@@ -42,7 +42,7 @@ _WAITS = (
     + f"""
 SELECT coalesce(wanted.mode || ' on ' || wanted.relation::regclass, 'a transaction to end'),
        coalesce(
-         CASE WHEN a.pid IS NOT NULL THEN {_SESSION} END,
+         CASE WHEN a.pid IS NOT NULL THEN {SESSION} END,
          (SELECT string_agg(format('prepared transaction %s (role %s), prepared %s s ago: COMMIT PREPARED or ROLLBACK '
                                    'PREPARED ends it', quote_literal(p.gid), p.owner,
                                    round(extract(epoch FROM clock_timestamp() - p.prepared))), E'\\n')
@@ -69,7 +69,7 @@ FROM pg_stat_progress_create_index JOIN mine USING (pid)"""
 )
 
 _AT_WORK = f"""
-SELECT {_SESSION}
+SELECT {SESSION}
 FROM pg_stat_activity AS a
 WHERE a.pid <> pg_backend_pid() AND a.pid IN (
   SELECT pid FROM pg_locks
@@ -90,10 +90,12 @@ def at_work(database: Database, locks: Iterable[int], tables: Iterable[str]) -> 
 class Watch:
     """Looks for one Database while that one waits; tells each thing that is in the way once.
 
-    open_second: opens the second connection; it is opened at the first look that is due, if ever.
+    open_second: opens the second connection; it is opened at the first look that is due, if ever. early: whether the
+    first look comes before a wait for a lock is given up, though a far server's silence may be no wait at all.
     """
 
-    def __init__(self, database: Database, open_second: Callable[[], Database]) -> None:
+    def __init__(self, database: Database, open_second: Callable[[], Database], *, early: bool = True) -> None:
+        self.early = early
         self._pid, self._open_second = database.backend_pid, open_second
         self._first_look_s = min(_FIRST_LOOK_S, database.lock_timeout_ms / 4000)
         self._second: Database | None = None
@@ -107,7 +109,7 @@ class Watch:
 
     def answered(self) -> None:
         """Begin to count the silence anew: something has come back."""
-        self._pause_s = self._first_look_s
+        self._pause_s = self._first_look_s if self.early else _FIRST_LOOK_S
         self._next_look = time.monotonic() + self._pause_s
 
     def idle(self) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from functools import partial
 
-from scripts import embedded, errors, plan, remedies, report, runner, survey, watch
+from scripts import embedded, errors, libpq, locks, plan, remedies, report, runner, survey, traffic, watch
 from scripts.chain import ROOT, Step
 from scripts.console import CONSOLE
 from scripts.database import Database
 from scripts.patience import Patience
-from scripts.settings import Settings, Target, load, mask, parse_target
+from scripts.settings import Settings, Target, completed, load, mask, parse_target
 from scripts.verdict import judge
 
 POLL_S = 0.1  # first pause between two looks while another run is at work
@@ -22,31 +21,47 @@ POLL_S = 0.1  # first pause between two looks while another run is at work
 def announced(*, dry: bool = False) -> tuple[Settings, Target]:
     """Find the database in use, start it where it is the embedded one, and say first of all which it is."""
     given = load(ROOT, os.environ)
-    where = given.target or _embedded_target(dry=dry)
+    where = completed(given.target, given.source) if given.target else _embedded_target(dry=dry)
+    announce(where, given)
+    return given, where
+
+
+def announce(where: Target, given: Settings) -> None:
+    """Say which database this is about, and have its secrets masked from now on."""
     # What stands in the URL for all to see (user and password the same, say) is no secret, and masking it would garble
     # every line that names the user.
     plain = {where.conninfo.get("user"), where.conninfo.get("dbname"), "postgres", "postgresql", "public"}
     CONSOLE.mask = partial(mask, secrets=[secret for secret in where.secrets if secret not in plain])
     CONSOLE.say(*report.target(where, given))
-    return given, where
 
 
 def _embedded_target(*, dry: bool) -> Target:
     cluster = embedded.locate(ROOT)
     if dry and not embedded.running(cluster):
         raise errors.NotRunningError(looking="--dry", where=f"its data: {cluster.data}")
-    target = parse_target(embedded.start(cluster))
-    # PGOPTIONS is meant for the user's own servers; libpq leaves it alone where options are given, if only empty ones.
-    return replace(target, conninfo=target.conninfo | {"options": ""})
+    embedded.start(cluster)
+    return target_of(cluster)
+
+
+def target_of(cluster: embedded.Cluster) -> Target:
+    """Return the embedded server as a target, and forget what leads libpq to the user's own servers (PGHOSTADDR)."""
+    libpq.forget_environment()
+    return parse_target(cluster.url)
 
 
 class Work:
     """One task against one database: looking, and carrying out the plan until its promises stand."""
 
     def __init__(
-        self, connect: Callable[..., Database], given: Settings, everything: Sequence[Step], wanted: Sequence[Step]
+        self,
+        connect: Callable[..., Database],
+        given: Settings,
+        everything: Sequence[Step],
+        wanted: Sequence[Step],
+        *,
+        early: bool = True,  # see Watch
     ) -> None:
-        self.given, self.everything, self.wanted = given, everything, wanted
+        self.given, self.everything, self.wanted, self._early = given, everything, wanted, early
         self.patience = Patience(given.lock_wait_s)
         self._open = connect
         self._open_second = partial(connect, answer_s=given.connect_timeout_s)  # all that it is asked takes moments
@@ -88,8 +103,25 @@ class Work:
         did = "done" if started_with.to_do else "nothing to do"
         CONSOLE.say(f"{did}: {report.summary(plan.items_of(self.wanted, after.items))}")
         rows = survey.orphans(self.database, left.missing)
-        ways = remedies.read(self.database, left.in_the_way)
-        judge(left, ways, rows=rows, remedy="Mend those rows, then run the task again; no row was deleted or changed.")
+        judge(left, remedies.read(self.database, left.in_the_way), rows=rows, remedy=errors.MEND_THE_ROWS)
+
+    def rehearse(self, found: survey.Survey) -> runner.Rehearsed:
+        """Carry out all atomic parts that are due, and roll them back; ask again as often as LOCK_WAIT allows."""
+        due = plan.of(self.wanted, found.items).atomic
+        steps = [step for step in self.wanted if step.stem in due]
+        self.patience.restart()
+        while True:
+            try:
+                return runner.rehearse(self.database, steps, self.everything, _say_step)
+            except errors.LockTimeoutError as hindrance:
+                self._name_bystanders(hindrance, locks.foreseen(plan.of(self.wanted, found.items), self.everything))
+                self._pause(hindrance)
+
+    def _name_bystanders(self, hindrance: errors.RecipeError, changes: Sequence[locks.Change]) -> None:
+        """Say who is in the way: a wait of moments is over before the watch has looked."""
+        seen = traffic.bystanders(self.database, locks.waits_for(changes), building=False)
+        new = [f"{one.session} [{one.mode} on {one.table}]" for one in seen if one.who not in hindrance.where]
+        hindrance.where = "\n".join([hindrance.where, *new]).strip()
 
     def _go_on(self, found: survey.Survey) -> survey.Survey:
         """Run all atomic parts, then all online parts, as often as it takes and LOCK_WAIT allows."""
@@ -111,6 +143,7 @@ class Work:
             try:
                 found = survey.read(self.database, self.everything)
             except errors.LockTimeoutError as error:
+                self._watch.early = True
                 self._pause(error)
             else:
                 self._tables = sorted({item.table for item in found.items})
@@ -143,7 +176,7 @@ class Work:
 
     def _pause(self, hindrance: errors.RecipeError) -> None:
         """Wait a while, and say so: each time where we stood in a queue, once where others are simply at work."""
-        queued = type(hindrance) is errors.LockTimeoutError
+        queued = type(hindrance) in (errors.LockTimeoutError, errors.DeadlockError)
         if isinstance(hindrance, errors.BusyError):
             hindrance.where = self._who_is_at_work()
 

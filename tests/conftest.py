@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import random
 import re
 import shutil
@@ -22,12 +23,15 @@ from urllib.parse import quote
 
 import psycopg
 import pytest
+from versions import locate
 
 from scripts import embedded
 from scripts.chain import ROOT
 
 # A suite that a script runs in the background is started with Ctrl-C ignored; all that it starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Where the user's own data lies: no server of ours may go there.
+os.environ.pop(embedded.DATA_VARIABLE, None)
 
 MIGRATIONS = ROOT / "db" / "migrations"
 VERIFICATIONS = ROOT / "db" / "verify"
@@ -135,10 +139,10 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("PG")}
 
 
-def run(command: list[str], environment: Mapping[str, str], timeout: float = 120) -> Run:
-    """Run a command in the project's folder."""
+def run(command: list[str], environment: Mapping[str, str], timeout: float = 120, cwd: Path = ROOT) -> Run:
+    """Run a command, in the project's folder unless told otherwise."""
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
     return Run(done.returncode, done.stdout, done.stderr)
 
@@ -166,7 +170,7 @@ def private_server(*, durable: bool = False, **settings: str) -> Iterator[embedd
     """
     home = Path(tempfile.mkdtemp(prefix="budget-engine-tests-"))
     home.chmod(0o755)  # as root the server runs as another user, who must be able to reach its data
-    cluster = embedded.locate(home)
+    cluster = locate(home)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setitem(embedded.SETTINGS, name, value)
@@ -212,17 +216,16 @@ def db(cluster: embedded.Cluster) -> Iterator[Db]:
         yield db
 
 
-def pytest_report_header() -> str:
-    """Say which PostgreSQL the tests run on."""
-    binaries = embedded.locate(ROOT).binaries
-    return subprocess.run(
-        [binaries / "postgres", "--version"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+def pytest_configure() -> None:
+    """Have the chosen version's binaries before the test processes start, which would all install them."""
+    locate(ROOT)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say what was left out, and why: pytest -q would hide it behind a letter."""
+    """Say what was left out, and why: pytest -q would hide it behind a letter. And what the tests ran on."""
     skipped = terminalreporter.stats.get("skipped", [])
     left_out = Counter((report.location[0], report.longrepr[2].removeprefix("Skipped: ")) for report in skipped)
     for (file, reason), tests in left_out.items():
         terminalreporter.write_line(f"left out: {tests} tests of {file} ({reason})")
+    version = run([str(locate(ROOT).binaries / "postgres"), "--version"], clean_environment())
+    terminalreporter.write_line(f"{version.out.strip()}, Python {platform.python_version()}")

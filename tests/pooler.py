@@ -39,6 +39,7 @@ class Pooler:
     cluster: Cluster
     roles: tuple[str, ...] = ("postgres",)
     settings: dict[str, str] = field(default_factory=dict)
+    port: int = PORT  # of its socket, and of TCP where settings ask for that
     process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Pooler:
@@ -60,7 +61,7 @@ class Pooler:
 
     def start(self) -> None:
         """Start it, and wait until it listens."""
-        (self.folder / f".s.PGSQL.{PORT}").unlink(missing_ok=True)
+        (self.folder / f".s.PGSQL.{self.port}").unlink(missing_ok=True)
         account = pwd.getpwnam(self.cluster.user) if self.cluster.user else None
         self.process = subprocess.Popen(
             [str(PROGRAM), "-q", str(self.folder / "pgbouncer.ini")],
@@ -84,7 +85,7 @@ class Pooler:
 
     def url(self, db: Db, role: str = "postgres") -> str:
         """The way to a database through here."""
-        return f"postgresql://{role}@/{db.name}?host={quote(str(self.folder), safe='')}&port={PORT}"
+        return f"postgresql://{role}@/{db.name}?host={quote(str(self.folder), safe='')}&port={self.port}"
 
     def connect(self, db: Db) -> psycopg.Connection[tuple[object, ...]]:
         """Open a connection through here, as another application that shares the pool."""
@@ -92,7 +93,7 @@ class Pooler:
 
     def _listens(self) -> bool:
         with socket.socket(socket.AF_UNIX) as probe:
-            return probe.connect_ex(str(self.folder / f".s.PGSQL.{PORT}")) == 0
+            return probe.connect_ex(str(self.folder / f".s.PGSQL.{self.port}")) == 0
 
     def _configuration(self) -> str:
         assert CONFIGURATION is not None
@@ -101,6 +102,7 @@ class Pooler:
             "logfile": str(self.folder / "log"),
             "pidfile": str(self.folder / "pid"),
             "listen_addr": "",
+            "listen_port": str(self.port),
             "unix_socket_dir": str(self.folder),
             "auth_type": "trust",
             "auth_file": str(self.folder / "users"),

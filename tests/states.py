@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from conftest import Db
+from versions import MAJOR
 
 Contents = dict[str, list[dict[str, Any]]]
 Flags = dict[tuple[str, str], tuple[bool, int | None]]  # (type, name): (must_keep, min_chars)
@@ -177,6 +178,9 @@ CREATE TABLE prompt_snapshots (
 INSERT INTO prompt_snapshots (entity_type, entity_id, version, data) VALUES ('npc', 'n1', 1, '{"a": 1}');
 """
 
+# A publication's list of columns is new in PostgreSQL 15; without one it publishes them all, and is in the way as well.
+COLUMNS = " (id, turn_id)" if MAJOR >= 15 else ""
+
 # What can hang on a uuid turn_id, by the name that the message must give it.
 HANGING = {
     "view turn_view": "CREATE VIEW turn_view AS SELECT id, turn_id FROM prompt_snapshots",
@@ -187,7 +191,7 @@ HANGING = {
         CREATE TRIGGER turn_trigger BEFORE UPDATE OF turn_id ON prompt_snapshots
           FOR EACH ROW EXECUTE FUNCTION touched()""",
     "column turn_text": "ALTER TABLE prompt_snapshots ADD turn_text uuid GENERATED ALWAYS AS (turn_id) STORED",
-    "publication turn_publication": "CREATE PUBLICATION turn_publication FOR TABLE prompt_snapshots (id, turn_id)",
+    "publication turn_publication": f"CREATE PUBLICATION turn_publication FOR TABLE prompt_snapshots{COLUMNS}",
     "constraint turn_elsewhere": """
         CREATE TABLE old_turns (id uuid PRIMARY KEY);
         INSERT INTO old_turns SELECT turn_id FROM prompt_snapshots WHERE turn_id IS NOT NULL;

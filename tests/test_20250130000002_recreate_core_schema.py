@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import pty
 import re
-import signal
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -19,7 +15,7 @@ from typing import Any
 import psycopg
 import pytest
 import supabase
-from conftest import MIGRATIONS, Db, Run, clean_environment, ended
+from conftest import MIGRATIONS, Db, Run, ended
 from proxy import Proxy, socket_of
 from states import (
     BIGINTS,
@@ -31,9 +27,9 @@ from states import (
     snapshot_rows,
     snapshots,
 )
+from terminal import on_terminal
 
 from scripts import chain, embedded, errors, runner
-from scripts.chain import ROOT
 from scripts.database import Database
 from scripts.settings import Settings, parse_target
 
@@ -42,7 +38,8 @@ CORE_SCHEMA = "20250130000000_core_schema"
 AFTERWARDS = ("20250214_slots_templates", "20250213_prompt_snapshots", "20250222_turn_metrics")
 CORE_TABLES = ("worlds", "rulesets", "entry_points", "prompt_segments", "games", "turns")
 DEPENDANTS = ("prompt_snapshots", "turn_metrics")
-TASK = ("prereqs", "--recreate", "--yes")
+ASKING = ("prereqs", "--recreate")
+TASK = (*ASKING, "--yes")
 WITH_DEPENDANTS = {"PGOPTIONS": "-c budget_engine.with_dependants=on"}
 
 
@@ -648,39 +645,6 @@ def test_what_is_no_table_stays_in_the_way(db: Db) -> None:
 # ── the question ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def on_terminal(db: Db, answer: str, *words: str) -> Run:
-    """Run a task with a terminal of its own, on which somebody types this answer."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "invoke", *(words or ("prereqs", "--recreate"))],
-        cwd=ROOT,
-        env=clean_environment() | {"DATABASE_URL": db.url},
-        stdin=theirs,
-        stdout=theirs,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    os.close(theirs)
-    seen = b""
-    while chunk := _read(ours):
-        seen += chunk
-        if b"[y/N]" in seen and answer == "Ctrl-C":
-            process.send_signal(signal.SIGINT)
-        elif b"[y/N]" in seen:
-            os.write(ours, answer.encode())
-    _, err = process.communicate(timeout=60)
-    os.close(ours)
-    return Run(process.returncode, seen.decode(), err)
-
-
-def _read(terminal: int) -> bytes:
-    try:
-        return os.read(terminal, 4096)
-    except OSError:  # the other side is closed
-        return b""
-
-
 @pytest.mark.parametrize(
     ("answer", "code"), [("y\n", 0), ("yes\n", 0), ("\n", 6), ("n\n", 6), ("what?\n", 6), ("\x04", 6), ("Ctrl-C", 130)]
 )
@@ -688,7 +652,7 @@ def test_on_a_terminal_it_asks_once(db: Db, answer: str, code: int) -> None:
     db.execute(UUID_TURNS)
     db.execute("ANALYZE turns")
     before = db.dump(data=True)
-    done = on_terminal(db, answer)
+    done = on_terminal(db, *ASKING, answer=answer)
     assert done.code == code, done
     assert done.out.count("[y/N]") == 1
     for word in (db.name, "core_attic", "turns (about 9 rows)", "prompt_snapshots", "turn_metrics"):
@@ -707,7 +671,7 @@ def test_without_a_terminal_it_wants_yes(db: Db) -> None:
 
 def test_tables_without_rows_on_this_machine_move_without_a_question(db: Db) -> None:
     db.execute(CORE_WITH_UUID_TURNS)
-    done = on_terminal(db, "")
+    done = on_terminal(db, *ASKING)
     assert done.code == 0, done
     assert "[y/N]" not in done.out
 
@@ -781,7 +745,11 @@ def owned_by(role: str) -> str:
     [
         ("", "ownership of table turns"),
         ("GRANT {0} TO {1}", "CREATE on database"),
-        ("GRANT {0} TO {1}; GRANT CREATE ON DATABASE {2} TO {1}", "CREATE on schema public"),
+        (
+            # PostgreSQL 14 lets all create in public.
+            "GRANT {0} TO {1}; GRANT CREATE ON DATABASE {2} TO {1}; REVOKE CREATE ON SCHEMA public FROM PUBLIC",
+            "CREATE on schema public",
+        ),
     ],
 )  # fmt: skip
 def test_rights_that_are_lacking_are_said_before_anything(

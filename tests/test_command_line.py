@@ -232,7 +232,7 @@ def test_peer_that_is_no_server_or_refuses(tree: Path, talk: Callable[[socket.so
 
 
 @pytest.mark.parametrize("task", ["setup", "verify"])
-@pytest.mark.parametrize("host", ["127.0.0.1:1", "no-such-host.invalid", "127.0.0.1:1,no-such-host.invalid:2"])
+@pytest.mark.parametrize("host", ["127.0.0.1:1", "no-such-host.invalid:5432", "127.0.0.1:1,no-such-host.invalid:2"])
 def test_nobody_there(tree: Path, task: str, host: str) -> None:
     done = recipe(tree, task, DATABASE_URL=f"postgresql://somebody:{PASSWORD}@{host}/db", CONNECT_TIMEOUT="2")
     assert_refused(done, 4, f"postgresql://somebody:***@{host}/db")
@@ -329,9 +329,11 @@ def test_application_name_is_ours_unless_the_url_names_another(db: Db) -> None:
 
 # ── rights: exit 8 ─────────────────────────────────────────────────────────────────────────────────────────────────
 
+NOT_TO_ALL = "REVOKE CREATE ON SCHEMA public FROM PUBLIC"  # as it is from PostgreSQL 15 on
+
 # How far the database is, what of it the role is given, which right it lacks.
 RIGHTS = {
-    "create": ([], "SELECT", "CREATE on schema public"),
+    "create": ([], NOT_TO_ALL, "CREATE on schema public"),
     "ownership": (
         [step.stem for step in STEPS[:4]],
         "GRANT ALL ON SCHEMA public TO {0}; GRANT ALL ON ALL TABLES IN SCHEMA public TO {0}",

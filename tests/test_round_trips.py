@@ -24,9 +24,9 @@ def through_proxy(db: Db, *words: str, parameters: str = "") -> tuple[Run, Conve
 
 
 def test_proxy_counts_as_documented(db: Db) -> None:
-    """Handshake, startup, two queries, terminate: this psql was built without TLS."""
+    """Handshake, startup, two queries, terminate."""
     with Proxy(socket_of(db.cluster.sockets)) as proxy:
-        done = db.psql("-d", proxy.url(db.name), "-c", "SELECT 1", "-c", "SELECT 2")
+        done = db.psql("-d", f"{proxy.url(db.name)}?sslmode=disable", "-c", "SELECT 1", "-c", "SELECT 2")
     assert (done.code, done.out) == (0, "1\n2\n")
     [conversation] = proxy.conversations
     assert conversation.kinds == ["Startup", "Q", "Q", *TERMINATE]

@@ -23,7 +23,7 @@ from proxy import COMMITTED, Proxy, containing, on_nth, socket_of
 from psycopg.errors import DiskFull
 from states import by_hand, contents, lost, with_uuid
 
-from scripts import chain, embedded
+from scripts import chain, embedded, errors
 
 STEMS = [step.stem for step in chain.load()]
 MAX_CONNECTIONS = 8
@@ -184,7 +184,7 @@ def test_server_is_still_starting(small: Db) -> None:
     try:
         while "starting up" not in refusal(small):
             assert starter.is_alive()
-        assert_clear(small.invoke("setup"), 4, "the database system is starting up")
+        assert_clear(small.invoke("setup"), 4, "the database system is starting up", errors.NotReadyError.usual_remedy)
     finally:
         go.touch()
         starter.join()

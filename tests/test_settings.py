@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import traceback
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from scripts import libpq
 from scripts.errors import SettingsError
-from scripts.settings import Settings, Target, load, mask, parse_target
+from scripts.settings import Settings, Target, completed, load, mask, parse_target
 
 URL = "postgresql://app:s3cret@db.example.com:5432/game"
 PERCENT_NOTE = "corrected in DATABASE_URL: user or password hold characters that must be percent-encoded"
@@ -134,6 +136,69 @@ def test_unreadable_url_line_does_not_lead_to_the_embedded_server(tmp_path: Path
     assert caught.value.where == "line 2"
     assert "QXZJ" not in everything_printable(caught.value)
     assert target_of(load(tmp_path, {"DATABASE_URL": URL})).conninfo["user"] == "app"
+
+
+@pytest.mark.parametrize(
+    "line", ["set DATABASE_URL={}", "DATABASE_URL: {}", "setenv DATABASE_URL '{}'", "DATABASE_URL {}"]
+)
+def test_other_ways_to_set_a_variable_do_not_lead_to_the_embedded_server(tmp_path: Path, line: str) -> None:
+    write_env(tmp_path, line.format("postgresql://app:QXZJ@h/db"))
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path, {})
+    assert caught.value.where == "line 1"
+    assert "QXZJ" not in everything_printable(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "DATABASE_URL=postgresql://app:QX@ZJ #XQ@h/db\n",
+        "DATABASE_URL=postgresql://app:QX@ZJ\nXQ@h/db\n",
+        "DATABASE_URL=postgresql://app:QX@ZJ\rXQ@h/db?sslmode=require\n",
+    ],
+    ids=["a comment in the password", "a line break", "a carriage return"],
+)
+def test_url_that_goes_on_elsewhere_is_refused(tmp_path: Path, content: str) -> None:
+    """Its beginning is a good URL: it leads to the host ZJ."""
+    with pytest.raises(SettingsError) as caught:
+        load(write_env(tmp_path, content), {})
+    assert caught.value.where == "line 1"
+    assert not re.search("QX|ZJ|XQ", everything_printable(caught.value))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"DATABASE_URL={URL} # ask Ada\n# a comment\n",
+        f"DATABASE_URL='{URL}' # ask ada@example.com\n\nLOCK_WAIT=\n",
+        f"DATABASE_URL={URL}\nexport LOCK_WAIT=1s\n",
+        f"DATABASE_URL={URL}\nnot a line\n",
+    ],
+)
+def test_what_stands_behind_a_url_does_no_harm(tmp_path: Path, content: str) -> None:
+    assert target_of(load(write_env(tmp_path, content), {})) == parse_target(URL)
+
+
+@pytest.mark.parametrize(
+    ("written", "password"),
+    [
+        ("'a\\nb'", "a\\nb"),
+        ('"a\\\\b"', "a\\b"),
+        ("a\\nb", "a\\nb"),
+        ("a#b", "a#b"),
+        ("'a #b'", "a #b"),
+        ("'${A}$A'", "1$A"),
+    ],
+)
+def test_what_quotes_do_to_a_password(tmp_path: Path, written: str, password: str) -> None:
+    quote_mark = written[0] if written[0] in "'\"" else ""
+    line = f"A=1\nDATABASE_URL={quote_mark}postgresql://app:{written.strip(quote_mark)}@h/db{quote_mark}\n"
+    assert target_of(load(write_env(tmp_path, line), {})).conninfo["password"] == password
+
+
+def test_variables_of_libpq_in_env_file_are_noted(tmp_path: Path) -> None:
+    settings = load(write_env(tmp_path, f"PGHOST=elsewhere\nDATABASE_URL={URL}\nPGPASSWORD=QXZJ\n"), {})
+    assert settings.notes == ("ignored in .env: PGHOST, PGPASSWORD (libpq's: only in the environment)",)
 
 
 def test_env_that_is_a_directory_is_refused(tmp_path: Path) -> None:
@@ -284,6 +349,20 @@ def test_raw_at_sign_in_user_name() -> None:
         "host=db password=QX QXZJ",
         "psql -h db -W QXZJ",
         "QXZJ",
+        # A whole login, or its end, in the wrong place, or with another character for a colon.
+        "postgresql://app%3AQXZJ%40db/game",
+        "postgresql://app%3AQX%2CZJ%40db/game",
+        "postgresql:///app:QXZJ@db/game",
+        "postgresql://app/QXZJ@db/game",
+        "postgresql://app QXZJ@db/game",
+        "postgresql://app@QXZJ@db/game",
+        "postgresql://app@QX:ZJ@db/game",
+        "postgresql://db/game password=QXZJ",
+        "postgresql://db/game?sslmode=require password=QXZJ",
+        "postgresql://db/app%3AQXZJ%40db",
+        "host=app:QXZJ@db",
+        "host=db,app:QXZJ@db dbname=game",
+        "dbname=postgresql://app:QXZJ@db/game",
     ],
 )
 def test_what_would_be_a_guess_is_refused_without_quoting(url: str) -> None:
@@ -374,7 +453,7 @@ def test_ssl_of_other_drivers_becomes_sslmode(ssl: str, sslmode: str) -> None:
 )
 def test_search_path_is_taken_out(query: str, search_path: str | None, options: str | None) -> None:
     target = parse_target(f"{URL}?{query}")
-    assert (target.search_path, target.conninfo.get("options")) == (search_path, options)
+    assert (target.search_path, target.conninfo.get("options") or None) == (search_path, options)
     assert target.conninfo.keys() - {"options"} == parse_target(URL).conninfo.keys()
     assert target.notes == ()
 
@@ -413,6 +492,116 @@ def test_mask_leaves_short_secrets_to_the_display() -> None:
     assert parse_target("postgresql://app:a@data/a").display == "postgresql://app:***@data/a"
 
 
+@pytest.mark.parametrize(
+    "url", ["postgresql://app%3AQXZJ@db/x", "postgresql://db/x?user=app:QXZJ", "user=app:QXZJ host=db dbname=x"]
+)
+def test_login_in_the_place_of_the_user_is_not_shown(url: str) -> None:
+    target = parse_target(url)
+    assert (target.conninfo["user"], target.display) == ("app:QXZJ", "postgresql://app:***@db/x")
+    assert mask('role "app:QXZJ" does not exist', target.secrets) == 'role "app:***" does not exist'
+    assert len(target.notes) == 1
+    assert "QXZJ" not in f"{target!r} {target.notes}"
+
+
+def test_mask_knows_the_formats() -> None:
+    secret = "é\"<&'\\"
+    for spelling in ("\\u00e9\\\"<&'\\\\", "é&quot;&lt;&amp;&#x27;\\", "é\"<&''\\", '%C3%A9"%3C&%27%5c'):
+        assert mask(f"<{spelling}>", [secret]) == "<***>"
+
+
+# What libpq adds
+
+
+@pytest.fixture
+def variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """An environment without any variable of libpq's, and an empty home."""
+    for name in libpq.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return monkeypatch
+
+
+COMPLETED: dict[str, tuple[str, dict[str, str], str, tuple[str, ...]]] = {
+    "nothing": (URL, {}, "postgresql://app:***@db.example.com:5432/game", ()),
+    "the port, and the user's name for the database": ("postgresql://app@db", {}, "postgresql://app@db:5432/app", ()),
+    "variables": (
+        "postgresql://",
+        {"PGHOST": "db", "PGPORT": "1", "PGUSER": "app", "PGPASSWORD": "QXZJ", "PGDATABASE": "game"},
+        "postgresql://app:***@db:1/game",
+        ("PGUSER", "PGPASSWORD", "PGDATABASE", "PGHOST", "PGPORT"),
+    ),
+    "variables that the URL overrides": (
+        URL,
+        {"PGHOST": "other", "PGPASSWORD": "QXZJ", "PGSSLMODE": "require"},
+        "postgresql://app:***@db.example.com:5432/game?sslmode=require",
+        ("PGSSLMODE",),
+    ),
+    "another address for the host": (
+        URL,
+        {"PGHOSTADDR": "10.0.0.1"},
+        "postgresql://app:***@db.example.com:5432/game?hostaddr=10.0.0.1",
+        ("PGHOSTADDR",),
+    ),
+    "a service": (
+        "postgresql:///other?service=mine",
+        {"PGUSER": "app", "PGHOST": "other"},
+        "postgresql://app:***@db:5432/other?service=mine",
+        ("PGUSER", "service mine"),
+    ),
+    "the password file": ("postgresql://ada@db/game", {}, "postgresql://ada@db:5432/game", ("the password file",)),
+    "bytes that are not UTF-8": (URL, {"PGAPPNAME": "\udcff"}, "postgresql://app:***@db.example.com:5432/game", ()),
+}
+
+
+@pytest.mark.parametrize(("url", "environ", "display", "sources"), COMPLETED.values(), ids=COMPLETED)
+def test_display_says_where_it_really_leads(
+    variables: pytest.MonkeyPatch,
+    tmp_path: Path,
+    url: str,
+    environ: dict[str, str],
+    display: str,
+    sources: tuple[str, ...],
+) -> None:
+    (tmp_path / ".pg_service.conf").write_text("[mine]\nhost=db\npassword=QXZJ\ndbname=game\n")
+    (tmp_path / ".pgpass").write_text("db:*:*:ada:QXZJ\n")
+    (tmp_path / ".pgpass").chmod(0o600)
+    for name, value in environ.items():
+        variables.setenv(name, value)
+    target = completed(parse_target(url), ".env")
+    assert (target.display, target.sources) == (display, sources)
+    assert "QXZJ" not in repr(target)
+    assert ("QXZJ" in target.secrets) == bool({"PGPASSWORD", "service mine", "the password file"} & set(sources))
+
+
+def test_search_path_is_taken_out_of_variables(variables: pytest.MonkeyPatch) -> None:
+    variables.setenv("PGOPTIONS", "-c geqo=off -c search_path=app")
+    for url, search_path, options in (
+        (URL, "app", "-c geqo=off"),
+        (f"{URL}?schema=mine", "mine", "-c geqo=off"),
+        (f"{URL}?options=-c%20search_path%3Dmine", "mine", ""),
+    ):
+        target = completed(parse_target(url), ".env")
+        assert (target.search_path, target.conninfo["options"]) == (search_path, options)
+
+
+@pytest.mark.parametrize("name", ["PGHOST", "PGDATABASE"])
+def test_url_in_another_variable_is_refused(variables: pytest.MonkeyPatch, name: str) -> None:
+    variables.setenv(name, "postgresql://app:QXZJ@db/game")
+    with pytest.raises(SettingsError) as caught:
+        completed(parse_target("postgresql://"), ".env")
+    assert caught.value.where == f".env, {name}"
+    assert "QXZJ" not in everything_printable(caught.value)
+
+
+def test_certificates_of_the_system_are_found(variables: pytest.MonkeyPatch) -> None:
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        variables.delenv(name, raising=False)
+    libpq.find_certificates()
+    places = [os.environ[name] for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if name in os.environ]
+    assert places
+    assert all(Path(place).exists() for place in places)
+
+
 # Properties
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
@@ -433,15 +622,18 @@ def leaks(password: str, said: str) -> list[str]:
 @example(user="a:b", password="p@ss/w?rd#%41&=", host="::1", port="1", dbname="a/b?c")
 def test_encoded_url_parses_back(user: str, password: str, host: str, port: str, dbname: str) -> None:
     address = f"[{host}]" if ":" in host else host
+    assume(not re.search("://|.:.+@.", dbname, re.S))
     user_code, password_code, dbname_code = (quote(part, safe="") for part in (user, password, dbname))
     target = parse_target(f"postgresql://{user_code}:{password_code}@{address}:{port}/{dbname_code}")
     expected = {"user": user, "password": password, "host": host, "port": port, "dbname": dbname}
     assert (target.conninfo, target.notes, target.search_path) == (expected, (), None)
-    assert target.display == f"postgresql://{user_code}:***@{address}:{port}/{quote(dbname, safe='/,:')}"
+    shown = quote(user.partition(":")[0], safe="")
+    assert target.display == f"postgresql://{shown}:***@{address}:{port}/{quote(dbname, safe='/,:')}"
 
 
 @given(user=texts, host=hosts, dbname=texts, query=st.sampled_from(["", "?sslmode=require&x=1", "?port=9"]))
 def test_display_without_password_leads_to_the_same_target(user: str, host: str, dbname: str, query: str) -> None:
+    assume(":" not in user and not re.search("://|.:.+@.", dbname, re.S))
     address = f"[{host}]" if ":" in host else host
     target = parse_target(f"postgresql://{quote(user, safe='')}@{address}/{quote(dbname, safe='')}{query}")
     assert parse_target(target.display).conninfo == target.conninfo

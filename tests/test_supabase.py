@@ -189,7 +189,7 @@ def test_without_profiles_there_are_no_admins_until_it_appears(db: Db) -> None:
     fill(db)
     assert powers(db, "authenticated", ADMIN) == NOTHING
     assert powers(db, "service_role", None) == EVERYTHING
-    assert "without admin policies" in db.invoke("verify").out
+    assert "without profiles" in db.invoke("verify").out
 
     supabase.add_profiles(db)
     missing = {item: (actual, by) for item, (_, actual, by) in db.differing().items()}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from conftest import Db, database, private_server
+from versions import MAJOR
 
 from bench import tables, traffic
 from bench.figures import Report, line_chart
@@ -132,7 +133,8 @@ def _outcome(template: Db, way: str, size: Size) -> Outcome:
 @contextmanager
 def _copy(template: Db, size: Size) -> Iterator[Db]:
     """Copy the filled database, and let the disk come to rest."""
-    with database(template.cluster, f"{template.name} STRATEGY file_copy") as db:
+    strategy = " STRATEGY file_copy" if MAJOR >= 15 else ""  # 14 knows no other
+    with database(template.cluster, f"{template.name}{strategy}") as db:
         db.execute("CHECKPOINT")
         os.sync()
         time.sleep(5 * size.pause_s)  # the file system is still busy with what was dropped before

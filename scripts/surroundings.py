@@ -1,0 +1,100 @@
+"""The surroundings: what stands around the chain and is no promise of it, for status to tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from psycopg import sql
+
+from scripts.chain import Step
+from scripts.database import Database
+from scripts.survey import BEGIN_READ_ONLY
+
+_ENTRIES = 5  # of the diary: enough to see the last run
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the diary, as text; duration_ms: how long the part took."""
+
+    step: str
+    part: str
+    finished_at: str
+    duration_ms: str
+    role: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is worth knowing besides the promises.
+
+    unwritable: roles that may write turns but not turn_metrics; elsewhere: relations of the chain's names that the
+    search_path does not lead to; invalid: indexes that a build left unfinished; diary: its last entries, the newest
+    first; changed: stems whose file is another than the one that was applied last.
+    """
+
+    unwritable: tuple[str, ...]
+    elsewhere: tuple[str, ...]
+    invalid: tuple[str, ...]
+    diary: tuple[Entry, ...]
+    changed: tuple[str, ...]
+
+
+_UNWRITABLE = """
+SELECT DISTINCT grantee::regrole::text
+FROM pg_class, aclexplode(coalesce(relacl, acldefault('r', relowner)))
+WHERE oid = to_regclass('turns') AND privilege_type = 'INSERT' AND grantee <> 0
+  AND NOT has_table_privilege(grantee, to_regclass('turn_metrics'), 'INSERT')
+ORDER BY 1"""
+
+_ELSEWHERE = """
+SELECT format('%I.%I', nspname, relname)
+FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
+WHERE relname = ANY ({tables}) AND relkind IN ('r', 'p', 'v', 'm', 'f')
+  AND pg_class.oid IS DISTINCT FROM to_regclass(quote_ident(relname))
+  AND nspname !~ '^pg_' AND nspname <> 'information_schema'
+ORDER BY 1"""
+
+_INVALID = """
+SELECT indexrelid::regclass::text FROM pg_index
+WHERE NOT indisvalid AND indrelid IN (SELECT to_regclass(name) FROM unnest({tables}) AS name)
+ORDER BY 1"""
+
+_HAS_DIARY = """
+SELECT FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
+WHERE nspname = 'budget_engine' AND relname = 'diary' AND has_schema_privilege(n.oid, 'USAGE')
+  AND has_table_privilege(pg_class.oid, 'SELECT')"""
+
+_DIARY = f"""
+SELECT step, part, to_char(finished_at, 'YYYY-MM-DD HH24:MI:SSOF'), round(1000 * extract(epoch FROM duration)),
+       role_name, version
+FROM budget_engine.diary ORDER BY id DESC LIMIT {_ENTRIES}"""
+
+_APPLIED = "SELECT DISTINCT ON (step) step, checksum FROM budget_engine.diary ORDER BY step, id DESC"
+
+
+def read(database: Database, steps: Sequence[Step], tables: Iterable[str]) -> Surroundings:
+    """Look around the chain's tables; two messages at most, no lock but ACCESS SHARE on the diary."""
+    names = f"{sql.Literal(sorted(set(tables))).as_string()}::text[]"
+    looks = [_UNWRITABLE, _ELSEWHERE.format(tables=names), _INVALID.format(tables=names), _HAS_DIARY]
+    unwritable, elsewhere, invalid, has_diary = _ask(database, looks)
+    diary, applied = _ask(database, [_DIARY, _APPLIED]) if has_diary else ([], [])
+    checksums = {step.stem: step.checksum for step in steps}
+    return Surroundings(
+        unwritable=_names(unwritable),
+        elsewhere=_names(elsewhere),
+        invalid=_names(invalid),
+        diary=tuple(Entry(*map(str, row)) for row in diary),
+        changed=tuple(str(stem) for stem, checksum in applied if checksums.get(str(stem), checksum) != checksum),
+    )
+
+
+def _names(rows: Sequence[tuple[str | None, ...]]) -> tuple[str, ...]:
+    return tuple(str(name) for (name,) in rows)
+
+
+def _ask(database: Database, queries: Sequence[str]) -> list[list[tuple[str | None, ...]]]:
+    _, _, *answers, _ = database.run([BEGIN_READ_ONLY, f"SELECT {database.transaction_settings}", *queries, "COMMIT"])
+    return answers

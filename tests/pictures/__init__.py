@@ -1,0 +1,1 @@
+"""The README's pictures: terminals, drawn from real runs on real servers by `invoke pictures`."""

@@ -1,0 +1,648 @@
+"""Every way to end: README's "Troubleshooting" lists it, what helps is what helps, and nothing ends in a traceback."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pooler as poolers
+import psycopg
+import pytest
+from conftest import MIGRATIONS, Db, Run, clean_environment, database, ended, private_server, run, until
+from pooler import Pooler
+from proxy import COMMITTED, Proxy, containing, cut, on_nth, socket_of
+from psycopg.errors import lookup
+from test_command_line import hang_up, peer, recipe, speak_http, stay_silent, tree
+
+from scripts import chain, errors
+
+__all__ = ["tree"]  # the fixture
+README = (chain.ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = sorted((chain.ROOT / "scripts").glob("*.py"))
+STEMS = [step.stem for step in chain.load() if "fix" not in step.stem]
+SAID = "what to do: "
+
+
+# ── README, "Troubleshooting" ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: an exit code ("" where nothing ends), and the messages that have it."""
+
+    code: str
+    messages: tuple[str, ...]
+
+    def names(self, code: str, template: str) -> bool:
+        """Whether it is about this message, whose places are …"""
+        patterns = (".*".join(map(re.escape, message.split("…"))) for message in self.messages)
+        return code == self.code and any(re.fullmatch(pattern, template, re.S) for pattern in patterns)
+
+
+def section(title: str) -> str:
+    return README.partition(f"\n{title}\n")[2].partition("\n#")[0]
+
+
+def rows() -> list[Row]:
+    cells = re.findall(r"^\| *(\d*) *\| (`.*?) \|", section("## Troubleshooting"), re.M)
+    return [Row(code, tuple(re.findall("`(.*?)`", messages))) for code, messages in cells]
+
+
+def kinds(of: type[errors.RecipeError] = errors.RecipeError) -> list[type[errors.RecipeError]]:
+    return [of, *(kind for child in of.__subclasses__() for kind in kinds(child))]
+
+
+def raised_by_python() -> set[tuple[str, str]]:
+    """(exit code, message) of every class; of every SQLSTATE that has one of its own."""
+    says = {(str(kind.exit_code), with_places(text)) for kind in kinds() for text in (kind.says, kind.in_a_step)}
+    families = (errors.StepFailedError, errors.LockTimeoutError)  # the others stand by their SQLSTATEs
+    in_steps = {(str(kind.exit_code), with_places(kind.in_a_step)) for kind in families}
+    states = {(str(kind.exit_code), f"SQLSTATE {state}") for state, kind in sqlstates().items()}
+    return {(code, text) for code, text in says if text and " in …: " not in text} | in_steps | states
+
+
+def sqlstates() -> dict[str, type[errors.RecipeError]]:
+    """Those of PostgreSQL, a class of them aside."""
+    table = errors._BY_SQLSTATE.items()
+    return {state: kind for state, kind in table if state and len(state) == 5 and not state.startswith("TB")}
+
+
+def with_places(template: str) -> str:
+    return re.sub(r"\{.*?\}", "…", template)
+
+
+def raised_by_sql() -> set[tuple[str, str]]:
+    raising = re.compile(r"RAISE EXCEPTION USING ERRCODE = '(TB\d+)',\s+MESSAGE = (?:format\()?'(.*?)'")
+    found = [match for file in MIGRATIONS.glob("*.sql") for match in raising.findall(file.read_text())]
+    assert len(found) == "".join(file.read_text() for file in MIGRATIONS.glob("*.sql")).count("ERRCODE = 'TB")
+    return {(str(errors.for_sqlstate(state).exit_code), text.replace("%s", "…")) for state, text in found}
+
+
+def said_by_inv() -> set[tuple[str, str]]:
+    """The first lines of its failures, and of its last words."""
+    calls = [
+        node for node in ast.walk(ast.parse((chain.ROOT / "scripts/inv").read_text())) if isinstance(node, ast.Call)
+    ]
+    texts = {
+        (called(call), text_of(call.args[0]).partition("\n")[0].removeprefix("scripts/inv: "))
+        for call in calls
+        if called(call) in {"Failure", "say", "exit"} and call.args
+    }
+    progress = ("installing", "installed")
+    return {
+        ("130" if text.startswith("interrupted") else "1", f"scripts/inv: {text}")
+        for _, text in texts
+        if text and not text.startswith(progress)
+    }
+
+
+def called(call: ast.Call) -> str:
+    return call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+
+
+def text_of(node: ast.expr) -> str:
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def said_without_an_end() -> set[tuple[str, str]]:
+    """Notes, notices and warnings."""
+    nodes = [node for file in SCRIPTS for node in ast.walk(ast.parse(file.read_text()))]
+    texts = {text_of(node) for node in nodes if isinstance(node, ast.JoinedStr)}
+    notices = {
+        text
+        for node in nodes
+        for text in re.findall("RAISE NOTICE '(.*?)'", text_of(node) if isinstance(node, ast.expr) else "")
+    }
+    warnings = {
+        text for file in MIGRATIONS.glob("*.sql") for text in re.findall("RAISE WARNING '(.*?)'", file.read_text())
+    }
+    return {("", text.replace("%", "…")) for text in texts | notices | warnings}
+
+
+ENDINGS = sorted(raised_by_python() | raised_by_sql() | said_by_inv())
+
+
+@pytest.mark.parametrize(("code", "message"), ENDINGS)
+def test_every_ending_has_a_row(code: str, message: str) -> None:
+    assert [row for row in rows() if row.names(code, message)], f"{code}: {message}"
+
+
+def test_every_row_is_about_something() -> None:
+    everything = {*ENDINGS, *said_without_an_end()}
+    of_nothing = [
+        (row.code, message)
+        for row in rows()
+        for message in row.messages
+        if not any(Row(row.code, (message,)).names(*ending) for ending in everything)
+    ]
+    assert of_nothing == []
+    assert min(len(message.replace("…", "").strip()) for row in rows() for message in row.messages) >= 7
+    assert [row.code for row in rows()] == sorted((row.code for row in rows()), key=lambda code: int(code or 999))
+
+
+def test_exit_codes_are_the_documented_ones() -> None:
+    documented = re.findall(r"^\| (\d+) \|", section("### Exit codes"), re.M)
+    assert sorted(map(int, documented)) == sorted({0, *(kind.exit_code for kind in kinds())})
+
+
+def test_every_sqlstate_bears_the_manuals_name_and_helps_in_its_own_way() -> None:
+    commented = dict(re.findall(r'"(\w{5})": \w+,  # (\w+)', inspect.getsource(errors)))
+    for state, kind in sqlstates().items():
+        assert commented[state].replace("_", "") == lookup(state).__name__.lower()
+        assert kind.usual_remedy
+        assert "{" not in kind.usual_remedy
+        assert len(kind.usual_remedy.splitlines()) <= 3
+    remedies = Counter(kind.usual_remedy for kind in set(sqlstates().values()))
+    assert set(remedies.values()) == {1}
+
+
+def test_everything_raised_is_of_one_module() -> None:
+    """Facts are filled in where it is raised; the words stand in the class."""
+    internal = {"SystemExit", "KeyboardInterrupt", "OperationalError", "TimeoutError"}
+    classes = {kind.__name__: kind for kind in kinds()}
+    for file in SCRIPTS:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and called(node.exc)[0].isupper():
+                name = called(node.exc)
+                assert name in {*classes, *internal}, f"{file.name}, line {node.lineno}: {name}"
+                assert name in internal or places(classes[name]) == given(node.exc), f"{file.name}, line {node.lineno}"
+
+
+def places(kind: type[errors.RecipeError]) -> set[str]:
+    return set(re.findall(r"\{(\w+)\}", kind.says + kind.usual_remedy))
+
+
+def given(call: ast.Call) -> set[str]:
+    return {str(word.arg) for word in call.keywords} - {"where", "remedy", "what"}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in kinds() if kind.says], ids=lambda kind: kind.__name__)
+def test_every_message_has_a_remedy(kind: type[errors.RecipeError]) -> None:
+    """Of its class, or of the places that raise it; Ctrl-C says it in one line."""
+    elsewhere = {errors.AmbiguousUrlError, errors.UnparsableUrlError, errors.StoppedError}
+    assert bool(kind.usual_remedy) == (kind not in elsewhere)
+
+
+# ── the server refuses, while a step runs ──────────────────────────────────────────────────────────────────────────
+
+
+def remedy_of(done: Run) -> str:
+    return " ".join(done.err.partition(SAID)[2].split())
+
+
+def assert_ends(done: Run, kind: type[errors.RecipeError], code: int, remedy: str = "") -> None:
+    """One message, with what helps in this very case; no traceback."""
+    assert done.code == code, done
+    assert done.err.startswith("error: "), done
+    assert done.err.count("error: ") == done.err.count(SAID) == 1, done
+    assert "Traceback" not in done.err + done.out, done
+    assert remedy_of(done) == " ".join((remedy or kind.usual_remedy).split()), done
+
+
+def assert_says(done: Run, sqlstate: str) -> None:
+    assert_ends(done, errors.for_sqlstate(sqlstate), errors.for_sqlstate(sqlstate).exit_code)
+    assert f"  SQLSTATE {sqlstate}\n" in done.err, done
+
+
+# What an event trigger of somebody's does when a step of ours has begun.
+TRAP = """
+CREATE SCHEMA trap;
+CREATE FUNCTION trap.spring() RETURNS event_trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF current_setting('application_name') = 'budget-engine-recipes' THEN {action}; END IF;
+END $$;
+CREATE EVENT TRIGGER trap ON ddl_command_end WHEN TAG IN ('CREATE TABLE', 'ALTER TABLE')
+  EXECUTE FUNCTION trap.spring()"""
+UNTRAP = "DROP EVENT TRIGGER trap; DROP SCHEMA trap CASCADE"
+ACTIONS = {
+    "25006": "PERFORM set_config('transaction_read_only', 'on', true)",
+    "3F000": "CREATE TABLE nowhere.log ()",
+    "42501": "PERFORM set_config('role', 'pg_monitor', true)",
+    "42P01": "INSERT INTO log_of_commands VALUES (1)",
+    "57014": "PERFORM pg_cancel_backend(pg_backend_pid()), pg_sleep(10)",
+    "57P01": "PERFORM pg_terminate_backend(pg_backend_pid()), pg_sleep(10)",
+}
+
+
+@contextmanager
+def last_step_pending(db: Db) -> Iterator[None]:
+    """Whatever keeps it from being done, the database is as before."""
+    db.migrate(*STEMS[:-1])
+    before = db.dump(data=True)
+    yield
+    assert db.dump(data=True) == before
+
+
+@pytest.mark.parametrize(("sqlstate", "action"), ACTIONS.items(), ids=ACTIONS)
+def test_refusal_in_a_step(db: Db, sqlstate: str, action: str) -> None:
+    with last_step_pending(db):
+        db.execute(TRAP.format(action=action))
+        done = db.invoke("setup")
+        db.execute(UNTRAP)
+    assert_says(done, sqlstate)
+
+
+@contextmanager
+def holding(db: Db, sql: str) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
+    with db.connect(autocommit=False) as holder:
+        holder.execute(sql.encode())
+        yield holder
+        holder.rollback()
+
+
+def test_lock_that_is_not_to_be_had(db: Db) -> None:
+    with last_step_pending(db), holding(db, "LOCK TABLE turns IN ROW EXCLUSIVE MODE"):
+        done = db.invoke("setup", env={"LOCK_TIMEOUT": "300ms", "LOCK_WAIT": "0"})
+    assert_says(done, "55P03")
+
+
+WAITING = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'budget%' AND wait_event_type = 'Lock'"
+
+
+def test_deadlock_for_which_there_is_no_patience(db: Db) -> None:
+    """The step, which holds prompt_snapshots, wants worlds; the other one has that, and wants prompt_snapshots."""
+    db.migrate(*STEMS)
+    db.execute("ALTER TABLE prompt_snapshots DROP COLUMN budget_report")
+    before = db.dump(data=True)
+    db.execute(TRAP.format(action="LOCK TABLE worlds IN SHARE MODE"))
+    with holding(db, "SET LOCAL deadlock_timeout = '1min'; LOCK TABLE worlds IN ROW EXCLUSIVE MODE") as other:
+        process = db.start("setup", LOCK_TIMEOUT="30s", LOCK_WAIT="0")
+        until(lambda: db.value(WAITING), process)
+        other.execute("LOCK TABLE prompt_snapshots IN ROW EXCLUSIVE MODE")
+        done = ended(process)
+    db.execute(UNTRAP)
+    assert_says(done, "40P01")
+    assert db.dump(data=True) == before
+
+
+def test_session_that_may_not_be_idle(db: Db) -> None:
+    """Between two tries: another run is at work."""
+    db.execute(f"ALTER DATABASE {db.name} SET idle_session_timeout = '50ms'")
+    with last_step_pending(db), psycopg.connect(f"{db.url}&options=-c%20idle_session_timeout%3D0") as other:
+        other.execute("SELECT pg_advisory_xact_lock(%s)", [int.from_bytes(b"budget", "big")])
+        done = db.invoke("setup")
+    assert_ends(done, errors.IdleSessionError, 4)
+
+
+def test_line_that_is_cut(db: Db) -> None:
+    with (
+        last_step_pending(db),
+        Proxy(socket_of(db.cluster.sockets), server_says=on_nth(containing(COMMITTED), 1, cut)) as proxy,
+    ):
+        done = db.invoke("setup", env={"DATABASE_URL": proxy.url(db.name)})
+    assert_ends(done, errors.for_sqlstate("08006"), 4)
+
+
+def test_servers_table_of_locks_is_full() -> None:
+    """Another session's transaction has taken all but a few, which are enough for a login."""
+    with private_server(max_locks_per_transaction="10", max_connections="10") as server, database(server) as db:
+        with last_step_pending(db), holding(db, "SELECT") as hog:
+            with suppress(psycopg.errors.OutOfMemory):
+                for number in itertools.count():
+                    hog.execute(f"SAVEPOINT before_{number}".encode())
+                    hog.execute("SELECT pg_advisory_xact_lock(%s)", [number])
+            hog.execute(f"ROLLBACK TO before_{number - 10}".encode())
+            done = db.invoke("setup", env={"LOCK_WAIT": "0"})
+        assert_says(done, "53200")
+
+
+@pytest.mark.skipif(poolers.PROGRAM is None or poolers.CONFIGURATION is None, reason="pgbouncer is not installed")
+def test_prepared_statement_of_another_client_of_the_pool(db: Db) -> None:
+    """A trigger runs it in a session that is ours now; a step has changed its table meanwhile."""
+    db.migrate(*STEMS[:2])
+    before = db.dump(data=True)
+    with Pooler(db.cluster, settings={"default_pool_size": "1"}) as pooler:
+        with pooler.connect(db) as other:
+            other.execute("PREPARE everything AS SELECT * FROM slots")
+            other.execute("EXECUTE everything")
+        db.execute(TRAP.format(action="IF TG_TAG = 'ALTER TABLE' THEN EXECUTE 'EXECUTE everything'; END IF"))
+        done = db.invoke("slots-flags", env={"DATABASE_URL": pooler.url(db)})
+    db.execute(UNTRAP)
+    assert "cached plan must not change result type" in done.err, done
+    assert_says(done, "0A000")
+    assert db.dump(data=True) == before
+
+
+# ── no login: exit 4 ───────────────────────────────────────────────────────────────────────────────────────────────
+
+ROLES = """
+CREATE ROLE secretive LOGIN PASSWORD 'right-and-secret';
+CREATE ROLE nologin;
+CREATE ROLE limited LOGIN CONNECTION LIMIT 0;
+CREATE ROLE guest LOGIN"""
+HBA = """
+local all secretive         scram-sha-256
+local all rejected          reject
+local all peer              peer
+local all postgres,nologin,limited,guest,ghost trust
+"""
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Db]:
+    """A database on a server that lets not everybody in, and not many."""
+    with private_server(max_connections="6") as server, database(server) as db:
+        db.execute(ROLES)
+        db.execute(f"REVOKE CONNECT ON DATABASE {db.name} FROM public; GRANT CONNECT ON DATABASE {db.name} TO limited")
+        (server.data / "pg_hba.conf").write_text(HBA)
+        db.execute("SELECT pg_reload_conf()")
+        with suppress(psycopg.OperationalError):  # once the server has read the file
+            while True:
+                db.connect("secretive").close()
+        yield db
+
+
+# The URL's parts that are other, what helps, the SQLSTATE that it is known by.
+REFUSALS: dict[str, tuple[dict[str, str], str]] = {
+    "wrong password": ({"postgres@": "secretive:wrong-but-secret@"}, "28P01"),
+    "no password": ({"postgres@": "secretive@"}, "28P01"),
+    "no such role": ({"postgres@": "ghost@"}, "28000"),
+    "NOLOGIN": ({"postgres@": "nologin@"}, "28000"),
+    "pg_hba.conf rejects": ({"postgres@": "rejected@"}, "28000"),
+    "pg_hba.conf has no line": ({"postgres@": "stranger@"}, "28000"),
+    "peer": ({"postgres@": "peer@"}, "28000"),
+    "no such database": ({"/test_": "/no_such_"}, "3D000"),
+    "no CONNECT": ({"postgres@": "guest@"}, "42501"),
+    "role's connections": ({"postgres@": "limited@"}, "53300"),
+}
+
+
+@pytest.mark.parametrize(("other", "sqlstate"), REFUSALS.values(), ids=REFUSALS)
+def test_login_that_is_refused(guarded: Db, other: dict[str, str], sqlstate: str) -> None:
+    url = guarded.url
+    for part, instead in other.items():
+        assert part in url
+        url = url.replace(part, instead)
+    done = guarded.invoke("setup", env={"DATABASE_URL": url})
+    assert_ends(done, errors.for_sqlstate(sqlstate), 4)
+    assert "secret@" not in done.err + done.out
+
+
+def test_server_that_has_no_room(guarded: Db) -> None:
+    with ExitStack() as stack:
+        for _ in range(6):
+            stack.enter_context(guarded.connect())
+        done = guarded.invoke("verify")
+    assert_ends(done, errors.for_sqlstate("53300"), 4)
+
+
+def test_tls_that_the_server_does_not_speak(db: Db) -> None:
+    with Proxy(socket_of(db.cluster.sockets)) as proxy:
+        done = db.invoke("setup", env={"DATABASE_URL": f"{proxy.url(db.name)}?sslmode=require"})
+    assert_ends(done, errors.TlsError, 4)
+
+
+@pytest.mark.parametrize("variable", ["PGTZ", "PGOPTIONS"])
+def test_session_that_cannot_begin_as_asked_for(db: Db, variable: str) -> None:
+    done = db.invoke("setup", env={variable: {"PGTZ": "Nowhere", "PGOPTIONS": "-c nonsense=1"}[variable]})
+    assert_ends(done, errors.StartupOptionError, 4)
+
+
+def speak_german(client: socket.socket) -> None:
+    """As a server does whose lc_messages is another language: what it says is not understood, and not guessed at."""
+    client.recv(4096)
+    client.sendall(b"N")
+    client.recv(4096)
+    fields = "SFATAL\0VFATAL\0C28P01\0MPasswort-Authentifizierung für Benutzer »u« fehlgeschlagen\0\0".encode()
+    client.sendall(b"E" + (len(fields) + 4).to_bytes(4, "big") + fields)
+
+
+PEERS: dict[str, tuple[Callable[[socket.socket], None], type[errors.RecipeError]]] = {
+    "HTTP": (speak_http, errors.NotPostgresError),
+    "silent": (stay_silent, errors.SilentHostError),
+    "hangs up": (hang_up, errors.LostConnectionError),
+    "another language": (speak_german, errors.NoConnectionError),
+}
+
+
+@pytest.mark.parametrize(("talk", "kind"), PEERS.values(), ids=PEERS)
+def test_peer_that_does_not_let_us_in(
+    tree: Path, talk: Callable[[socket.socket], None], kind: type[errors.RecipeError]
+) -> None:
+    with peer(talk) as port:
+        done = recipe(tree, "setup", DATABASE_URL=f"postgresql://u@127.0.0.1:{port}/db", CONNECT_TIMEOUT="2")
+    assert_ends(done, kind, 4)
+
+
+HOSTS = {
+    "127.0.0.1:1": errors.NobodyThereError,
+    "no-such-host.invalid": errors.NoSuchHostError,
+    "two..dots": errors.NoSuchHostError,
+    f"{'long' * 16}.example": errors.NoSuchHostError,
+    "127.0.0.1:1,no-such-host.invalid:2": errors.NobodyThereError,
+}
+
+
+@pytest.mark.parametrize(("host", "kind"), HOSTS.items(), ids=HOSTS)
+def test_host_where_nobody_is(tree: Path, host: str, kind: type[errors.RecipeError]) -> None:
+    assert_ends(recipe(tree, "setup", DATABASE_URL=f"postgresql://u@{host}/db"), kind, 4)
+
+
+@pytest.mark.skipif(poolers.PROGRAM is None or poolers.CONFIGURATION is None, reason="pgbouncer is not installed")
+def test_login_that_a_pooler_refuses(db: Db) -> None:
+    def refused(url: str) -> Run:
+        return db.invoke("setup", env={"DATABASE_URL": url})
+
+    with Pooler(db.cluster, roles=("postgres", "ghost"), settings={"max_client_conn": "2"}) as pooler:
+        assert_ends(refused(pooler.url(db, "stranger")), errors.LoginError, 4)
+        assert_ends(refused(pooler.url(db, "ghost")), errors.LoginError, 4)
+        assert_ends(refused(pooler.url(db).replace("/test_", "/no_such_")), errors.NoDatabaseError, 4)
+        assert_ends(refused(f"{pooler.url(db)}&options=-c%20work_mem%3D1MB"), errors.StartupOptionError, 4)
+        with pooler.connect(db), pooler.connect(db):
+            assert_ends(refused(pooler.url(db)), errors.FullServerError, 4)
+
+
+# ── no traceback, whatever is broken ───────────────────────────────────────────────────────────────────────────────
+
+
+def shell(folder: Path, command: str, **environment: str) -> Run:
+    """Run a command with `$invoke` in it."""
+    variables = clean_environment() | {"invoke": f"{sys.executable} -m invoke"} | environment
+    done = subprocess.run(
+        ["/bin/sh", "-c", command],
+        cwd=folder,
+        env=variables,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def broken(tree: Path, tmp_path: Path) -> Path:
+    """A checkout to break."""
+    return Path(shutil.copytree(tree, tmp_path / "checkout"))
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["missing", "garbled"])
+@pytest.mark.parametrize(
+    "file", ["db/verify/20250222_turn_metrics.sql", "db/migrations/20250222_turn_metrics.sql", "pyproject.toml"]
+)
+def test_checkout_that_is_not_whole(broken: Path, db: Db, file: str, content: bytes | None) -> None:
+    (broken / file).unlink()
+    if content is not None:
+        (broken / file).write_bytes(content)
+    before = db.dump()
+    done = recipe(broken, "setup", DATABASE_URL=db.url)
+    assert_ends(done, errors.CheckoutError, 1)
+    assert str(broken / file) in done.err
+    assert db.dump() == before
+
+
+HIDE = """
+import os, sys
+
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["HIDDEN"]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hide())"""
+
+
+@pytest.mark.parametrize("package", ["psycopg", "dotenv"])
+def test_package_that_is_not_installed(tree: Path, tmp_path: Path, package: str) -> None:
+    """Invoke is somebody's own."""
+    (tmp_path / "sitecustomize.py").write_text(HIDE)
+    hidden = {"PYTHONPATH": str(tmp_path), "HIDDEN": package, "DATABASE_URL": "embedded"}
+    done = recipe(tree, "setup", BUDGET_ENGINE_POSTGRES=str(tmp_path / "postgres"), **hidden)
+    assert_ends(done, errors.NoPackageError, 1)
+    assert package in done.err
+
+
+def test_mistake_of_our_own_is_no_traceback_and_gives_no_secret_away(broken: Path) -> None:
+    work = broken / "scripts/work.py"
+    work.write_text(work.read_text().replace("    return given, where\n", "    raise ValueError(where.conninfo)\n"))
+    done = recipe(broken, "setup", DATABASE_URL="postgresql://u:very-s3cret@localhost:1/db")
+    assert_ends(done, errors.UnforeseenError, 1)
+    assert "scripts/work.py, line " in done.err
+    assert "very-s3cret" not in done.err + done.out
+
+
+STREAMS = [">&-", "2>&-", "<&-", ">&- 2>&- <&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>&1"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("streams", STREAMS)
+def test_streams_that_are_closed_or_full_change_no_exit_code(db: Db, streams: str) -> None:
+    for task, code in {"verify": 5, "setup": 0, "prereqs --recreate": 0, "db.url": 0, "--dry setup": 0}.items():
+        done = shell(chain.ROOT, f"$invoke {task} {streams}", DATABASE_URL=db.url)
+        assert done.code == code, done
+        assert "Traceback" not in done.err + done.out, done
+    refused = shell(chain.ROOT, f"$invoke setup {streams}", DATABASE_URL="")
+    assert refused.code == 3, refused
+    assert db.differing() == {}
+
+
+def test_question_that_nobody_can_be_asked(db: Db) -> None:
+    db.migrate(STEMS[0])
+    db.execute("ALTER TABLE worlds DROP COLUMN doc; INSERT INTO worlds (id) VALUES ('w')")
+    before = db.dump(data=True)
+    for streams in ("<&-", ">&- <&-", "</dev/null"):
+        done = shell(chain.ROOT, f"$invoke prereqs --recreate {streams}", DATABASE_URL=db.url)
+        assert_ends(done, errors.NotConfirmedError, 6)
+    assert db.dump(data=True) == before
+
+
+LOCALES = [
+    {"PYTHONIOENCODING": "ascii"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "latin-1"},
+]
+
+
+@pytest.mark.parametrize("locale", LOCALES, ids=["ascii", "C", "latin-1"])
+def test_locale_that_lacks_our_characters(db: Db, locale: dict[str, str]) -> None:
+    for words in ("--list", "--help test", "--help fix", "setup", "verify"):
+        done = db.invoke(*words.split(), env=locale)
+        assert (done.code, done.err) == (0, ""), done
+    refused = db.invoke("setup", env={**locale, "DATABASE_URL": "postgresql://u@127.0.0.1:1/d%C3%A4"})
+    assert_ends(refused, errors.NobodyThereError, 4)
+    missing = db.invoke("setup", env={**locale, "DATABASE_URL": db.url.replace("/test_", "/%E2%86%92")})
+    assert missing.code == 4, missing
+    assert "Traceback" not in missing.err + missing.out
+
+
+@pytest.mark.parametrize("place", ["~nobody-of-this-name/x", "/proc/x", "{loop}"])
+def test_place_where_nothing_can_lie(tree: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    done = recipe(tree, "db.start", BUDGET_ENGINE_POSTGRES=place.format(loop=tmp_path / "loop"))
+    assert done.code == 4, done
+    assert done.err.startswith("error: The embedded server cannot be used: "), done
+    assert "Traceback" not in done.err
+
+
+def test_place_of_the_environment_that_nobody_has() -> None:
+    done = run(
+        [sys.executable, "scripts/inv", "--list"],
+        clean_environment() | {"BUDGET_ENGINE_VENV": "~nobody-of-this-name/x"},
+    )
+    assert done.code == 1, done
+    assert done.err.startswith("scripts/inv: BUDGET_ENGINE_VENV "), done
+
+
+def test_psql_that_cannot_be_run(tree: Path, tmp_path: Path, db: Db) -> None:
+    (tmp_path / "psql").write_bytes(b"\x7fELF, but not really")
+    (tmp_path / "psql").chmod(0o755)
+    done = recipe(tree, "db.psql", DATABASE_URL=db.url, PATH=str(tmp_path))
+    assert_ends(done, errors.SystemRefusesError, 1)
+
+
+# Python imports a module of this name at its start; the second signal comes while the message is printed.
+STRIKE_TWICE = """
+import os, signal, sys
+
+def strike():
+    os.kill(os.getpid(), signal.SIGINT)
+
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        if name == "psycopg":
+            sys.meta_path.remove(self)
+            strike()
+
+class Stderr:
+    def write(self, text):
+        strike()
+        return sys.__stderr__.write(text)
+
+    def flush(self):
+        sys.__stderr__.flush()
+
+sys.meta_path.insert(0, Hook())
+sys.stderr = Stderr()"""
+
+
+def test_ctrl_c_once_more(db: Db, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(STRIKE_TWICE)
+    done = db.invoke("setup", env={"PYTHONPATH": str(tmp_path)})
+    assert (done.code, len(done.err.splitlines())) == (130, 1), done
+
+
+def test_ctrl_c_while_python_starts(tmp_path: Path) -> None:
+    """What scripts/inv blocks, tasks.py answers."""
+    program = textwrap.dedent("""
+        import os, signal, sys
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        os.kill(os.getpid(), signal.SIGINT)
+        os.execv(sys.executable, [sys.executable, "-m", "invoke", "verify"])""")
+    done = run([sys.executable, "-c", program], clean_environment() | {"DATABASE_URL": ""})
+    assert (done.code, len(done.err.splitlines())) == (130, 1), done
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

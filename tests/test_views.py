@@ -1,0 +1,484 @@
+"""verify, status, plan and rehearse: they say what is so, in every format, and change nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import jsonschema
+import psycopg
+import pytest
+import supabase
+from conftest import Db, Run, ended, until
+from states import BIGINT, CORE, by_hand, snapshots, with_uuid
+from terminal import on_terminal
+from test_states import READY, UUID_READY
+
+from scripts import chain
+
+SCHEMA = json.loads((chain.ROOT / "scripts" / "report.schema.json").read_text())
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+CHAIN = chain.load()
+
+
+def document(done: Run) -> dict[str, Any]:
+    """Read the JSON document, all of stdout, and hold it against its schema."""
+    seen = json.loads(done.out)
+    VALIDATOR.validate(seen)
+    assert seen["exit_code"] == done.code, done
+    assert isinstance(seen, dict)
+    return seen
+
+
+def asked(db: Db, *words: str, role: str = "postgres") -> dict[str, Any]:
+    return document(db.invoke(*words, "--format", "json", role=role))
+
+
+# ── status ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+STATES = {
+    "empty": ("", {"core_schema": "pending", "turn_metrics": "pending", "fix_prompt_snapshots_turn_id": "not needed"}),
+    "bigint": (by_hand() + "ALTER TABLE slots ADD must_keep boolean NOT NULL DEFAULT false",
+               {"fix_prompt_snapshots_turn_id": "done", "slots_flags": "half done", "budget_report": "pending"}),
+    "uuid": (with_uuid(), {"fix_prompt_snapshots_turn_id": "pending"}),
+    "wrong": (by_hand() + "ALTER TABLE slots ADD must_keep text", {"slots_flags": "in the way"}),
+    "one of two tables": (CORE + "CREATE TABLE slots (id int)", {"slots_templates": "in the way"}),
+    "core without an index": (CORE + snapshots(BIGINT), {"core_schema": "half done"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("state", "expected"), STATES.values(), ids=STATES)
+def test_status_says_how_each_step_stands(db: Db, state: str, expected: dict[str, str]) -> None:
+    db.execute(state)
+    before = db.dump(data=True)
+    states = {step["step"]: step["state"] for step in asked(db, "status")["steps"]}
+    assert {step: states[step] for step in expected} == expected
+    assert db.dump(data=True) == before
+
+
+def test_status_of_what_is_done(ready: Db) -> None:
+    seen = asked(ready, "status")
+    assert {step["state"] for step in seen["steps"]} == {"done"}
+    assert seen["server"]["row_security"] == "plain PostgreSQL"
+    around = seen["surroundings"]
+    assert (around["unwritable"], around["elsewhere"], around["invalid"], around["changed"]) == ([], [], [], [])
+    assert len(around["diary"]) == 5
+    assert around["diary"][0]["step"] == "20250222_turn_metrics"
+
+
+@pytest.mark.parametrize(
+    ("state", "code"),
+    [("", 5), (with_uuid(), 5), (by_hand() + "ALTER TABLE slots ADD must_keep text", 6), (None, 0)],
+)
+def test_status_check_is_for_ci(db: Db, state: str | None, code: int) -> None:
+    if state is None:
+        assert db.invoke("setup").code == 0
+    else:
+        db.execute(state)
+    assert db.invoke("status", "--check").code == code
+    assert db.invoke("status").code == 0
+
+
+def test_status_knows_supabase_with_and_without_profiles(db: Db) -> None:
+    supabase.install(db)
+    assert db.invoke("setup").code == 0
+    assert asked(db, "status")["server"]["row_security"] == "Supabase without profiles"
+    supabase.add_profiles(db)
+    seen = asked(db, "status")
+    assert seen["server"]["row_security"] == "Supabase"
+    assert {step["state"] for step in seen["steps"]} == {"done", "half done"}, "the admins' policies are pending"
+
+
+def test_status_names_roles_that_may_write_turns_but_not_turn_metrics(ready: Db) -> None:
+    role = f"app_{ready.name}"
+    ready.execute(f"CREATE ROLE {role} LOGIN; GRANT SELECT, INSERT ON turns TO {role}")
+    try:
+        assert asked(ready, "status")["surroundings"]["unwritable"] == [role]
+        [remedy] = re.findall(r"GRANT .*;", ready.invoke("status").out)
+        ready.execute(remedy)
+        assert asked(ready, "status")["surroundings"]["unwritable"] == []
+    finally:
+        ready.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+def test_status_names_copies_elsewhere_and_invalid_indexes(ready: Db) -> None:
+    ready.execute(
+        "CREATE SCHEMA backup; CREATE TABLE backup.turns (LIKE public.turns); CREATE VIEW backup.games AS SELECT 1"
+    )
+    ready.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'idx_games_owner'::regclass")
+    around = asked(ready, "status")["surroundings"]
+    assert around["elsewhere"] == ["backup.games", "backup.turns"]
+    assert around["invalid"] == ["idx_games_owner"]
+
+
+def test_status_names_files_that_are_not_those_that_were_applied(ready: Db) -> None:
+    ready.execute("INSERT INTO budget_engine.diary (step, part, duration, checksum, version) "
+                  "VALUES ('20250220_slots_flags', 'atomic', '1 s', 'of another file', '0.0.9')")  # fmt: skip
+    around = asked(ready, "status")["surroundings"]
+    assert around["changed"] == ["20250220_slots_flags"]
+    assert around["diary"][0]["version"] == "0.0.9"
+    ready.execute("DROP SCHEMA budget_engine CASCADE")
+    around = asked(ready, "status")["surroundings"]
+    assert (around["changed"], around["diary"]) == ([], [])
+
+
+# ── plan ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# As tables of locks conflict, the weakest first.
+MODES = [
+    "RowExclusiveLock",
+    "ShareUpdateExclusiveLock",
+    "ShareLock",
+    "ShareRowExclusiveLock",
+    "ExclusiveLock",
+    "AccessExclusiveLock",
+]
+HELD = """
+SELECT c.oid::regclass::text, l.mode FROM pg_locks AS l JOIN pg_class AS c ON c.oid = l.relation
+WHERE l.pid = pg_backend_pid() AND c.oid = ANY (%s) AND l.mode = ANY (%s)"""
+USERS_TABLES = """SELECT array_agg(c.oid) FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = relnamespace
+WHERE relkind = 'r' AND nspname <> 'information_schema' AND nspname !~ '^pg_'"""
+SUPABASE = "-- on Supabase\n"
+LOCKED = READY | UUID_READY | {
+    "comment missing": by_hand() + "ALTER TABLE prompt_snapshots ADD budget_report jsonb",
+    "Supabase": SUPABASE,
+    "Supabase, core only": SUPABASE + CORE,
+    "Supabase, by hand": SUPABASE + by_hand(),
+}  # fmt: skip
+
+
+def strongest(locks: list[tuple[str, str]]) -> dict[str, str]:
+    """Return the strongest mode on each table."""
+    found: dict[str, str] = {}
+    for table, mode in sorted(locks, key=lambda lock: MODES.index(lock[1])):
+        found[table] = mode
+    return found
+
+
+@pytest.mark.parametrize("state", LOCKED.values(), ids=LOCKED)
+def test_plan_foresees_the_locks_of_the_transactional_parts(db: Db, state: str) -> None:
+    if state.startswith(SUPABASE):
+        supabase.install(db)
+        supabase.add_profiles(db)
+    db.execute(state)
+    changes = asked(db, "plan")["changes"]
+    promised = [
+        (change["table"], change["lock"].title().replace(" ", "") + "Lock")
+        for change in changes
+        if change["part"] == "atomic" and change["lock"]
+    ]
+    with db.connect(autocommit=False) as connection:
+        [[tables]] = connection.execute(USERS_TABLES).fetchall()
+        for step in CHAIN:
+            connection.execute(step.atomic.encode())
+        held = connection.execute(HELD, [tables, MODES]).fetchall()
+        connection.rollback()
+    assert strongest(promised) == strongest(held)
+
+
+def test_plan_foresees_every_online_statement(db: Db) -> None:
+    """What it announced is what is run: by table, as often."""
+    db.execute(with_uuid())
+    announced = [change["table"] for change in asked(db, "plan")["changes"]
+                 if change["statement"].startswith("CREATE INDEX CONCURRENTLY")]  # fmt: skip
+    done = db.invoke("setup")
+    built = re.findall(r"CREATE INDEX CONCURRENTLY IF NOT EXISTS \w+ ON public\.(\w+) ", done.out)
+    assert sorted(announced) == sorted(built)
+
+
+@contextmanager
+def holding(db: Db, statement: str) -> Iterator[int]:
+    """Hold a lock in a session of another application; yield its process id."""
+    with db.connect(autocommit=False) as connection:
+        connection.execute("SET application_name = 'web'")
+        connection.execute(statement.encode())
+        yield connection.info.backend_pid
+
+
+def test_plan_names_who_holds_and_who_waits_for_a_conflicting_lock(db: Db) -> None:
+    db.execute(by_hand())
+    with holding(db, "UPDATE slots SET description = 'x' WHERE name = 'tone'") as holder:
+        waiter = in_psql(db, "BEGIN; LOCK TABLE slots IN SHARE ROW EXCLUSIVE MODE; COMMIT")
+        until(lambda: db.value("SELECT count(*) FROM pg_locks WHERE NOT granted") == 1, waiter)
+        waiting = asked(db, "plan")["waiting_for"]
+    assert ended(waiter).code == 0
+    on_slots = [
+        (one["mode"], one["granted"], f"pid {holder} " in one["session"]) for one in waiting if one["table"] == "slots"
+    ]
+    assert ("RowExclusiveLock", True, True) in on_slots
+    assert ("ShareRowExclusiveLock", False, False) in on_slots
+
+
+@pytest.mark.parametrize("task", ["verify", "status", "plan"])
+def test_look_waits_moments_behind_who_locks_readers_out_and_names_him(db: Db, task: str) -> None:
+    """Its own wait is nothing that others would have to queue behind."""
+    db.execute(by_hand())
+    with holding(db, "LOCK TABLE slots IN ACCESS EXCLUSIVE MODE") as holder:
+        done = db.invoke(task, "--format", "json", env={"LOCK_WAIT": "1s"})
+    error = document(done)["error"]
+    assert done.code == 7
+    assert f"pid {holder} " in "".join(error["where"])
+
+
+def in_psql(db: Db, sql: str) -> subprocess.Popen[str]:
+    """Start psql on this database."""
+    program = str(db.cluster.binaries / "psql")
+    return subprocess.Popen([program, db.url, "-Xc", sql], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_plan_names_an_old_snapshot_that_a_build_would_wait_for(db: Db) -> None:
+    db.execute(by_hand())
+    with db.connect(autocommit=False) as connection:
+        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        connection.execute("SELECT 1")
+        time.sleep(1.1)
+        sessions = [one["session"] for one in asked(db, "plan")["waiting_for"] if one["table"] is None]
+        assert [f"pid {connection.info.backend_pid} " in session for session in sessions] == [True]
+
+
+def test_plan_says_where_uuid_values_will_be_and_how_many(db: Db) -> None:
+    db.execute(with_uuid() + "ALTER TABLE prompt_snapshots ADD turn_id_uuid text")
+    count = db.value("SELECT count(turn_id) FROM prompt_snapshots")
+    [kept] = asked(db, "plan")["kept"]
+    assert (kept["column"], kept["into"], kept["count"]) == ("prompt_snapshots.turn_id", "turn_id_uuid_2", count)
+    assert db.invoke("setup").code == 0
+    assert db.value("SELECT count(turn_id_uuid_2) FROM prompt_snapshots") == count
+    assert asked(db, "plan")["kept"] == []
+
+
+def test_plan_knows_which_prepared_statements_fail_once(db: Db) -> None:
+    db.execute(with_uuid())
+    foretold = asked(db, "plan")["prepared_statements_fail_once"]
+    tables = ["turns", "slots", "templates", "prompt_snapshots", "games"]
+    failed = []
+    with db.connect() as connection:
+        for table in tables:
+            connection.execute(f"PREPARE of_{table} AS SELECT * FROM {table}".encode())
+            connection.execute(f"EXECUTE of_{table}".encode())
+        assert db.invoke("setup").code == 0
+        for table in tables:
+            try:
+                connection.execute(f"EXECUTE of_{table}".encode())
+            except psycopg.errors.FeatureNotSupported:
+                failed.append(table)
+    assert sorted(failed) == sorted(foretold)
+
+
+@pytest.mark.parametrize(
+    ("state", "code"), [("", 0), (with_uuid(), 0), (by_hand() + "ALTER TABLE slots ADD must_keep text", 6)]
+)
+def test_plan_changes_nothing_and_ends_as_setup_would(db: Db, state: str, code: int) -> None:
+    db.execute(state)
+    before = db.dump(data=True)
+    seen = asked(db, "plan")
+    assert seen["exit_code"] == code
+    assert db.dump(data=True) == before
+    assert db.rows("SELECT 1 FROM pg_class WHERE relname = 'diary'") == []
+    assert db.invoke("setup").code == code
+
+
+def test_plan_as_sql_is_what_setup_does(db: Db, tmp_path: Any) -> None:
+    db.execute(with_uuid())
+    done = db.invoke("plan", "--sql")
+    assert done.code == 0, done
+    assert "target " in done.err
+    file = tmp_path / "plan.sql"
+    file.write_text(done.out)
+    assert db.psql("-f", str(file)).code == 0
+    assert db.differing() == {}
+    assert db.invoke("plan", "--sql").out == "-- nothing to do\n"
+
+
+def test_plan_without_rights_says_so(db: Db) -> None:
+    db.execute(by_hand())
+    role = f"reader_{db.name}"
+    db.execute(f"CREATE ROLE {role} LOGIN")
+    try:
+        assert asked(db, "plan", role=role)["exit_code"] == 8
+    finally:
+        db.execute(f"DROP ROLE {role}")
+
+
+# ── rehearse ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("state", [READY["empty"], READY["core only"], READY["flags by hand"], UUID_READY["with rows"]])
+def test_rehearsal_leaves_no_trace(db: Db, state: str) -> None:
+    db.execute(state)
+    before = db.dump(data=True)
+    done = db.invoke("rehearse")
+    assert done.code == 0, done
+    assert re.search(r"rolled back after \d+ ms: \d+ of \d+ promises", done.out)
+    assert db.dump(data=True) == before
+    assert db.rows("SELECT 1 FROM pg_class WHERE relname = 'diary'") == []
+    assert db.invoke("setup").code == 0
+
+
+def test_rehearsal_finds_what_only_the_server_can_refuse(db: Db) -> None:
+    """A name that the survey does not look at: a type is no relation, but every table wants a type of its name."""
+    db.execute(by_hand() + "CREATE TYPE turn_metrics AS ENUM ('a')")
+    before = db.dump(data=True)
+    assert db.invoke("plan").code == 0
+    rehearsed = db.invoke("rehearse")
+    assert (rehearsed.code, "turn_metrics failed in its migration" in rehearsed.err) == (1, True), rehearsed
+    assert db.dump(data=True) == before
+
+
+@pytest.mark.parametrize(("state", "code"), [(by_hand() + "ALTER TABLE slots ADD must_keep text", 6), (None, 0)])
+def test_rehearsal_of_what_cannot_be_and_of_what_is_done(db: Db, state: str | None, code: int) -> None:
+    if state is None:
+        assert db.invoke("setup").code == 0
+    else:
+        db.execute(state)
+    assert db.invoke("rehearse").code == code
+
+
+def test_rehearsal_never_waits_while_it_holds_up_others(db: Db) -> None:
+    """It has slots when prompt_snapshots is not to be had: a reader of slots waits a moment, not LOCK_TIMEOUT."""
+    db.execute(by_hand())
+    with holding(db, "LOCK TABLE prompt_snapshots IN ROW EXCLUSIVE MODE") as holder, db.connect() as reader:
+        rehearsal = db.start("rehearse", LOCK_TIMEOUT="5s", LOCK_WAIT="6s")
+        waits = []
+        while rehearsal.poll() is None:
+            began = time.monotonic()
+            reader.execute("SELECT count(*) FROM slots")
+            waits.append(time.monotonic() - began)
+            time.sleep(0.005)
+    done = ended(rehearsal)
+    assert (done.code, f"pid {holder} " in done.out + done.err) == (7, True), done
+    assert max(waits) < 2, "five seconds would be LOCK_TIMEOUT"
+    assert db.invoke("rehearse").code == 0
+
+
+# ── formats ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("task", ["verify", "status", "plan"])
+def test_failure_is_a_document_too(db: Db, task: str) -> None:
+    done = db.invoke(task, "--format", "json", env={"DATABASE_URL": "postgresql://u:tell-nobody@127.0.0.1:1/db"})
+    assert (document(done)["exit_code"], done.code) == (4, 4)
+    assert "tell-nobody" not in done.out + done.err
+    assert "error:" in done.err
+
+
+def test_schema_is_one_and_rejects_another_version() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    document = {"version": 2, "task": "verify", "recipes": "0", "exit_code": 0, "error": None}
+    with pytest.raises(jsonschema.ValidationError):
+        VALIDATOR.validate(document)
+    VALIDATOR.validate(document | {"version": 1})
+
+
+def test_verify_as_json_names_every_item(db: Db) -> None:
+    db.execute(by_hand())
+    seen = asked(db, "verify")
+    items = {item["item"] for step in seen["steps"] for item in step["items"]}
+    assert items == {item for step in CHAIN for item, *_ in db.verification(step.stem)}
+    assert (seen["exit_code"], seen["promises"]["total"]) == (5, len([i for s in seen["steps"] for i in s["items"]]))
+
+
+def test_verify_as_junit_has_a_test_case_per_item(db: Db) -> None:
+    db.execute(by_hand())
+    done = db.invoke("verify", "--format", "junit")
+    assert done.code == 5
+    suites = ET.fromstring(done.out)
+    cases = suites.findall("testsuite/testcase")
+    failures = {case.get("name") for case in cases if case.find("failure") is not None}
+    assert failures == set(db.differing())
+    assert len(cases) == sum(len(db.verification(step.stem)) for step in CHAIN)
+    assert sum(int(suite.get("failures") or 0) for suite in suites) == len(failures)
+
+
+def test_verify_for_github_annotates_and_writes_a_summary(db: Db, tmp_path: Any) -> None:
+    db.execute(by_hand() + "ALTER TABLE slots ADD must_keep text")
+    summary = tmp_path / "summary.md"
+    done = db.invoke("verify", "--format", "github", env={"GITHUB_STEP_SUMMARY": str(summary)})
+    assert done.code == 6
+    annotations = re.findall(r"^::error file=(db/verify/\S+?\.sql),title=(\w+)::(.+)$", done.out, re.M)
+    assert ("db/verify/20250220_slots_flags.sql", "slots_flags") in [note[:2] for note in annotations]
+    assert len(annotations) == len(done.out.splitlines())
+    assert all((chain.ROOT / file).exists() for file, _, _ in annotations)
+    assert "| slots_flags | in the way |" in summary.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(("status", "--format", "junit"), 1), (("verify", "--format", "yaml"), 1), (("plan", "--format="), 1)],
+)
+def test_unknown_format_is_refused(db: Db, words: tuple[str, ...], code: int) -> None:
+    done = db.invoke(*words)
+    assert (done.code, done.out) == (code, "")
+    assert "json" in done.err
+
+
+def test_quiet_says_nothing_but_errors(ready: Db) -> None:
+    for task in ("verify", "status", "plan"):
+        done = ready.invoke(task, "--quiet")
+        assert (done.code, done.out, done.err) == (0, "", "")
+    ready.execute("DROP INDEX idx_slots_type")
+    done = ready.invoke("verify", "--quiet")
+    assert (done.code, done.out) == (5, "")
+    assert done.err.startswith("error: ")
+
+
+def test_verbose_names_what_stands(ready: Db) -> None:
+    said = ready.invoke("verify", "--verbose").out
+    assert all(item in said for step in CHAIN for item, *_ in ready.verification(step.stem))
+    assert "idx_slots_type" not in ready.invoke("verify").out
+
+
+# ── terminals ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def bare(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text).replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+@pytest.mark.parametrize("task", ["verify", "status", "plan"])
+def test_table_fits_the_terminal(db: Db, task: str, columns: int) -> None:
+    """Every line of the tables, which stand between blank lines; the others break where the terminal breaks them."""
+    db.execute(by_hand())
+    seen = bare(on_terminal(db, task, columns=columns).out)
+    tables = [part for part in re.split(r"\n\n+", seen) if part.startswith("step ")]
+    assert len(tables) == (2 if task == "plan" else 1)
+    assert max(len(line) for table in tables for line in table.splitlines()) <= columns
+    assert "slots_flags" in tables[0]
+    if columns == 200:
+        assert "pending    missing: slots.must_keep, slots.min_chars" in tables[0]
+
+
+def test_terminal_without_room_for_a_table_gets_lines(db: Db) -> None:
+    lines = bare(on_terminal(db, "status", columns=59).out).splitlines()
+    assert lines == [line for line in db.invoke("status").out.splitlines() if line]
+    assert any(line.startswith("core_schema ") for line in lines)
+
+
+def test_colour_only_where_it_is_wanted(db: Db) -> None:
+    db.execute(by_hand())
+    assert "\x1b[3" in on_terminal(db, "status").out
+    assert "\x1b[3" not in on_terminal(db, "status", env={"NO_COLOR": "1"}).out
+    assert "\x1b" not in on_terminal(db, "status", env={"TERM": "dumb"}).out
+    assert "\x1b" not in db.invoke("status").out
+    assert "\x1b" not in on_terminal(db, "status", "--format", "json").out
+
+
+def test_rich_is_loaded_for_a_terminal_only(db: Db) -> None:
+    """It takes longer to load than most tasks take."""
+    loaded = {"PYTHONVERBOSE": "1"}
+    assert "import 'rich.table'" not in db.invoke("status", env=loaded).err
+    assert "import 'rich.table'" in on_terminal(db, "status", env=loaded).err
+
+
+@pytest.fixture
+def ready(db: Db) -> Db:
+    """A database that was set up."""
+    done = db.invoke("setup")
+    assert done.code == 0, done
+    return db

@@ -73,6 +73,15 @@ WHERE l.locktype = 'relation' AND l.pid IS DISTINCT FROM pg_backend_pid()
   AND l.database IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
 ORDER BY wanted.name, a.xact_start, l.pid, l.mode"""
 
+_READERS_OUT = f"""
+SELECT l.relation::regclass, l.mode, l.granted, coalesce({SESSION}, 'a prepared transaction (see pg_prepared_xacts)')
+FROM pg_locks AS l
+LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
+WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock' AND l.pid IS DISTINCT FROM pg_backend_pid()
+  AND l.relation IN (SELECT oid FROM pg_class WHERE relkind IN ('r', 'p'))
+  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+ORDER BY a.xact_start, l.pid, l.relation"""
+
 _SNAPSHOTS = f"""
 SELECT NULL, 'an old snapshot', 't', {SESSION}
 FROM pg_stat_activity AS a
@@ -108,6 +117,12 @@ def bystanders(database: Database, wanted: Mapping[str, Collection[str]], *, bui
     rows = _ask(database, _BYSTANDERS.format(wanted=values)) if wanted else []
     rows += _ask(database, _SNAPSHOTS) if building else []
     return tuple(Bystander(name, str(mode), granted == "t", str(who)) for name, mode, granted, who in rows)
+
+
+def locking_readers_out(database: Database) -> tuple[Bystander, ...]:
+    """Return who holds, or waits for, a lock that readers of a table wait for."""
+    rows = _ask(database, _READERS_OUT)
+    return tuple(Bystander(table, str(mode), granted == "t", str(who)) for table, mode, granted, who in rows)
 
 
 def kept(database: Database, column: Item) -> Kept:

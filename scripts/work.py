@@ -72,7 +72,7 @@ class Work:
 
     def __enter__(self) -> Work:
         self.database = self._open_connections.enter_context(self._open())
-        watcher = watch.Watch(self.database, self._open_second)
+        watcher = watch.Watch(self.database, self._open_second, early=self._early)
         self.database.watch = self._open_connections.enter_context(closing(watcher))
         return self
 
@@ -114,14 +114,9 @@ class Work:
             try:
                 return runner.rehearse(self.database, steps, self.everything, _say_step)
             except errors.LockTimeoutError as hindrance:
-                self._name_bystanders(hindrance, locks.foreseen(plan.of(self.wanted, found.items), self.everything))
+                wanted = locks.waits_for(locks.foreseen(plan.of(self.wanted, found.items), self.everything))
+                _name(hindrance, traffic.bystanders(self.database, wanted, building=False))
                 self._pause(hindrance)
-
-    def _name_bystanders(self, hindrance: errors.RecipeError, changes: Sequence[locks.Change]) -> None:
-        """Say who is in the way: a wait of moments is over before the watch has looked."""
-        seen = traffic.bystanders(self.database, locks.waits_for(changes), building=False)
-        new = [f"{one.session} [{one.mode} on {one.table}]" for one in seen if one.who not in hindrance.where]
-        hindrance.where = "\n".join([hindrance.where, *new]).strip()
 
     def _go_on(self, found: survey.Survey) -> survey.Survey:
         """Run all atomic parts, then all online parts, as often as it takes and LOCK_WAIT allows."""
@@ -143,7 +138,7 @@ class Work:
             try:
                 found = survey.read(self.database, self.everything)
             except errors.LockTimeoutError as error:
-                self._watch.early = True
+                _name(error, traffic.locking_readers_out(self.database))
                 self._pause(error)
             else:
                 self._tables = sorted({item.table for item in found.items})
@@ -191,3 +186,9 @@ class Work:
 
 def _say_step(label: str, what: str) -> None:
     CONSOLE.say(report.step(label, what))
+
+
+def _name(hindrance: errors.RecipeError, seen: Sequence[traffic.Bystander]) -> None:
+    """Say who is in the way: a wait of moments is over before the watch has looked."""
+    new = [f"{one.session} [{one.mode} on {one.table}]" for one in seen if one.who not in hindrance.where]
+    hindrance.where = "\n".join([hindrance.where, *new]).strip()

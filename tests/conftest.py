@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 import psycopg
 import pytest
-from versions import locate
+from versions import MAJOR, locate
 
 from scripts import embedded
 from scripts.chain import ROOT
@@ -163,14 +163,15 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> No
 
 
 @contextmanager
-def private_server(*, durable: bool = False, **settings: str) -> Iterator[embedded.Cluster]:
+def private_server(*, major: int = MAJOR, durable: bool = False, **settings: str) -> Iterator[embedded.Cluster]:
     """Run a server of our own, which is gone with its data afterwards.
 
-    durable: whether it is to survive a power cut; settings: of the embedded server's own, which come with its start.
+    major: its version; durable: whether it is to survive a power cut; settings: of the embedded server's own, which
+    come with its start.
     """
     home = Path(tempfile.mkdtemp(prefix="budget-engine-tests-"))
     home.chmod(0o755)  # as root the server runs as another user, who must be able to reach its data
-    cluster = locate(home)
+    cluster = locate(home, major)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setitem(embedded.SETTINGS, name, value)

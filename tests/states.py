@@ -178,6 +178,8 @@ CREATE TABLE prompt_snapshots (
 INSERT INTO prompt_snapshots (entity_type, entity_id, version, data) VALUES ('npc', 'n1', 1, '{"a": 1}');
 """
 
+NOT_TO_ALL = "REVOKE CREATE ON SCHEMA public FROM PUBLIC"  # as it is from PostgreSQL 15 on
+
 # A publication's list of columns is new in PostgreSQL 15; without one it publishes them all, and is in the way as well.
 COLUMNS = " (id, turn_id)" if MAJOR >= 15 else ""
 

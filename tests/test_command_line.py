@@ -20,6 +20,7 @@ import psycopg
 import pytest
 from conftest import MIGRATIONS, Db, Run, clean_environment
 from proxy import Message, Proxy, socket_of
+from states import NOT_TO_ALL
 
 from scripts import chain, embedded
 from scripts.embedded import Cluster
@@ -328,8 +329,6 @@ def test_application_name_is_ours_unless_the_url_names_another(db: Db) -> None:
 
 
 # ── rights: exit 8 ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-NOT_TO_ALL = "REVOKE CREATE ON SCHEMA public FROM PUBLIC"  # as it is from PostgreSQL 15 on
 
 # How far the database is, what of it the role is given, which right it lacks.
 RIGHTS = {

@@ -116,6 +116,7 @@ def role(cluster: Cluster) -> Iterator[str]:
 
 
 def test_role_without_rights(role: str, db: Db) -> None:
+    db.execute(states.NOT_TO_ALL)
     assert amiss(db.invoke("doctor", role=role), 8) == {"rights": PROBLEM}
     assert db.invoke("setup", role=role).code == 8
 
@@ -380,11 +381,13 @@ def test_one_host_that_answers_is_enough() -> None:
 def strict() -> Iterator[Db]:
     """A server that asks some for a password, and refuses others."""
     with private_server() as cluster, database(cluster) as db:
-        db.execute("""
-            CREATE ROLE careful LOGIN PASSWORD 'another';
+        db.execute(
+            """CREATE ROLE careful LOGIN PASSWORD 'another';
             CREATE ROLE refused LOGIN;
             CREATE ROLE crowded LOGIN CONNECTION LIMIT 0;
-            CREATE ROLE group_role NOLOGIN""")
+            CREATE ROLE group_role NOLOGIN;"""
+            + states.NOT_TO_ALL
+        )
         rules = cluster.data / "pg_hba.conf"
         before = rules.read_text()
         rules.write_text("local all careful scram-sha-256\nlocal all refused reject\n" + before)

@@ -21,6 +21,7 @@ import pytest
 from conftest import Db, Run, clean_environment, private_server, run
 from pooler import Pooler
 from proxy import Proxy, socket_of
+from versions import NEWEST
 
 from scripts import embedded
 from scripts.embedded import Cluster
@@ -46,7 +47,10 @@ with reported():
 
 @dataclass(frozen=True)
 class Place:
-    """Two servers: the first wants ada's password, the second takes no writes; both on sockets and on loopback."""
+    """Two servers: the first wants ada's password, the second takes no writes; both on sockets and on loopback.
+
+    The second is of the embedded server's version, and so is the psql: what libpq understands grows with its version.
+    """
 
     first: Cluster
     second: Cluster
@@ -57,7 +61,7 @@ class Place:
         fill = {name: Template(value).substitute(self.names) for name, value in variables.items()}
         environment = clean_environment() | {"HOME": str(home), "PGAPPNAME": "mine"} | fill
         url = Template(url).substitute(self.names)
-        by_psql = run([str(self.first.binaries / "psql"), url, "-XAtwc", QUERY], environment)
+        by_psql = run([str(self.second.binaries / "psql"), url, "-XAtwc", QUERY], environment)
         return by_psql, run([sys.executable, "-c", PROBE], environment | {"DATABASE_URL": url})
 
 
@@ -77,7 +81,7 @@ def demand_passwords(cluster: Cluster) -> None:
 def place() -> Iterator[Place]:
     with ExitStack() as stack:
         first = stack.enter_context(private_server(cluster_name="first"))
-        second = stack.enter_context(private_server(cluster_name="second"))
+        second = stack.enter_context(private_server(major=NEWEST, cluster_name="second"))
         for cluster in (first, second):
             with psycopg.connect(cluster.url, autocommit=True) as connection:
                 connection.execute(f"CREATE ROLE ada LOGIN PASSWORD '{PASSWORD}'")

@@ -15,6 +15,7 @@ from states import (
     CORE,
     CORE_ROWS,
     EXTRAS,
+    NOT_TO_ALL,
     ORPHANS,
     SLOT_ROWS,
     SLOTS_TEMPLATES,
@@ -298,7 +299,7 @@ CREATE INDEX idx_games_entry_point ON games (entry_point_id); CREATE INDEX idx_g
 
 # (state, the right that the message must name); {role} is the role's name
 NOT_PERMITTED = {
-    "empty, may not create": ("REVOKE CREATE ON SCHEMA public FROM PUBLIC", "CREATE on schema public"),
+    "empty, may not create": (NOT_TO_ALL, "CREATE on schema public"),
     "core of others": (CORE + CORE_ROWS + "GRANT CREATE ON SCHEMA public TO {role}", "REFERENCES on table turns"),
     "may not create": (
         by_hand() + OWN + "REVOKE CREATE ON SCHEMA public FROM {role}, PUBLIC",  # PostgreSQL 14 lets all create there

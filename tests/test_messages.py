@@ -471,10 +471,10 @@ def test_login_that_a_pooler_refuses(db: Db) -> None:
 
 
 def shell(folder: Path, command: str, **environment: str) -> Run:
-    """Run a command with `$invoke` in it."""
-    variables = clean_environment() | {"invoke": f"{sys.executable} -m invoke"} | environment
+    """Run a command with `invoke` in it."""
+    variables = clean_environment() | {"python": sys.executable} | environment
     done = subprocess.run(
-        ["/bin/sh", "-c", command],
+        ["/bin/sh", "-c", f'invoke() {{ "$python" -m invoke "$@"; }}; {command}'],
         cwd=folder,
         env=variables,
         capture_output=True,
@@ -543,10 +543,10 @@ STREAMS = [">&-", "2>&-", "<&-", ">&- 2>&- <&-", ">/dev/full", "2>/dev/full", ">
 @pytest.mark.parametrize("streams", STREAMS)
 def test_streams_that_are_closed_or_full_change_no_exit_code(db: Db, streams: str) -> None:
     for task, code in {"verify": 5, "setup": 0, "prereqs --recreate": 0, "db.url": 0, "--dry setup": 0}.items():
-        done = shell(chain.ROOT, f"$invoke {task} {streams}", DATABASE_URL=db.url)
+        done = shell(chain.ROOT, f"invoke {task} {streams}", DATABASE_URL=db.url)
         assert done.code == code, done
         assert "Traceback" not in done.err + done.out, done
-    refused = shell(chain.ROOT, f"$invoke setup {streams}", DATABASE_URL="")
+    refused = shell(chain.ROOT, f"invoke setup {streams}", DATABASE_URL="")
     assert refused.code == 3, refused
     assert db.differing() == {}
 
@@ -556,7 +556,7 @@ def test_question_that_nobody_can_be_asked(db: Db) -> None:
     db.execute("ALTER TABLE worlds DROP COLUMN doc; INSERT INTO worlds (id) VALUES ('w')")
     before = db.dump(data=True)
     for streams in ("<&-", ">&- <&-", "</dev/null"):
-        done = shell(chain.ROOT, f"$invoke prereqs --recreate {streams}", DATABASE_URL=db.url)
+        done = shell(chain.ROOT, f"invoke prereqs --recreate {streams}", DATABASE_URL=db.url)
         assert_ends(done, errors.NotConfirmedError, 6)
     assert db.dump(data=True) == before
 

@@ -26,8 +26,8 @@ WITH promises (item, expected, actual, mended_by) AS (
                  WHERE indrelid = attrelid AND relname = 'idx_prompt_snapshots_turn_id' AND indnatts = 1
                    AND indkey[0] = attnum AND NOT indisunique AND indpred IS NULL AND NOT indisreplident))
     UNION ALL
-    SELECT 'the column itself is generated, an identity or inherited'
-    WHERE attgenerated <> '' OR attidentity <> '' OR attinhcount > 0
+    SELECT 'the column itself is generated or an identity'
+    WHERE attgenerated <> '' OR attidentity <> ''
     UNION ALL
     SELECT format('trigger %s, whose function mentions turn_id', tgname)
     FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid

@@ -227,8 +227,8 @@ def psql(_: Context) -> None:
 def test(c: Context, only: str = "", postgres: int = 18) -> None:  # noqa: PT028
     """Run the tests, on embedded servers of their own."""
     os.chdir(ROOT)
-    command = f'"{sys.executable}" -m pytest -n auto -o "cache_dir={CACHE}/pytest" {only}'
-    c.run(command, pty=sys.stdout.isatty(), env={**CACHES, "TEST_POSTGRES": str(postgres)})
+    command = shlex.join([sys.executable, "-m", "pytest", "-n", "auto", "-o", f"cache_dir={CACHE}/pytest"])
+    c.run(f"{command} {only}", pty=sys.stdout.isatty(), env={**CACHES, "TEST_POSTGRES": str(postgres)})
 
 
 @task(
@@ -274,7 +274,7 @@ def lint(c: Context) -> None:
     """Check style, types and SQL: ruff, mypy --strict, and the SQL's own rules."""
     os.chdir(ROOT)
     for command in ("ruff check", "ruff format --check", "mypy", "pytest -p no:cacheprovider tests/test_sql_style.py"):
-        c.run(f'"{sys.executable}" -m {command}', env=CACHES)
+        c.run(f"{shlex.quote(sys.executable)} -m {command}", env=CACHES)
 
 
 _CHAIN = (setup, prereqs, fix, slots_flags, budget_report, turn_metrics)

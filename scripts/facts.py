@@ -21,7 +21,7 @@ _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"
 _RESOLVE = """
 SELECT set_config('budget_engine.names', {names}, true),
        set_config('budget_engine.standing', (
-         SELECT json_object_agg(name, to_regclass(name)::oid)::text
+         SELECT json_object_agg(name, CASE WHEN name ~ '^[a-z_]+$' THEN to_regclass(name)::oid END)::text
          FROM json_array_elements_text({tables}) AS name), true),
        set_config('budget_engine.place', current_schema(), true),
        set_config('budget_engine.path', array_to_json(current_schemas(false))::text, true)"""

@@ -141,7 +141,7 @@ class Work:
                 _name(error, traffic.locking_readers_out(self.database))
                 self._pause(error)
             else:
-                self._tables = sorted({item.table for item in found.items})
+                self._tables = sorted({item.table for item in found.items if item.table.isidentifier()})
                 return found
 
     def _who_is_at_work(self) -> str:

@@ -23,7 +23,7 @@ def target(target: Target, settings: Settings) -> list[str]:
     """Which database this is about, where its URL came from, and what of it was ignored."""
     notes = [f"note      {note}" for note in (*settings.notes, *target.notes)]
     shell = ["shell     python3 scripts/inv db.psql"] if settings.target is None else []
-    return [f"target    {target.display}", f"from      {sources(target, settings)}", *shell, *notes]
+    return [f"target    {target.display} from {sources(target, settings)}", *shell, *notes]
 
 
 def sources(target: Target, settings: Settings) -> str:

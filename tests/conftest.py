@@ -23,6 +23,7 @@ from urllib.parse import quote
 
 import psycopg
 import pytest
+import warm
 from versions import MAJOR, locate
 
 from scripts import embedded
@@ -87,9 +88,9 @@ class Db:
         return self.rows(sql)[0][0]
 
     def invoke(self, *words: str, role: str = "postgres", env: Mapping[str, str] | None = None) -> Run:
-        """Run `invoke WORDS…` on this database, as users do: a process of its own."""
+        """Run `invoke WORDS…` on this database, as users do: a process of its own (see warm)."""
         environment = clean_environment() | {"DATABASE_URL": self.url_as(role)} | self.environment | dict(env or {})
-        return run([sys.executable, "-m", "invoke", *words], environment)
+        return Run(*warm.run(words, environment, timeout=120))
 
     def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
         """Start `invoke WORDS…` on this database, to be watched, signalled and waited for (see until, ended)."""

@@ -165,7 +165,7 @@ def test_env_file_is_read_and_the_environment_wins(tree: Path, db: Db) -> None:
     try:
         done = recipe(tree, "setup")
         assert done.code == 0, done
-        assert "from      .env" in done.out
+        assert " from .env\n" in done.out
         assert_refused(recipe(tree, "setup", DATABASE_URL="sqlite:x"), 3, "sqlite")
     finally:
         (tree / ".env").unlink()

@@ -239,8 +239,8 @@ def test_server_line(names: list[str], words: str) -> None:
 def test_target_lines_mask_and_note() -> None:
     target = parse_target("postgresql+psycopg2://u:secret-word@h/db?connection_limit=1")
     lines = report.target(target, Settings(target, ".env", notes=("ignored in .env: line 3",)))
-    assert lines[:2] == ["target    postgresql://u:***@h/db", "from      .env"]
-    assert [line.split()[0] for line in lines[2:]] == ["note"] * 3
+    assert lines[0] == "target    postgresql://u:***@h/db from .env"
+    assert [line.split()[0] for line in lines[1:]] == ["note"] * 3
     assert "secret-word" not in "\n".join(lines)
 
 

@@ -55,7 +55,7 @@ _REFUSALS: tuple[tuple[str, type[errors.RecipeError]], ...] = (
     ("unsupported startup parameter|(for|configuration) parameter", errors.StartupOptionError),
     ("invalid response to SSL negotiation|expected authentication request", errors.NotPostgresError),
     ("server closed the connection|SSL (SYSCALL|connection has)|reset by peer", errors.LostConnectionError),
-    ("SSL|certificate", errors.TlsError),
+    ("SSL|sslmode|certificate", errors.TlsError),
     ("resolve host (?!.*Servname)|translate host name|parse network address|'idna' codec", errors.NoSuchHostError),
     ("timeout expired|timed out|No route to host|unreachable", errors.SilentHostError),
     ("Connection refused|No such file or directory", errors.NobodyThereError),
@@ -128,13 +128,8 @@ class Database:
 
     @property
     def transaction_settings(self) -> str:
-        """SELECT list that makes our settings hold for this transaction: through a pooler the next may be elsewhere."""
-        settings = {"lock_timeout": f"{self.lock_timeout_ms}ms", "statement_timeout": _STATEMENT_TIMEOUT}
-        if self.target.search_path is not None:
-            settings["search_path"] = self.target.search_path
-        return ", ".join(
-            sql.SQL("set_config({}, {}, true)").format(name, value).as_string() for name, value in settings.items()
-        )
+        """SELECT list that makes our settings hold for this transaction."""
+        return transaction_settings(self.target, self.lock_timeout_ms)
 
     @contextmanager
     def notices(self, handler: Callable[[Diagnostic], None]) -> Iterator[None]:
@@ -253,6 +248,16 @@ class Database:
         except StopIteration as done:
             result: _T = done.value
             return result
+
+
+def transaction_settings(target: Target, lock_timeout_ms: int) -> str:
+    """SELECT list that makes settings hold for one transaction: through a pooler the next may be elsewhere."""
+    settings = {"lock_timeout": f"{lock_timeout_ms}ms", "statement_timeout": _STATEMENT_TIMEOUT}
+    if target.search_path is not None:
+        settings["search_path"] = target.search_path
+    return ", ".join(
+        sql.SQL("set_config({}, {}, true)").format(name, value).as_string() for name, value in settings.items()
+    )
 
 
 def _is_loopback(name: str) -> bool:

@@ -143,7 +143,7 @@ class UnforeseenError(StepFailedError):
 class FormatError(StepFailedError):
     """A format was asked for that the task does not have."""
 
-    says = "{task} has no format {form}"
+    says = "{task} has no format '{form}'"
     usual_remedy = "Choose one of these: {formats}."
 
 
@@ -472,7 +472,7 @@ class LockTimeoutError(RecipeError):
 
     exit_code = 7
     in_a_step = "{step} got no lock in {part}: {words}"
-    usual_remedy = "End what holds the lock, or set a longer LOCK_TIMEOUT, then run the task again."
+    usual_remedy = "End what holds the lock, or set a longer LOCK_WAIT, then run the task again."
 
 
 class DeadlockError(LockTimeoutError):

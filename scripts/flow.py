@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from scripts import chain, errors, plan, recreation, remedies, report, survey
+from scripts import chain, errors, locks, plan, recreation, remedies, report, survey
 from scripts.console import CONSOLE
 from scripts.database import Database
 from scripts.verdict import refuse_what_cannot_be
@@ -65,14 +65,15 @@ def _recreate(*, with_dependants: bool, yes: bool, dry: bool) -> None:
         if not _is_to_be_done(work, before, plan.of(work.wanted, before.items), dry=dry):
             return
         if moving and not yes:
-            _ask(work.database, moving)
+            _ask(work.database, found.server.schema, moving)
         work.carry_out(before)
 
 
 def _is_to_be_done(work: Work, before: survey.Survey, todo: plan.Plan, *, dry: bool) -> bool:
     """Say what is to be done, where that is all that was wanted; raise where it cannot be."""
     if dry:
-        CONSOLE.say(*report.steps(report.step_rows(todo)), "nothing was changed (--dry)")
+        said = locks.with_online_parts(todo, work.everything, before.items)
+        CONSOLE.say(*report.steps(report.step_rows(said)), "nothing was changed (--dry)")
     refuse_what_cannot_be(before.server, todo, remedies.read(work.database, todo.in_the_way))
     return not dry
 
@@ -86,11 +87,11 @@ class _WithDependants(Database):
         return f"{super().transaction_settings}, set_config('budget_engine.with_dependants', 'on', true)"
 
 
-def _ask(database: Database, moving: Sequence[recreation.Move]) -> None:
+def _ask(database: Database, schema: str | None, moving: Sequence[recreation.Move]) -> None:
     """Ask once before tables with rows, or those of another machine, move."""
     rows = survey.rows_of(database, [move.table for move in moving])
     if database.is_near and all(held is None for held in rows.values()):
         return
-    CONSOLE.say(*report.moves(database.target, moving, rows))
+    CONSOLE.say(*report.moves(database.target, schema, moving, rows))
     if not CONSOLE.confirms("Move them?"):
         raise errors.NotConfirmedError

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from scripts.chain import Step
+from scripts.chain import Step, label
 from scripts.plan import Plan
 from scripts.survey import Item, outermost
 
@@ -77,6 +77,7 @@ def foreseen(plan: Plan, steps: Sequence[Step]) -> tuple[Change, ...]:
     for planned in plan.steps:
         step = next(step for step in steps if step.stem == planned.stem)
         mended = outermost(item for item in planned.reasons if not item.in_the_way)
+        mended.sort(key=lambda item: step.atomic.find(f"CREATE TABLE {item.name} "))  # tables as they are created
         changes += [change for item in mended for change in _changes(step, item, mended)]
     return tuple(sorted(dict.fromkeys(changes), key=lambda change: change.online))
 
@@ -88,6 +89,14 @@ def settled(changes: Iterable[Change], standing: Collection[str]) -> tuple[Chang
         for change in changes
         if change.table in (None, *standing) or " ADD COLUMN " in change.statement
     )
+
+
+def with_online_parts(plan: Plan, steps: Sequence[Step], items: Sequence[Item]) -> Plan:
+    """Return the plan with the online parts that will be due: none for new tables, a scan for keys that are added."""
+    absent = {item.name for item in items if item.name == item.table and item.actual is None}
+    changes = settled(foreseen(plan, steps), {item.table for item in items} - absent)
+    online = {change.step for change in changes if change.online}
+    return Plan(tuple(replace(step, online=label(step.stem) in online) for step in plan.steps))
 
 
 def waits_for(changes: Iterable[Change]) -> dict[str, set[str]]:

@@ -36,7 +36,7 @@ def server(server: Server, items: Sequence[Item]) -> str:
     via = ", through a pooler" if server.pooled else ""
     return (
         f"server    PostgreSQL {server.version}{via}; role {server.role}, database {server.database}, "
-        f"schema {server.schema}; {row_security(items)}"
+        f"schema {server.schema or 'none'}; {row_security(items)}"
     )
 
 
@@ -77,7 +77,7 @@ def step_rows(plan: Plan, standing: Iterable[Item] = ()) -> list[tuple[str, str,
             label(planned.stem),
             planned.state.value + _parts(planned),
             [
-                *(_reason(item, planned.stem) for item in outermost(planned.reasons)),
+                *(_reason(item, planned) for item in outermost(planned.reasons)),
                 *(f"{item.name}: {item.actual}" for item in standing if item.stem == planned.stem and item.stands),
             ],
         )
@@ -103,30 +103,34 @@ def _in_short(planned: StepPlan) -> list[str]:
     lines = []
     for item in outermost(planned.reasons):
         if item.actual is None and item.mended_by in (planned.stem, planned.stem + ONLINE):
-            how = "missing, to be built online: " if item.mended_by.endswith(ONLINE) else "missing: "
+            how = "missing, to be built online: " if _comes_online(item, planned) else "missing: "
             missing.setdefault(how, []).append(_NAMED.sub("", item.name))
         else:
-            lines.append(_reason(item, planned.stem))
+            lines.append(_reason(item, planned))
     return [*lines, *(how + ", ".join(names) for how, names in missing.items())]
 
 
 _NAMED = re.compile(r"^\w+ (index|trigger|function|policy) ")  # what bears a name of its own needs no table's
 
 
-def _reason(item: Item, stem: str) -> str:
+def _comes_online(item: Item, planned: StepPlan) -> bool:
+    """Whether a step's online part mends it: what belongs to a new table comes with the table."""
+    return planned.online and item.mended_by == planned.stem + ONLINE
+
+
+def _reason(item: Item, planned: StepPlan) -> str:
     """Say why a step has anything to do; that it is the one who mends it goes without saying."""
-    if item.mended_by not in (stem, stem + ONLINE):
+    if item.mended_by not in (planned.stem, planned.stem + ONLINE):
         return difference(item)
-    return f"{item.name}: {item.actual or 'missing'}, promised: {item.expected}" + (
-        " (online)" if item.mended_by.endswith(ONLINE) else ""
-    )
+    online = " (online)" if _comes_online(item, planned) else ""
+    return f"{item.name}: {item.actual or 'missing'}, promised: {item.expected}{online}"
 
 
 def _parts(planned: StepPlan) -> str:
     if planned.state not in (State.PENDING, State.HALF_DONE):
         return ""
     parts = [name for name, due in (("atomic part", planned.atomic), ("online part", planned.online)) if due]
-    return f" ({' and '.join(parts)})"
+    return f" ({' and '.join(parts)} due)"
 
 
 def steps(rows: Iterable[tuple[str, str, list[str]]]) -> list[str]:
@@ -305,14 +309,14 @@ def way_out(items: Sequence[Item], remedies: Mapping[str, Commands]) -> str:
     return "\n".join(ways)
 
 
-def moves(target: Target, moving: Sequence[Move], rows: Mapping[str, int | None]) -> list[str]:
+def moves(target: Target, schema: str | None, moving: Sequence[Move], rows: Mapping[str, int | None]) -> list[str]:
     """Say what would move where; rows: about how many each table has (see survey.rows_of)."""
 
     def held(table: str) -> str:
         return "empty" if rows[table] is None else f"about {rows[table]} rows" if rows[table] else "with rows"
 
     return [
-        f"to be moved on {target.display}, new and empty tables to take their place:",
+        f"to be moved from schema {schema} on {target.display}, new and empty tables to take their place:",
         *(f"  {move.table} ({held(move.table)}) to schema {move.where}" for move in moving),
     ]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from scripts import chain, document, errors, locks, plan, remedies, report, runner, surroundings, survey, traffic
 from scripts.chain import Step
 from scripts.console import CONSOLE, PEOPLE, as_message
-from scripts.database import Database
+from scripts.database import Database, transaction_settings
 from scripts.settings import Settings, Target
 from scripts.verdict import judge, refuse_no_schema, refuse_what_cannot_be
 from scripts.work import Work, announced
@@ -59,7 +59,8 @@ def what_setup_would_do(*, form: str, sql: bool, quiet: bool, verbose: bool) -> 
     with _looking("plan", form, quiet=quiet, sql=sql) as look:
         due = [step for step in look.steps if step.stem in (*look.plan.atomic, *look.plan.online)]
         if sql:
-            CONSOLE.emit(runner.as_sql(due, look.plan, look.steps, look.database.transaction_settings))
+            settings = transaction_settings(look.where, look.given.lock_timeout_ms)
+            CONSOLE.emit(runner.as_sql(due, look.plan, look.steps, settings))
         else:
             _say_plan(look, form, verbose=verbose)
 
@@ -147,6 +148,7 @@ def _looking(task: str, form: str, *, quiet: bool, sql: bool = False) -> Iterato
             CONSOLE.say(report.server(found.server, found.items))
             todo = plan.of(steps, found.items)
             ways = remedies.read(work.database, todo.in_the_way)
+            todo = locks.with_online_parts(todo, steps, found.items)
             look = _Look(task, given, where, work, steps, found, todo, ways)
             yield look
     except (Exception, KeyboardInterrupt) as error:

@@ -17,7 +17,8 @@ from scripts.work import announced, target_of
 def start() -> None:
     """Start the embedded server, whatever DATABASE_URL says."""
     cluster = embedded.locate(ROOT)
-    CONSOLE.say(f"running   {embedded.start(cluster)}", f"data      {cluster.data}")
+    embedded.start(cluster)
+    CONSOLE.say(f"running   {target_of(cluster).display}", f"data      {cluster.data}")
 
 
 def stop() -> None:
@@ -36,6 +37,7 @@ def url() -> None:
 
 def psql() -> None:
     """Become a psql on the database in use."""
+    CONSOLE.format = "psql"  # what it prints has stdout for itself
     given, where = announced()
     # What its libpq, an older one perhaps, adds by itself, is left to it.
     typed = (given.target or where).conninfo

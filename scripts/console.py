@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -44,7 +45,7 @@ class Console:
         """Print the lines at once: a pipe would otherwise keep them back until the end."""
         self.progress("")
         if not self.quiet:
-            self._print(self._for_people, *lines)
+            self._print(self._for_people, *(part for line in lines for part in self._fitted(line)))
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], plain: Sequence[str]) -> None:
         """Draw a table on a terminal with room for it; elsewhere, where lines are compared, say the plain lines."""
@@ -56,6 +57,21 @@ class Console:
 
             masked = [[self.mask(cell) for cell in row] for row in rows]  # before words are broken over lines
             self.say("", *table.draw(header, masked, width), "")
+
+    def _fitted(self, line: str) -> list[str]:
+        """Break a line that a terminal would break within words; commands, which are copied, stay whole."""
+        width = shutil.get_terminal_size().columns
+        if not self._for_people.isatty() or len(line) <= width or line.endswith(";"):
+            return [line]
+        import textwrap
+
+        parts = []
+        for part in self.mask(line).splitlines():  # before words are parted: a secret may hold blanks
+            labels, text = part[: _margin(part)], part[_margin(part) :]
+            wrapper = textwrap.TextWrapper(width, labels, " " * len(labels))
+            wrapper.break_long_words = wrapper.break_on_hyphens = False
+            parts += wrapper.wrap(text)
+        return parts
 
     def emit(self, document: str) -> None:
         """Print what was asked for, whole, on stdout."""
@@ -89,6 +105,12 @@ class Console:
         with suppress(OSError):  # nobody listens; the exit code says what matters
             for line in lines:
                 print(self.mask(line), file=sys.stderr, flush=True)
+
+
+def _margin(line: str) -> int:
+    """Return where the text begins, behind labels that two blanks or more set apart."""
+    labels = re.match(r"(?:\S* {2,})*", line)
+    return labels.end() if labels else 0
 
 
 def _make_usable() -> None:

@@ -252,7 +252,11 @@ class Database:
 
 def transaction_settings(target: Target, lock_timeout_ms: int) -> str:
     """SELECT list that makes settings hold for one transaction: through a pooler the next may be elsewhere."""
-    settings = {"lock_timeout": f"{lock_timeout_ms}ms", "statement_timeout": _STATEMENT_TIMEOUT}
+    settings = {
+        "lock_timeout": f"{lock_timeout_ms}ms",
+        "statement_timeout": _STATEMENT_TIMEOUT,
+        "quote_all_identifiers": "off",  # definitions are compared as PostgreSQL prints them by itself
+    }
     if target.search_path is not None:
         settings["search_path"] = target.search_path
     return ", ".join(

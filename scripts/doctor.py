@@ -9,7 +9,6 @@ import errno
 import os
 import platform
 import re
-import shutil
 import socket
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -35,18 +34,14 @@ from scripts.survey import BEGIN_READ_ONLY, Survey
 from scripts.work import Work, announce, target_of
 
 _T = TypeVar("_T")
-_WIDEST = 100  # columns
 
 
 def run() -> None:
     """Print one page of findings; end with the exit code that setup would end with."""
-    width = min(shutil.get_terminal_size((_WIDEST, 0)).columns, _WIDEST)
     found = []
     for finding in _examine():
         found.append(finding)
-        # Masked before it is wrapped: a secret may hold blanks.
-        masked = replace(finding, what=CONSOLE.mask(finding.what), remedy=CONSOLE.mask(finding.remedy))
-        CONSOLE.say(*findings.lines(masked, width))
+        CONSOLE.say(*findings.lines(finding))
     verdict, code = findings.verdict(found)
     CONSOLE.say("", verdict)
     if code:

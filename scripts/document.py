@@ -77,6 +77,25 @@ def failure(task: str, error: RecipeError) -> dict[str, object]:
     return {"version": VERSION, "task": task, "recipes": version(), **ending(error)}
 
 
+def failure_as_junit(task: str, error: RecipeError) -> str:
+    """Return JUnit's XML of a task that saw nothing: one test case, which is an error."""
+    suites = ET.Element("testsuites", name=f"budget-engine {task}")
+    suite = ET.SubElement(suites, "testsuite", name=task, tests="1", failures="0", errors="1", skipped="0", time="0")
+    case = ET.SubElement(suite, "testcase", classname=task, name="look at what stands", time="0")
+    ET.SubElement(case, "error", type=f"exit {error.exit_code}", message=error.what).text = "\n".join(error.lines())
+    return _as_text(suites)
+
+
+def failure_as_github(task: str, error: RecipeError) -> str:
+    """Return the annotation of a task that saw nothing."""
+    return f"::error title={task}::{_escaped(chr(10).join(error.lines()))}"
+
+
+def failure_as_summary(error: RecipeError) -> str:
+    """Return the Markdown of a job's step summary, of a task that saw nothing."""
+    return f"### Budget Engine & Telemetry: exit {error.exit_code}\n\n```\n{chr(10).join(error.lines())}\n```\n"
+
+
 def _item(item: Item, ways: Mapping[str, Commands]) -> dict[str, object]:
     stem = item.mended_by and item.mended_by.removesuffix(ONLINE)
     return {
@@ -121,6 +140,10 @@ def as_junit(view: View) -> str:
                 difference = report.difference(item)
                 kind = "in the way" if item.in_the_way else "missing"
                 ET.SubElement(case, "failure", type=kind, message=difference).text = difference
+    return _as_text(suites)
+
+
+def _as_text(suites: ET.Element) -> str:
     ET.indent(suites)
     return ET.tostring(suites, encoding="unicode", xml_declaration=True)
 

@@ -108,8 +108,8 @@ class NoSchemaError(StepFailedError):
 class OptionError(StepFailedError):
     """An option was given without the one that it belongs to."""
 
-    says = "{options} are for {of}, which is not there"
-    usual_remedy = "Add {of}, or leave them out."
+    says = "{options} belongs to {of}, which is not there"
+    usual_remedy = "Add {of}, or leave it out."
 
 
 class NoPackageError(StepFailedError):

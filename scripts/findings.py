@@ -6,7 +6,6 @@ import errno
 import math
 import os
 import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -67,17 +66,13 @@ def noted(finding: Finding) -> Finding:
 _STATE, _TOPIC = 10, 13  # widths: as wide as the labels above the page, and as the longest topic
 
 
-def lines(finding: Finding, width: int) -> list[str]:
-    """Return the finding as it is printed, no line longer than that (but for a path or URL that is)."""
+def lines(finding: Finding) -> list[str]:
+    """Return the finding as it is printed."""
     prose = re.sub(r"(?<![.:;])\n", " ", finding.remedy)  # broken for wider lines; commands follow a : or a ;
     remedy = prose and f"what to do: {prose}"
-    text = [part for line in [*finding.what.splitlines(), *remedy.splitlines()] for part in _wrapped(line, width)]
+    text = [*finding.what.splitlines(), *remedy.splitlines()]
     margins = [f"{finding.state.value:<{_STATE}}{finding.topic:<{_TOPIC}}"] + [" " * (_STATE + _TOPIC)] * len(text)
     return [margin + part for margin, part in zip(margins, text, strict=False)]
-
-
-def _wrapped(line: str, width: int) -> list[str]:
-    return textwrap.wrap(line, max(width - _STATE - _TOPIC, 30), break_long_words=False, break_on_hyphens=False)
 
 
 def verdict(findings: Sequence[Finding]) -> tuple[str, int]:

@@ -45,7 +45,8 @@ def prereqs(*, recreate: bool, with_dependants: bool, yes: bool, dry: bool) -> N
     if recreate:
         _recreate(with_dependants=with_dependants, yes=yes, dry=dry)
     elif with_dependants or yes:
-        raise errors.OptionError(options="--with-dependants and --yes", of="--recreate")
+        options = ["--with-dependants"] * with_dependants + ["--yes"] * yes
+        raise errors.OptionError(options=" and ".join(options), of="--recreate")
     else:
         run("prereqs", dry=dry)
 

@@ -154,11 +154,13 @@ def script(steps: Sequence[Step], chain: Sequence[Step], transaction_settings: s
     ]
 
 
-def as_sql(steps: Sequence[Step], todo: Plan, chain: Sequence[Step], transaction_settings: str) -> str:
-    """Write what would be sent for a plan as a file for psql; steps: those that have anything to do."""
-    atomic = [step for step in steps if step.stem in todo.atomic]
+def as_sql(todo: Plan, chain: Sequence[Step], transaction_settings: str, search_path: str | None) -> str:
+    """Write what would be sent for a plan as a file for psql; search_path: for what runs outside of transactions."""
+    atomic = [step for step in chain if step.stem in todo.atomic]
     message = [f"{statement.sql};" for statement in script(atomic, chain, transaction_settings)]
-    online = [f"{query}\n\\gexec" for step in steps if step.online for query in step.online]
+    online = [f"{query}\n\\gexec" for step in chain if step.stem in todo.online for query in step.online]
+    if online and search_path is not None:
+        message.append(f"SELECT set_config('search_path', {_literal(search_path)}, false);")
     return "\n".join([*message, *online]) or "-- nothing to do"
 
 

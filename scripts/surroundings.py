@@ -43,10 +43,18 @@ class Surroundings:
 
 
 _UNWRITABLE = """
-SELECT DISTINCT grantee::regrole::text
-FROM pg_class, aclexplode(coalesce(relacl, acldefault('r', relowner)))
-WHERE oid = to_regclass('turns') AND privilege_type = 'INSERT' AND grantee <> 0
-  AND NOT has_table_privilege(grantee, to_regclass('turn_metrics'), 'INSERT')
+SELECT DISTINCT CASE grantee WHEN 0 THEN 'PUBLIC' ELSE grantee::regrole::text END
+FROM pg_class AS turns
+CROSS JOIN LATERAL (
+  SELECT coalesce(relacl, acldefault('r', relowner))
+  UNION ALL SELECT attacl FROM pg_attribute WHERE attrelid = turns.oid AND attacl IS NOT NULL
+) AS granted (acl)
+CROSS JOIN LATERAL aclexplode(granted.acl)
+WHERE turns.oid = to_regclass('turns') AND privilege_type = 'INSERT'
+  AND CASE grantee WHEN 0 THEN NOT EXISTS (
+        SELECT FROM pg_class, aclexplode(relacl)
+        WHERE oid = to_regclass('turn_metrics') AND grantee = 0 AND privilege_type = 'INSERT')
+      ELSE NOT has_table_privilege(grantee, to_regclass('turn_metrics'), 'INSERT') END
 ORDER BY 1"""
 
 _ELSEWHERE = """
@@ -65,7 +73,9 @@ ORDER BY 1"""
 _HAS_DIARY = """
 SELECT FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
 WHERE nspname = 'budget_engine' AND relname = 'diary' AND has_schema_privilege(n.oid, 'USAGE')
-  AND has_table_privilege(pg_class.oid, 'SELECT')"""
+  AND has_table_privilege(pg_class.oid, 'SELECT')
+  AND 8 = (SELECT count(*) FROM pg_attribute WHERE attrelid = pg_class.oid AND NOT attisdropped
+           AND attname IN ('id', 'step', 'part', 'finished_at', 'duration', 'role_name', 'checksum', 'version'))"""
 
 _DIARY = f"""
 SELECT step, part, to_char(finished_at, 'YYYY-MM-DD HH24:MI:SSOF'), round(1000 * extract(epoch FROM duration)),

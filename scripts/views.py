@@ -57,10 +57,9 @@ def status(*, form: str, check: bool, quiet: bool, verbose: bool) -> None:
 def what_setup_would_do(*, form: str, sql: bool, quiet: bool, verbose: bool) -> None:
     """Say what setup would do now, and what that means for whoever uses the tables; sql: print its SQL instead."""
     with _looking("plan", form, quiet=quiet, sql=sql) as look:
-        due = [step for step in look.steps if step.stem in (*look.plan.atomic, *look.plan.online)]
         if sql:
             settings = transaction_settings(look.where, look.given.lock_timeout_ms)
-            CONSOLE.emit(runner.as_sql(due, look.plan, look.steps, settings))
+            CONSOLE.emit(runner.as_sql(look.plan, look.steps, settings, look.where.search_path))
         else:
             _say_plan(look, form, verbose=verbose)
 
@@ -134,8 +133,9 @@ class _Look:
 @contextmanager
 def _looking(task: str, form: str, *, quiet: bool, sql: bool = False) -> Iterator[_Look]:
     """Look at what stands; once all is said, raise what the task ends with. A document has stdout for itself."""
-    if form not in FORMATS[task]:
-        raise errors.FormatError(task=task, form=form, formats=", ".join(FORMATS[task]))
+    asked, formats = (f"{task} --sql", (PEOPLE,)) if sql else (task, FORMATS[task])
+    if form not in formats:
+        raise errors.FormatError(task=asked, form=form, formats=", ".join(formats))
     CONSOLE.format, CONSOLE.quiet = "sql" if sql else form, quiet
     look = None
     try:
@@ -152,8 +152,7 @@ def _looking(task: str, form: str, *, quiet: bool, sql: bool = False) -> Iterato
             look = _Look(task, given, where, work, steps, found, todo, ways)
             yield look
     except (Exception, KeyboardInterrupt) as error:
-        if form == "json":
-            CONSOLE.emit_json(document.failure(task, as_message(error)))
+        _write_failure(task, form, as_message(error))
         raise
     if look.error:
         raise look.error
@@ -173,6 +172,17 @@ def _say_steps(look: _Look, *, verbose: bool) -> None:
     lines = report.steps(report.step_rows(look.plan, standing))
     CONSOLE.table(report.STEP_HEADER, report.step_cells(look.plan, standing), lines)
     CONSOLE.say(report.summary(look.found.items))
+
+
+def _write_failure(task: str, form: str, error: errors.RecipeError) -> None:
+    """Write the document all the same: whoever reads it should find out there, too, what happened."""
+    if form == "json":
+        CONSOLE.emit_json(document.failure(task, error))
+    elif form == "junit":
+        CONSOLE.emit(document.failure_as_junit(task, error))
+    elif form == "github":
+        CONSOLE.emit(document.failure_as_github(task, error))
+        _append_summary(document.failure_as_summary(error))
 
 
 def _append_summary(markdown: str) -> None:

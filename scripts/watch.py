@@ -29,20 +29,23 @@ WITH ours AS (
   SELECT pid FROM ours WHERE pid = {pid} OR NOT EXISTS (SELECT FROM ours AS o WHERE o.pid = {pid})
 )"""
 
-# a: a row of pg_stat_activity; of other roles' sessions some columns are NULL for most of us.
+# a: a row of pg_stat_activity, or none; of other roles' sessions some columns are NULL for most of us. What they do is
+# quoted up to its first value: what we say is read in the logs of a CI.
 SESSION = """
+       CASE WHEN a.pid IS NOT NULL THEN
        format('pid %s (role %s, application %s) is %s%s, its transaction open for %s s: %s',
               a.pid, a.usename, quote_literal(a.application_name), coalesce(a.state, a.backend_type, 'busy'),
               CASE WHEN a.wait_event_type = 'Lock' THEN ' and waits itself' ELSE '' END,
               coalesce(round(extract(epoch FROM clock_timestamp() - a.xact_start))::text, '?'),
-              left(regexp_replace(a.query, '[[:space:]]+', ' ', 'g'), 80))"""
+              left(regexp_replace(regexp_replace(a.query, '(''|[$](?![0-9])).*', '...'), '[[:space:]]+', ' ', 'g'), 80))
+       END"""
 
 _WAITS = (
     _MINE
     + f"""
 SELECT coalesce(wanted.mode || ' on ' || wanted.relation::regclass, 'a transaction to end'),
        coalesce(
-         CASE WHEN a.pid IS NOT NULL THEN {SESSION} END,
+         {SESSION},
          (SELECT string_agg(format('prepared transaction %s (role %s), prepared %s s ago: COMMIT PREPARED or ROLLBACK '
                                    'PREPARED ends it', quote_literal(p.gid), p.owner,
                                    round(extract(epoch FROM clock_timestamp() - p.prepared))), E'\\n')

@@ -437,6 +437,7 @@ def test_prepared_transaction_is_named(preparing: Db, missing: str, lock: str) -
     with db.connect() as connection:
         for statement in ("BEGIN", lock, "PREPARE TRANSACTION 'forgotten one'"):
             connection.execute(statement.encode())
+    assert "now       a prepared transaction (see pg_prepared_xacts) [holds" in db.invoke("plan").out
     done = db.invoke("setup", env={"LOCK_TIMEOUT": "500ms", "LOCK_WAIT": "1s"})
     assert done.code == 7, done
     for text in (done.out, done.err):

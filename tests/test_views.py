@@ -107,6 +107,31 @@ def test_status_names_roles_that_may_write_turns_but_not_turn_metrics(ready: Db)
         ready.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
+def test_status_names_rights_on_columns_and_those_of_all(ready: Db) -> None:
+    role = f"app_{ready.name}"
+    ready.execute(f"CREATE ROLE {role}; GRANT INSERT (game_id, idx, role, content) ON turns TO {role}")
+    try:
+        assert asked(ready, "status")["surroundings"]["unwritable"] == [role]
+        ready.execute("GRANT INSERT ON turns TO PUBLIC")
+        assert asked(ready, "status")["surroundings"]["unwritable"] == ["PUBLIC", role]
+        ready.execute("GRANT INSERT ON turn_metrics TO PUBLIC")
+        assert asked(ready, "status")["surroundings"]["unwritable"] == []
+    finally:
+        ready.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+def test_status_passes_over_a_diary_of_others(ready: Db) -> None:
+    ready.execute("DROP TABLE budget_engine.diary; CREATE TABLE budget_engine.diary (id int, note text)")
+    done = ready.invoke("status")
+    assert done.code == 0, done
+    assert "diary     none" in done.out
+
+
+def test_settings_that_change_how_definitions_are_printed_change_nothing(ready: Db) -> None:
+    ready.execute(f"ALTER DATABASE {ready.name} SET quote_all_identifiers = on")
+    assert ready.invoke("verify").code == 0
+
+
 def test_status_names_copies_elsewhere_and_invalid_indexes(ready: Db) -> None:
     ready.execute(
         "CREATE SCHEMA backup; CREATE TABLE backup.turns (LIKE public.turns); CREATE VIEW backup.games AS SELECT 1"
@@ -196,7 +221,7 @@ def test_parts_that_are_said_to_be_due_are_those_that_setup_runs(db: Db, state: 
     assert done.code == 0, done
     run = set(db.rows("SELECT regexp_replace(step, '^[0-9]+_', ''), part FROM budget_engine.diary"))
     # An index of a table without a single page is built at once, not online: nothing that is known before tells.
-    assert run == due - ({("slots_flags", "online")} if state == READY["without rows"] else set())
+    assert run == due - ({("slots_flags", "online")} if state == LOCKED["without rows"] else set())
 
 
 def test_plan_foresees_every_online_statement(db: Db) -> None:
@@ -220,7 +245,7 @@ def holding(db: Db, statement: str) -> Iterator[int]:
 
 def test_plan_names_who_holds_and_who_waits_for_a_conflicting_lock(db: Db) -> None:
     db.execute(by_hand())
-    with holding(db, "UPDATE slots SET description = 'x' WHERE name = 'tone'") as holder:
+    with holding(db, "UPDATE slots SET description = 'tell nobody' WHERE name = 'tone'") as holder:
         waiter = in_psql(db, "BEGIN; LOCK TABLE slots IN SHARE ROW EXCLUSIVE MODE; COMMIT")
         until(lambda: db.value("SELECT count(*) FROM pg_locks WHERE NOT granted") == 1, waiter)
         waiting = asked(db, "plan")["waiting_for"]
@@ -230,6 +255,7 @@ def test_plan_names_who_holds_and_who_waits_for_a_conflicting_lock(db: Db) -> No
     ]
     assert ("RowExclusiveLock", True, True) in on_slots
     assert ("ShareRowExclusiveLock", False, False) in on_slots
+    assert "tell nobody" not in str(waiting), "a value of somebody else's statement"
 
 
 @pytest.mark.parametrize("task", ["verify", "status", "plan"])
@@ -312,6 +338,22 @@ def test_plan_as_sql_is_what_setup_does(db: Db, tmp_path: Any) -> None:
     assert db.invoke("plan", "--sql").out == "-- nothing to do\n"
 
 
+def test_plan_as_sql_stays_in_the_schema_of_the_url(db: Db, tmp_path: Any) -> None:
+    db.execute(f"{by_hand()}; CREATE SCHEMA app; SET search_path = app; {by_hand()}")
+    before = db.differing()
+    there = {"DATABASE_URL": f"{db.url}&schema=app"}
+    file = tmp_path / "plan.sql"
+    file.write_text(db.invoke("plan", "--sql", env=there).out)
+    assert db.psql("-f", str(file)).code == 0
+    assert db.invoke("verify", env=there).code == 0
+    assert db.differing() == before
+
+
+def test_plan_as_sql_is_as_patient_as_setup(db: Db) -> None:
+    patience = "SELECT set_config('lock_timeout', '3000ms', true)"
+    assert patience in db.invoke("plan", "--sql", env={"LOCK_TIMEOUT": "3s"}).out
+
+
 def test_plan_without_rights_says_so(db: Db) -> None:
     db.execute(by_hand())
     role = f"reader_{db.name}"
@@ -376,12 +418,29 @@ def test_rehearsal_never_waits_while_it_holds_up_others(db: Db) -> None:
 # ── formats ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+NOBODY_THERE = {"DATABASE_URL": "postgresql://u:tell-nobody@127.0.0.1:1/db"}
+
+
 @pytest.mark.parametrize("task", ["verify", "status", "plan"])
 def test_failure_is_a_document_too(db: Db, task: str) -> None:
-    done = db.invoke(task, "--format", "json", env={"DATABASE_URL": "postgresql://u:tell-nobody@127.0.0.1:1/db"})
+    done = db.invoke(task, "--format", "json", env=NOBODY_THERE)
     assert (document(done)["exit_code"], done.code) == (4, 4)
     assert "tell-nobody" not in done.out + done.err
     assert "error:" in done.err
+
+
+def test_failure_is_a_test_case_and_an_annotation_too(db: Db, tmp_path: Any) -> None:
+    suites = ET.fromstring(db.invoke("verify", "--format", "junit", env=NOBODY_THERE).out)
+    assert [error.get("type") for error in suites.findall("testsuite/testcase/error")] == ["exit 4"]
+    summary = tmp_path / "summary.md"
+    done = db.invoke("verify", "--format", "github", env=NOBODY_THERE | {"GITHUB_STEP_SUMMARY": str(summary)})
+    assert re.fullmatch("::error title=verify::error: .+%0A .+\n", done.out), done
+    assert "Connection refused" in summary.read_text()
+
+
+def test_sql_has_no_other_format(db: Db) -> None:
+    done = db.invoke("plan", "--sql", "--format", "json")
+    assert (done.code, done.out) == (1, "")
 
 
 def test_schema_is_one_and_rejects_another_version() -> None:

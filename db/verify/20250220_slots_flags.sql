@@ -62,7 +62,7 @@ WITH promises (item, expected, actual, mended_by) AS (
   UNION ALL
   -- its function: it lends the rights of the owner of slots, so that all that keeps them safe is promised (md5: of its source)
   SELECT 'slots function set_critical_slot_defaults()',
-         'trigger, SECURITY DEFINER, search_path=pg_catalog, pg_temp, owned like slots, not for others to call, source 41b32d3df07ff3e5fc59c55e872858f1',
+         'trigger, SECURITY DEFINER, search_path=pg_catalog, pg_temp, owned like slots, not for others to call, source md5 41b32d3df07ff3e5fc59c55e872858f1',
          standing.definition,
          CASE WHEN standing.definition IS NULL OR standing.definition LIKE 'trigger, %' THEN '20250220_slots_flags' END
   FROM (VALUES (to_regclass('slots'))) AS slots (oid)
@@ -73,7 +73,7 @@ WITH promises (item, expected, actual, mended_by) AS (
            || CASE WHEN f.proowner = c.relowner THEN ', owned like slots' ELSE ', owned by ' || f.proowner::regrole END
            || CASE WHEN EXISTS (SELECT FROM aclexplode(coalesce(f.proacl, acldefault('f', f.proowner))) WHERE grantee <> f.proowner)
                    THEN ', for others to call' ELSE ', not for others to call' END
-           || ', source ' || md5(replace(f.prosrc, E'\r', ''))
+           || ', source md5 ' || md5(replace(f.prosrc, E'\r', ''))
     FROM pg_class AS c JOIN pg_proc AS f ON f.pronamespace = c.relnamespace
     WHERE c.oid = slots.oid AND f.proname = 'set_critical_slot_defaults' AND f.pronargs = 0
   ) AS standing (definition) ON true

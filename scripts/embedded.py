@@ -109,7 +109,9 @@ def _home(root: Path, major: int) -> Path:
     given = os.environ.get(DATA_VARIABLE) or ".postgres"
     try:
         home = (root / Path(given).expanduser()).resolve()
-    except RuntimeError as error:  # ~ of nobody; links in a circle
+        if any(path.is_symlink() for path in (home, *home.parents)):  # a circle, at which Python 3.13 no longer raises
+            home.stat()
+    except (RuntimeError, OSError) as error:  # ~ of nobody; links in a circle
         raise errors.EmbeddedFilesError(why=str(error).strip("."), variable=DATA_VARIABLE, where=given) from None
     if os.geteuid() != 0 or (home / str(major)).exists():
         return home

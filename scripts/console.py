@@ -55,18 +55,20 @@ class Console:
         elif not self.quiet:
             from scripts import table  # it takes longer to load than most tasks take
 
+            self.progress("")
             masked = [[self.mask(cell) for cell in row] for row in rows]  # before words are broken over lines
-            self.say("", *table.draw(header, masked, width), "")
+            self._print(self._for_people, "", *table.draw(header, masked, width), "")
 
     def _fitted(self, line: str) -> list[str]:
-        """Break a line that a terminal would break within words; commands, which are copied, stay whole."""
+        """Mask a line, and break it where a terminal would break it within words; commands, to be copied, stay whole."""
+        line = self.mask(line)  # before words are parted: a secret may hold blanks
         width = shutil.get_terminal_size().columns
         if not self._for_people.isatty() or len(line) <= width or line.endswith(";"):
             return [line]
         import textwrap
 
         parts = []
-        for part in self.mask(line).splitlines():  # before words are parted: a secret may hold blanks
+        for part in line.splitlines():
             labels, text = part[: _margin(part)], part[_margin(part) :]
             wrapper = textwrap.TextWrapper(width, labels, " " * len(labels))
             wrapper.break_long_words = wrapper.break_on_hyphens = False
@@ -75,16 +77,16 @@ class Console:
 
     def emit(self, document: str) -> None:
         """Print what was asked for, whole, on stdout."""
-        self._print(sys.stdout, document)
+        self._print(sys.stdout, self.mask(document))
 
     def emit_json(self, document: Mapping[str, object]) -> None:
-        """Print a JSON document, its texts masked one by one: JSON would write a secret's characters otherwise."""
-        self.emit(json.dumps(_masked(document, self.mask), indent=2, ensure_ascii=False))
+        """Print a JSON document, its texts masked one by one: null, which is no text, may be somebody's password."""
+        self._print(sys.stdout, json.dumps(_masked(document, self.mask), indent=2, ensure_ascii=False))
 
     def _print(self, stream: TextIO, *lines: str) -> None:
         try:
             for line in lines:
-                print(self.mask(line), flush=True, file=stream)
+                print(line, flush=True, file=stream)
         except OSError:  # whoever read has seen enough, or the disk is full; the work goes on
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

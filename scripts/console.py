@@ -60,7 +60,7 @@ class Console:
             self._print(self._for_people, "", *table.draw(header, masked, width), "")
 
     def _fitted(self, line: str) -> list[str]:
-        """Mask a line, and break it where a terminal would break it within words; commands, to be copied, stay whole."""
+        """Mask a line; break it where a terminal would break it within words. Commands, to be copied, stay whole."""
         line = self.mask(line)  # before words are parted: a secret may hold blanks
         width = shutil.get_terminal_size().columns
         if not self._for_people.isatty() or len(line) <= width or line.endswith(";"):

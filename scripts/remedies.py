@@ -58,10 +58,11 @@ def read(database: Database, items: Sequence[Item]) -> Mapping[str, Commands]:
     """
     if not items:
         return {}
+    tables = {item.table for item in items} | {target for item in items if (target := _target(item))}
     words = {word for item in items for word in re.findall(r"\w+", f"{item.name} {_taken(item)}")}
     names = words.union(*(_names_to_be(item) for item in items))
     try:
-        return of(items, facts.read(database, {item.table for item in items}, names))
+        return of(items, facts.read(database, tables, names))
     except StatementError as error:  # a view behind ACCESS EXCLUSIVE: what is in the way can be said without it
         if not issubclass(for_sqlstate(error.sqlstate), LockTimeoutError):
             raise
@@ -144,11 +145,24 @@ def _in_place(item: Item, found: Facts) -> Commands | None:
     if kind == "key":
         return _key(item, stands[0][1], found) if stands else _rename(item.table, _taken(item), found)
     if kind == "foreign key":
-        fitting = tuple(_removed(found.all(item.name, "foreign key")))
-        return fitting or _rename(item.table, _names_to_be(item)[0], found)
+        others = [key for key in found.all(item.name, "foreign key") if not _is_promised(key[1], item, found)]
+        return tuple(_removed(others)) or _rename(item.table, _names_to_be(item)[0], found)
     if kind == "policy":
         return tuple(_removed(found.all(item.name, "policy")))
     return _rename(item.table, name["name"], found) if kind == "name" else _recreate(found)
+
+
+def _target(item: Item) -> str:
+    """Name the table that a promised foreign key leads to."""
+    found = re.search(r" REFERENCES (\w+)\(", item.expected)
+    return found[1] if found else ""
+
+
+def _is_promised(restore: str, item: Item, found: Facts) -> bool:
+    """Whether what would bring a foreign key back is what is promised."""
+    target = _target(item)
+    qualified = [item.expected.replace(f" {target}(", f" {name}(") for _, name in found.all(target, "stands")]
+    return restore.removesuffix(";").removesuffix(" NOT VALID").endswith(tuple(qualified))
 
 
 def _names_to_be(item: Item) -> tuple[str, ...]:

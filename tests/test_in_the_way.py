@@ -540,6 +540,19 @@ IN_THE_WAY |= {
         "prompt_snapshots foreign key (turn_id): ",
         TURN_FOREIGN_KEY,
     ),
+    "turn_id with cascade beside the promised key": (
+        by_hand(BIGINT) + "ALTER TABLE prompt_snapshots"
+        " ADD CONSTRAINT other FOREIGN KEY (turn_id) REFERENCES turns (id) ON DELETE CASCADE",
+        "REFERENCES turns(id) ON DELETE CASCADE",
+        TURN_FOREIGN_KEY,
+    ),
+    "turn_metrics to another table beside the promised key": (
+        "CREATE TABLE rounds (id bigint PRIMARY KEY); INSERT INTO rounds SELECT generate_series(1, 9);"
+        + altered(old_metrics())
+        + "ALTER TABLE turn_metrics ADD CONSTRAINT a_round FOREIGN KEY (turn_id) REFERENCES rounds (id)",
+        "REFERENCES rounds(id)",
+        "ON DELETE CASCADE",
+    ),
     "the name of turn_id's key is taken": (
         by_hand("bigint")
         + "ALTER TABLE prompt_snapshots ADD CONSTRAINT prompt_snapshots_turn_id_fkey CHECK (turn_id > 0)",
@@ -739,6 +752,17 @@ def test_what_is_in_the_way_is_named_and_the_printed_commands_lead_on(db: Db, tm
     assert done.code == 0, f"{done}\n{commands}"
     assert gone(rows, contents(db)) == []
     assert db.differing() == {}
+
+
+def test_of_two_foreign_keys_the_promised_one_stays(db: Db) -> None:
+    """Where it stands, and where the other one leads to a table of the same name."""
+    other = "ALTER TABLE prompt_snapshots ADD CONSTRAINT {} FOREIGN KEY (turn_id) REFERENCES {} (id)"
+    db.execute(by_hand(BIGINT) + "CREATE SCHEMA copy; CREATE TABLE copy.turns (id bigint PRIMARY KEY);")
+    db.execute("INSERT INTO copy.turns SELECT id FROM turns; " + other.format("elsewhere", "copy.turns"))
+    db.execute(other.format("again", "turns") + " ON DELETE SET NULL NOT VALID")
+    drop, undo = printed(db.invoke("setup"))
+    assert drop == "ALTER TABLE public.prompt_snapshots DROP CONSTRAINT elsewhere;"
+    assert undo.startswith("-- to undo it: ALTER TABLE public.prompt_snapshots ADD CONSTRAINT elsewhere FOREIGN KEY")
 
 
 def uncommented(commands: list[str]) -> list[str]:

@@ -400,7 +400,7 @@ def _break_foreign_key(item: Item, _: Items) -> Iterator[Breakage]:
         return f"{drop}; {alter} ADD CONSTRAINT {name} {definition}"
 
     yield Breakage(item, "dropped", drop, _lost([item]))
-    not_valid = f"{item.expected} NOT VALID"
+    not_valid, deferrable = f"{item.expected} NOT VALID", f"{item.expected} DEFERRABLE"
     yield Breakage(item, "not valid", with_key(not_valid), {item.name: (not_valid, item.stem + ONLINE)})
     no_action = item.expected.partition(" ON DELETE")[0]
     yield _as_another(item, "no action", with_key(no_action), no_action)
@@ -416,7 +416,11 @@ def _break_foreign_key(item: Item, _: Items) -> Iterator[Breakage]:
         item, "elsewhere", f"CREATE TABLE other (id {type_} PRIMARY KEY); {with_key(elsewhere)}", elsewhere
     )
     yield Breakage(item, "renamed", f"{alter} RENAME CONSTRAINT {name} TO other", {})
-    yield Breakage(item, "a second one", f"{alter} ADD CONSTRAINT a_second_one {no_action}", {})
+    second = f"{alter} ADD CONSTRAINT a_second_one {{}}"
+    yield Breakage(item, "the same again", second.format(item.expected), {})
+    yield Breakage(item, "the same again, not valid", second.format(not_valid), {})
+    yield _as_another(item, "a second one", second.format(no_action), no_action)
+    yield _as_another(item, "a second one, deferrable", second.format(deferrable), deferrable)
 
 
 def _break_comment(item: Item, _: Items) -> Iterator[Breakage]:
@@ -737,10 +741,10 @@ def test_nothing_is_loosened_in_silence(db: Db, what: str) -> None:
     assert (done.code, set(db.differing())) == ((6, {item}) if mended_by is None else (0, set())), done
 
 
-def test_a_second_foreign_key_is_no_obstacle(db: Db) -> None:
+def test_the_same_foreign_key_again_is_no_obstacle(db: Db) -> None:
     assert db.invoke("setup").code == 0
     db.execute(
-        "ALTER TABLE turn_metrics ADD CONSTRAINT a_second_one FOREIGN KEY (turn_id) REFERENCES turns (id);"
+        "ALTER TABLE turn_metrics ADD CONSTRAINT again FOREIGN KEY (turn_id) REFERENCES turns (id) ON DELETE CASCADE;"
         "COMMENT ON TABLE turn_metrics IS NULL"
     )
     assert set(db.differing()) == {"turn_metrics comment"}

@@ -111,9 +111,7 @@ BEGIN
       INTO obstacles
       FROM pg_constraint
      WHERE conrelid = snapshots AND contype = 'f' AND conkey = ARRAY[turn_id.attnum]
-       AND (confrelid <> turns OR confdeltype <> 'n')
-       AND NOT EXISTS (SELECT FROM pg_constraint AS p WHERE p.contype = 'f' AND p.conrelid = snapshots
-                         AND p.conkey = ARRAY[turn_id.attnum] AND p.confrelid = turns AND p.confdeltype = 'n');
+       AND (confrelid <> turns OR confdeltype <> 'n');
     IF obstacles IS NOT NULL THEN
       RAISE EXCEPTION USING ERRCODE = 'TB002',
         MESSAGE = 'another foreign key stands on prompt_snapshots.turn_id: it is in the way',

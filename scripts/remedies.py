@@ -230,6 +230,7 @@ class _Form:
 
     type: str
     not_null: bool
+    not_valid: bool  # its NOT NULL: rows that stood before may have none; new in PostgreSQL 18
     default: str
     generated: bool
 
@@ -249,9 +250,14 @@ class _Form:
 
 def _form(text: str) -> _Form:
     text, _, default = text.partition(" DEFAULT ")
-    plain = text.removesuffix(" GENERATED")
-    generated = plain != text or default == "generated"
-    return _Form(plain.removesuffix(" NOT NULL"), plain.endswith(" NOT NULL"), "" if generated else default, generated)
+    generated = " GENERATED" in text or default == "generated"
+    return _Form(
+        type=re.sub(" NOT NULL| NOT VALID| GENERATED", "", text),
+        not_null=" NOT NULL" in text,
+        not_valid=" NOT VALID" in text,
+        default="" if generated else default,
+        generated=generated,
+    )
 
 
 def _column(item: Item, table: str, column: str, found: Facts) -> Commands | None:
@@ -293,7 +299,7 @@ def _altered(name: str, table: str, stands: _Form, promised: _Form, found: Facts
         yield f"{alter} SET DEFAULT {promised.default};" if promised.default else f"{alter} DROP DEFAULT;"
     if stands.not_null and not promised.not_null:
         yield f"{alter} DROP NOT NULL;"
-    if promised.not_null and not stands.not_null:
+    if promised.not_null and (stands.not_valid or not stands.not_null):
         yield from _filled(name, table, found)
 
 

@@ -36,6 +36,7 @@ from states import (
 )
 from terminal import on_terminal
 from test_verifications import Breakage, batches, breakages, copy, promised, verifying
+from versions import MAJOR
 
 TURN_FOREIGN_KEY = "FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE SET NULL"
 
@@ -685,8 +686,44 @@ if COLUMNS:  # of a publication: new in PostgreSQL 15
         ),
     }
 
+NOT_VALID = "ALTER TABLE {0} ADD CONSTRAINT nn NOT NULL {1} NOT VALID"
+
+if MAJOR >= 18:  # a NOT NULL that is NOT VALID: the rows that stood before it may have none
+    IN_THE_WAY |= {
+        "must_keep not valid, with NULLs": (
+            altered("ALTER TABLE slots ADD must_keep boolean DEFAULT false; UPDATE slots SET must_keep = NULL;")
+            + NOT_VALID.format("slots", "must_keep"),
+            "slots.must_keep: boolean NOT NULL NOT VALID DEFAULT false",
+            "boolean NOT NULL DEFAULT false",
+        ),
+        "tp not valid": (
+            altered("ALTER TABLE prompt_snapshots ALTER tp DROP NOT NULL;")
+            + NOT_VALID.format("prompt_snapshots", "tp"),
+            "prompt_snapshots.tp: jsonb NOT NULL NOT VALID",
+            "jsonb NOT NULL",
+        ),
+        "slots.id not valid, and no primary key": (
+            altered("ALTER TABLE slots DROP CONSTRAINT slots_pkey, ALTER id DROP NOT NULL;")
+            + NOT_VALID.format("slots", "id"),
+            "slots.id: uuid NOT NULL NOT VALID",
+            "uuid NOT NULL",
+        ),
+        "turns.id not valid, and no primary key": (
+            altered("ALTER TABLE turns DROP CONSTRAINT turns_pkey CASCADE, ALTER id DROP NOT NULL;")
+            + NOT_VALID.format("turns", "id"),
+            "turns.id: bigint NOT NULL NOT VALID",
+            "bigint NOT NULL",
+        ),
+        "turn_id not valid": (
+            by_hand(BIGINT) + NOT_VALID.format("prompt_snapshots", "turn_id"),
+            "prompt_snapshots.turn_id: bigint NOT NULL NOT VALID",
+            "bigint",
+        ),
+    }
+
 # What the rows refuse, the printed SELECT lists: what its reader does then.
 MENDED_ROWS = {
+    "must_keep not valid, with NULLs": "UPDATE public.slots SET must_keep = false WHERE must_keep IS NULL",
     "must_keep nullable, with NULLs": "UPDATE public.slots SET must_keep = false WHERE must_keep IS NULL",
     "slots without its key, rows share it": "UPDATE public.slots SET name = 'other hint' WHERE description = 'another'",
 }

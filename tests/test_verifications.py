@@ -246,7 +246,10 @@ def _break_column(item: Item, items: Items) -> Iterator[Breakage]:
     if item.name == "prompt_snapshots.turn_id":
         yield as_another("uuid", "uuid", FIX)
         yield as_another("uuid NOT NULL", "uuid NOT NULL", FIX)
-    yield _with_the_other_nullability(item, items, not_null)
+    other_nullability = _with_the_other_nullability(item, items, not_null)
+    yield other_nullability
+    if not_null and MAJOR >= 18:
+        yield _not_valid(other_nullability)
     if item.stem in (FLAGS, METRICS):
         yield from _with_another_default(item, default)
     else:
@@ -265,6 +268,15 @@ def _with_the_other_nullability(item: Item, items: Items, not_null: bool) -> Bre
         sql = f"{_drop_key(primary)}; {sql}"
         differs |= _lost([primary, *_pointing_to_key(primary, items)])
     return Breakage(item, f"{action} NOT NULL", sql, differs)
+
+
+def _not_valid(nullable: Breakage) -> Breakage:
+    """Bring a NOT NULL back that says nothing of the rows that stand."""
+    item = nullable.item
+    constraint = f"CONSTRAINT {item.column}_not_valid NOT NULL {item.column} NOT VALID"
+    form = item.expected.replace(" NOT NULL", " NOT NULL NOT VALID"), nullable.differs[item.name][1]
+    sql = f"{nullable.sql}; ALTER TABLE {item.table} ADD {constraint}"
+    return Breakage(item, "NOT NULL not valid", sql, nullable.differs | {item.name: form})
 
 
 def _with_another_default(item: Item, default: str) -> Iterator[Breakage]:

@@ -6,8 +6,9 @@
 WITH promises (item, expected, actual, mended_by) AS (
   -- the column: a uuid one is this step's affair, any other form is in the way
   SELECT 'prompt_snapshots.turn_id', 'bigint', standing.form AS actual,
-         CASE WHEN to_regclass('prompt_snapshots') IS NULL THEN '20250213_prompt_snapshots' WHEN standing.form IN ('uuid', 'uuid NOT NULL') THEN '20250222_fix_prompt_snapshots_turn_id' END
-  FROM (SELECT min(format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END)
+         CASE WHEN to_regclass('prompt_snapshots') IS NULL THEN '20250213_prompt_snapshots' WHEN split_part(standing.form, ' ', 1) = 'uuid' THEN '20250222_fix_prompt_snapshots_turn_id' END
+  FROM (SELECT min(format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END
+                   || coalesce((SELECT ' NOT VALID' FROM pg_constraint WHERE conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'n' AND NOT convalidated), ''))
         FROM pg_attribute
         WHERE attrelid = to_regclass('prompt_snapshots') AND attname = 'turn_id' AND NOT attisdropped) AS standing (form)
   UNION ALL

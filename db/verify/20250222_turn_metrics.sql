@@ -42,7 +42,9 @@ WITH supabase (here) AS (
       ('cost_estimate_cents', 'integer', '')
     ) AS promised (name, form, otherwise)
   LEFT JOIN LATERAL (
-    SELECT format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END, coalesce(' DEFAULT ' || CASE WHEN attgenerated = '' THEN pg_get_expr(adbin, 0) ELSE 'generated' END, '')
+    SELECT format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END
+           || coalesce((SELECT ' NOT VALID' FROM pg_constraint WHERE conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'n' AND NOT convalidated), ''),
+           coalesce(' DEFAULT ' || CASE WHEN attgenerated = '' THEN pg_get_expr(adbin, 0) ELSE 'generated' END, '')
     FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
     WHERE attrelid = to_regclass('turn_metrics') AND attname = promised.name AND NOT attisdropped
   ) AS standing (form, otherwise) ON true

@@ -124,7 +124,7 @@ def _together(item: Item, in_place: Mapping[str, Commands | None]) -> Commands:
 
 
 def _as_dropped(rename: str) -> str:
-    return re.sub(r"ALTER INDEX (\S+) RENAME .*", r"DROP INDEX \1;", rename)
+    return re.sub(r"ALTER INDEX (.+) RENAME .*", r"DROP INDEX \1;", rename)
 
 
 def _in_place(item: Item, found: Facts) -> Commands | None:
@@ -295,9 +295,12 @@ def _altered(name: str, table: str, stands: _Form, promised: _Form, found: Facts
         yield f"{alter} DROP EXPRESSION;"
     if stands.type != promised.type:
         yield from _retyped(name, alter, stands, promised, found)
-    if stands.default != promised.default and stands.default:
+    if stands.default and (stands.default, stands.type) != (promised.default, promised.type):
         yield f"{alter} SET DEFAULT {promised.default};" if promised.default else f"{alter} DROP DEFAULT;"
     if stands.not_null and not promised.not_null:
+        for generated, _ in found.all(name, "identity"):  # which holds no NULL either
+            yield f"{alter} DROP IDENTITY;"
+            yield _comment(f"it was GENERATED {generated} AS IDENTITY")
         yield f"{alter} DROP NOT NULL;"
     if promised.not_null and (stands.not_valid or not stands.not_null):
         yield from _filled(name, table, found)
@@ -305,27 +308,44 @@ def _altered(name: str, table: str, stands: _Form, promised: _Form, found: Facts
 
 def _retyped(name: str, alter: str, stands: _Form, promised: _Form, found: Facts) -> Iterator[str]:
     column = name.partition(".")[2]
-    using = ""
+    actions = [f"TYPE {promised.type}"]
     if stands.bare == "timestamp without time zone":
         yield "-- the values are taken for UTC: put the time zone here that they were written in"
-        using = f" USING {column} AT TIME ZONE 'UTC'"
+        actions = [f"TYPE {promised.type} USING {column} AT TIME ZONE 'UTC'"]
     elif not stands.is_within(promised):
-        for default, _ in found.all(name, "default"):
-            yield f"{alter} DROP DEFAULT;"
-            yield _comment(f"it was {default}")
         yield f"-- where a value is no {promised.type}, it is refused, shown, and nothing is changed"
-        using = f" USING {column}::{promised.type}"
+        actions = [f"TYPE {promised.type} USING {column}::{promised.type}"]
+        for default, _ in found.all(name, "default"):  # it would be no default of the new type
+            default = _recast(default, name, promised.type, found)
+            actions = ["DROP DEFAULT", *actions, f"SET DEFAULT ({default})::{promised.type}"]
     if (stands.bare, promised.type) != ("character varying", "text"):
         yield "-- the table is rewritten, and nobody can use it meanwhile"
-    yield _around(found.all(name, "binds"), column, f"{alter} TYPE {promised.type}{using};")
+    change = alter + f", ALTER COLUMN {column}".join(f" {action}" for action in actions) + ";"
+    yield _around(list(_binding(name, promised.type, found)), change)
     yield from (sequence for sequence, _ in found.all(name, "counted by"))
 
 
-def _around(binding: Sequence[tuple[str, str]], column: str, command: str) -> str:
+def _binding(name: str, type_: str, found: Facts) -> Iterator[tuple[str, str]]:
+    """Yield what keeps a column from having another type, and what brings it back when it has."""
+    bound = [*found.all(name, "above"), *found.all(name, "binds")]
+    for remove, restore in (*bound, *found.all(name, "hangs")):
+        recast = _recast(restore, name, type_, found)
+        if (remove, restore) in bound or recast != restore:  # what else hangs there stays, where it compares no enum
+            yield remove, recast
+
+
+def _recast(text: str, name: str, type_: str, found: Facts) -> str:
+    """Write the values of an enum as those of the type that its column will have."""
+    for enum, _ in found.all(name, "enum"):
+        text = re.sub(rf"::{re.escape(enum)}(?!\w)", f"::{type_}", text)
+    return text
+
+
+def _around(binding: Sequence[tuple[str, str]], command: str) -> str:
     """Remove what keeps the command from being run, and bring it back, all in one transaction."""
     if not binding:
         return command
-    restored = [restore.replace("{column}", column) for _, restore in reversed(binding)]
+    restored = [restore for _, restore in reversed(binding)]
     return "\n".join(["BEGIN;", *(remove for remove, _ in binding), command, *restored, "COMMIT;"])
 
 
@@ -346,7 +366,8 @@ def _gives_way(name: str, table: str, stands: _Form, promised: _Form, found: Fac
     old = found.free(f"{column}_old")
     yield f"ALTER TABLE {table} RENAME COLUMN {column} TO {old};"
     yield from (f"{rename} TO {found.free(f'{ours}_old')};" for rename, ours in found.all(name, "ours"))
-    if stands.not_null and not (stands.default or stands.generated):  # nobody fills it any more
+    filled = stands.default or stands.generated or found.all(name, "identity")
+    if stands.not_null and not filled:  # nobody does any more
         yield f"ALTER TABLE {table} ALTER COLUMN {old} DROP NOT NULL;"
     if name not in _ADDED:
         yield f"ALTER TABLE {table} ADD COLUMN {column} {promised.type};"
@@ -357,10 +378,32 @@ def _gives_way(name: str, table: str, stands: _Form, promised: _Form, found: Fac
 def _dependants(column: str, found: Facts) -> Iterator[str]:
     """Drop what hangs on the uuid column, and say what brings it back, on the column that the fix keeps."""
     kept = next(name for n in range(1, 10) if (name := f"turn_id_uuid{f'_{n}' if n > 1 else ''}") == found.free(name))
-    things = [*found.all(column, "binds"), *found.all(column, "hangs")]
-    yield from (remove for remove, _ in things)
+    ((_, table),) = found.all("prompt_snapshots", "stands")
+    above, things = found.all(column, "above"), [*found.all(column, "binds"), *found.all(column, "hangs")]
+    yield from (remove for remove, _ in (*above, *things))
     yield _comment(f"after invoke fix, on the kept values ({kept}) or on turn_id:")
-    yield from (_comment(restore.replace("{column}", kept)) for _, restore in reversed(things) if restore)
+    yield from (_comment(_on_the_kept(restore, kept, table)) for _, restore in reversed(things) if restore)
+    yield from (_comment(restore) for _, restore in reversed(above))
+
+
+def _on_the_kept(definition: str, kept: str, table: str) -> str:
+    """Write the kept column's name where a definition names the table's turn_id, as PostgreSQL prints it."""
+    other = rf"(?!{re.escape(table)}\b)"
+    of_others = {
+        qualifier
+        for qualifier in re.findall(r'("[^"]+"|\w+)\.turn_id\b', definition)
+        if re.search(rf"[ (]{other}[\w\"]+\.(\S+ )?{re.escape(qualifier)}[ ),;\n]", definition)
+    }
+    if definition.startswith("CREATE POLICY ") and f" ON {table} " not in definition:
+        of_others.add("")  # its own table's columns are not qualified
+    lists = rf"(?:INSERT INTO|REFERENCES|ALTER TABLE|VIEW) {other}[^(]*\([^)]*\)|INDEX \S+ ON {other}[^;]*;"
+    words = rf"'[^']*'|{lists}|(?:(?P<qualifier>\"[^\"]+\"|\w+)\.)?\bturn_id\b"
+
+    def named(word: re.Match[str]) -> str:
+        is_ours = word[0].endswith("turn_id") and (word["qualifier"] or "") not in of_others
+        return word[0].removesuffix("turn_id") + kept if is_ours else word[0]
+
+    return re.sub(words, named, definition)
 
 
 # ── keys ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -100,6 +100,15 @@ WITH RECURSIVE standing (name, oid, home) AS (
   UNION ALL
   SELECT 0, standing.name, 'primary key', constraints.name, restore
   FROM standing JOIN constraints ON relid = standing.oid WHERE kind = 'p'
+  UNION ALL -- its columns, where nothing else keeps them unique
+  SELECT 0, standing.name, 'unique by primary key',
+         (SELECT string_agg(quote_ident(attname), ', ' ORDER BY position)
+          FROM unnest(key) WITH ORDINALITY AS part (attnum, position) JOIN pg_attribute AS a ON attrelid = relid AND a.attnum = part.attnum), NULL
+  FROM standing JOIN constraints ON relid = standing.oid AND kind = 'p'
+  WHERE NOT EXISTS (
+    SELECT FROM pg_index
+    WHERE indrelid = relid AND indexrelid <> constraints.index AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL
+      AND indexprs IS NULL AND indkey::int2[] <@ key AND key <@ indkey::int2[])
   UNION ALL -- foreign keys that lead to a primary key
   SELECT 0, standing.name, 'primary key led to', foreign_key.remove, foreign_key.restore
   FROM standing JOIN constraints AS own ON own.relid = standing.oid AND own.kind = 'p'

@@ -119,7 +119,13 @@ def _together(item: Item, in_place: Mapping[str, Commands | None]) -> Commands:
         return column if any(" RENAME COLUMN " in command for command in column) else ways
     if kind == "name":
         dropped = in_place.get("prompt_snapshots.turn_id dependants") or ()
-        return tuple(drop for way in ways if (drop := _as_dropped(way)) in dropped) or ways
+        rest = tuple(way for way in ways if _as_dropped(way) not in dropped)
+        return ways if rest == ways else (*dropped, *rest)
+    if kind == "dependants":  # a primary key that holds turn_id gives way to the promised one
+        key = [command for command in in_place.get("prompt_snapshots (id)") or () if not command.startswith("--")]
+        given = {way for way in ways if any(command.startswith(f"{way.removesuffix(';')}, ") for command in key)}
+        if given:
+            return (*key, *(way for way in ways if way not in given and " PRIMARY KEY (" not in way))
     return ways
 
 
@@ -382,7 +388,11 @@ def _dependants(column: str, found: Facts) -> Iterator[str]:
     above, things = found.all(column, "above"), [*found.all(column, "binds"), *found.all(column, "hangs")]
     yield from (remove for remove, _ in (*above, *things))
     yield _comment(f"after invoke fix, on the kept values ({kept}) or on turn_id:")
-    yield from (_comment(_on_the_kept(restore, kept, table)) for _, restore in reversed(things) if restore)
+    for _, restore in reversed(things):
+        for _, ours in found.all(column, "ours"):  # by then the steps' own have these names
+            restore = restore.replace(f" {ours} ", f" {found.free(f'{ours}_old')} ", 1)
+        if restore:
+            yield _comment(_on_the_kept(restore, kept, table))
     yield from (_comment(restore) for _, restore in reversed(above))
 
 
@@ -423,12 +433,17 @@ def _key(item: Item, table: str, found: Facts) -> Commands | None:
         f"SELECT {columns}, count(*) FROM {table} GROUP BY {columns} HAVING count(*) > 1;",
         *(f"DROP INDEX CONCURRENTLY {index};" for index in left_over),
         f"CREATE UNIQUE INDEX CONCURRENTLY {name} ON {table} ({columns});",
-        *(_promoted(table, name, found.all(item.table, "primary key")) if is_primary else ()),
+        *(_promoted(item, table, columns, name, found) if is_primary else ()),
     )
 
 
-def _promoted(table: str, index: str, others: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """Make the primary key of the index; another one gives way in the same moment."""
+def _promoted(item: Item, table: str, columns: str, index: str, found: Facts) -> Iterator[str]:
+    """Make the primary key of the index; another one gives way in the same moment, and what it kept unique stays so."""
+    for unique, _ in found.all(item.table, "unique by primary key"):
+        if not set(columns.split(", ")) <= set(unique.split(", ")):
+            kept = found.free(re.sub(r"\W+", "_", f"uk_{item.table}_{unique}"))
+            yield f"CREATE UNIQUE INDEX CONCURRENTLY {kept} ON {table} ({unique});"
+    others = found.all(item.table, "primary key")
     drop = "".join(f"DROP CONSTRAINT {other}, " for other, _ in others)
     yield f"ALTER TABLE {table} {drop}ADD PRIMARY KEY USING INDEX {index};"
     yield from (_comment(f"it was: {definition}") for _, definition in others)

@@ -264,6 +264,30 @@ CREATE POLICY live ON templates USING (status = ANY ('{published}'::published[])
 CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
 CREATE TRIGGER live BEFORE UPDATE ON templates FOR EACH ROW WHEN (NEW.status = 'published') EXECUTE FUNCTION nothing();
 """
+NOTES = """
+CREATE TABLE notes (turn_id uuid UNIQUE, note text);
+INSERT INTO notes SELECT DISTINCT turn_id, 'turn_id' FROM prompt_snapshots;
+CREATE VIEW noted AS SELECT p.id, n.note, p.turn_id, jsonb_build_object('turn_id', p.turn_id, 'note', n.turn_id) AS doc
+  FROM prompt_snapshots AS p JOIN notes AS n ON n.turn_id = p.turn_id;
+CREATE VIEW unaliased AS SELECT s.turn_id, s.id FROM (SELECT turn_id, id FROM prompt_snapshots) AS s
+  WHERE EXISTS (SELECT FROM notes WHERE notes.turn_id = s.turn_id);
+CREATE MATERIALIZED VIEW keys AS SELECT jsonb_build_object('turn_id', turn_id) AS doc, turn_id FROM prompt_snapshots;
+CREATE INDEX keys_turn ON keys (turn_id);
+CREATE POLICY seen ON notes USING (turn_id IN (SELECT prompt_snapshots.turn_id FROM prompt_snapshots));
+CREATE POLICY noted ON prompt_snapshots USING (turn_id IN (SELECT n.turn_id FROM notes AS n) OR source = 'turn_id');
+CREATE RULE forget AS ON DELETE TO prompt_snapshots DO ALSO
+  INSERT INTO notes (turn_id, note) VALUES (old.turn_id, 'turn_id') ON CONFLICT DO NOTHING;
+ALTER TABLE prompt_snapshots ADD CONSTRAINT one_note FOREIGN KEY (turn_id) REFERENCES notes (turn_id);
+CREATE FUNCTION noted(uuid) RETURNS text BEGIN ATOMIC
+  SELECT 'turn_id' || note FROM notes JOIN prompt_snapshots ON prompt_snapshots.turn_id = notes.turn_id;
+END;
+"""
+PRIMARY_KEY_WITH_TURN_ID = """
+UPDATE prompt_snapshots SET turn_id = gen_random_uuid() WHERE turn_id IS NULL;
+ALTER TABLE prompt_snapshots DROP CONSTRAINT prompt_snapshots_parent_id_fkey, DROP CONSTRAINT prompt_snapshots_pkey,
+  ADD PRIMARY KEY (id, turn_id);
+"""
+KEYED_BY_NAME = "ALTER TABLE slots DROP CONSTRAINT slots_pkey, ADD PRIMARY KEY (type, name)"
 CHILD = "CREATE TABLE parent (LIKE {0}); ALTER TABLE {0} INHERIT parent"
 HANGING_ON_NAME = """
 CREATE ROLE reader_of_names;
@@ -589,7 +613,7 @@ IN_THE_WAY |= {
         "turn_metrics index idx_turn_metrics_created: not an index",
         "btree (created_at DESC)",
     ),
-    "turn_id uuid, its index unique": (
+    "its unique index on turn_id": (
         with_uuid() + "DROP INDEX idx_prompt_snapshots_turn_id;"
         "CREATE UNIQUE INDEX idx_prompt_snapshots_turn_id ON prompt_snapshots (turn_id)",
         "prompt_snapshots index idx_prompt_snapshots_turn_id: UNIQUE btree (turn_id)",
@@ -670,6 +694,12 @@ IN_THE_WAY |= {
         "turn_metrics (turn_id): missing",
         "PRIMARY KEY",
     ),
+    "slots keyed by type and name": (
+        altered(KEYED_BY_NAME + ", DROP CONSTRAINT uk_slots_type_name"),
+        "slots (id): missing",
+        "PRIMARY KEY",
+    ),
+    "slots keyed by type and name, twice": (altered(KEYED_BY_NAME), "slots (id): missing", "PRIMARY KEY"),
     "turn_metrics with a unique key": (
         altered(old_metrics("NOT NULL UNIQUE REFERENCES turns (id) ON DELETE CASCADE")),
         "turn_metrics (turn_id): UNIQUE",
@@ -741,6 +771,27 @@ IN_THE_WAY |= {
         "rule _RETURN on view turn_view",
         "none",
     ),
+    "an index of a promised name on turn_id": (
+        with_uuid() + "CREATE INDEX idx_prompt_snapshots_game_id ON prompt_snapshots (game_id, turn_id)",
+        "prompt_snapshots index idx_prompt_snapshots_game_id: btree (game_id, turn_id)",
+        "btree (game_id)",
+    ),
+    "a foreign key of the promised name on turn_id": (
+        with_uuid() + HANGING["constraint turn_elsewhere"].replace("turn_elsewhere", "prompt_snapshots_turn_id_fkey"),
+        "constraint prompt_snapshots_turn_id_fkey on table prompt_snapshots",
+        "none",
+    ),
+    "the primary key holds turn_id": (
+        with_uuid() + PRIMARY_KEY_WITH_TURN_ID + HANGING["view turn_view"],
+        "constraint prompt_snapshots_pkey on table prompt_snapshots",
+        "none",
+    ),
+    "the primary key holds turn_id, nothing else hangs on it": (
+        with_uuid() + PRIMARY_KEY_WITH_TURN_ID,
+        "constraint prompt_snapshots_pkey on table prompt_snapshots",
+        "none",
+    ),
+    "much of another table's on turn_id": (with_uuid() + NOTES, "policy seen on table notes", "none"),
     "a view on a view on turn_id": (
         with_uuid() + HANGING["view turn_view"] + "; CREATE VIEW above AS SELECT turn_id FROM turn_view;"
         "CREATE MATERIALIZED VIEW high_above AS SELECT turn_id FROM above;"
@@ -900,6 +951,26 @@ def test_what_compared_an_enum_compares_texts(db: Db, tmp_path: Path) -> None:
         db.execute("INSERT INTO templates (type, slot, body, status) VALUES ('ux', 'hint', '', 'published')")
 
 
+def test_what_a_primary_key_kept_unique_stays_so(db: Db, tmp_path: Path) -> None:
+    db.execute(altered(KEYED_BY_NAME + ", DROP CONSTRAINT uk_slots_type_name"))
+    again = (
+        "INSERT INTO slots (type, name, description) VALUES ('ux', 'hint', 'again') ON CONFLICT (type, name) DO NOTHING"
+    )
+    commands = [command for command in printed(db.invoke("setup")) if not command.startswith("--")]
+    for command in commands:
+        follow(db, tmp_path, [command])
+        db.execute(again)
+    assert db.invoke("setup").code == 0
+    assert db.value("SELECT count(*) FROM slots WHERE name = 'hint'") == 1
+
+
+def test_a_schema_whose_name_has_a_blank(db: Db, tmp_path: Path) -> None:
+    db.execute('CREATE SCHEMA "My App"; SET search_path = "My App";' + IN_THE_WAY["its unique index on turn_id"][0])
+    db.execute(f'ALTER DATABASE {db.name} SET search_path = "My App"')
+    follow(db, tmp_path, printed(db.invoke("setup")))
+    assert db.invoke("setup").code == 0
+
+
 def test_of_two_foreign_keys_the_promised_one_stays(db: Db) -> None:
     """Where it stands, and where the other one leads to a table of the same name."""
     other = "ALTER TABLE prompt_snapshots ADD CONSTRAINT {} FOREIGN KEY (turn_id) REFERENCES {} (id)"
@@ -928,6 +999,21 @@ def test_what_hung_on_a_uuid_turn_id_comes_back_on_the_kept_values(db: Db, tmp_p
     follow(db, tmp_path, uncommented(commands))
     assert hanging(db) != []
     assert db.invoke("verify").code == 0
+
+
+def test_only_the_column_of_that_table_is_meant(db: Db, tmp_path: Path) -> None:
+    """Not another table's of the same name, and no text."""
+    db.execute(with_uuid() + NOTES)
+    views = ("noted", "unaliased", "keys")
+    before = [db.rows(f"SELECT to_jsonb(v) FROM {view} AS v ORDER BY 1") for view in views]
+    commands = printed(db.invoke("setup"))
+    follow(db, tmp_path, commands)
+    assert db.invoke("setup").code == 0
+    follow(db, tmp_path, uncommented(commands))
+    assert [db.rows(f"SELECT to_jsonb(v) FROM {view} AS v ORDER BY 1") for view in views] == before
+    rule = db.value("SELECT definition FROM pg_rules WHERE rulename = 'forget'")
+    assert "INTO notes (turn_id, note)" in rule
+    assert "(old.turn_id_uuid, 'turn_id'::text)" in rule
 
 
 def hanging(db: Db) -> list[str]:

@@ -1016,6 +1016,17 @@ def test_only_the_column_of_that_table_is_meant(db: Db, tmp_path: Path) -> None:
     assert "(old.turn_id_uuid, 'turn_id'::text)" in rule
 
 
+@pytest.mark.parametrize("of", ["ALL TABLES", *(["TABLES IN SCHEMA public"] if COLUMNS else [])])
+def test_a_publication_of_more_than_the_table_is_told_of(db: Db, of: str) -> None:
+    """It cannot leave the table out: nobody is asked to drop it."""
+    db.execute(with_uuid() + f'CREATE SCHEMA other; CREATE PUBLICATION "All" FOR {of}')
+    done = db.invoke("rehearse")
+    assert "published by All: " in done.out, done
+    done = db.invoke("setup")
+    assert (done.code, "published by All: " in done.out) == (0, True), done
+    assert db.value("SELECT count(*) FROM pg_publication") == 1
+
+
 def hanging(db: Db) -> list[str]:
     """Return what depends on the kept column, besides its index."""
     found = db.rows("""

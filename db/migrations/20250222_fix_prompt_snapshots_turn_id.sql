@@ -25,6 +25,7 @@ DECLARE
   old_comment text;
   undo text;
   grants text;
+  publications text;      -- of all tables, or of the table's schema
   statement text;
   needed text[];          -- the locks, as statements
   moment text;
@@ -206,6 +207,14 @@ BEGIN
       EXECUTE grants;
     END LOOP;
     RAISE NOTICE 'prompt_snapshots.turn_id is bigint now; the uuid values are kept in %', kept;
+    -- One of the table alone was in the way. These cannot leave it out, and to drop them would stop all that they publish.
+    EXECUTE 'SELECT string_agg(pubname, '', '' ORDER BY pubname) FROM pg_publication WHERE puballtables'
+            || CASE WHEN to_regclass('pg_catalog.pg_publication_namespace') IS NOT NULL  -- new in 15
+                    THEN format(' OR oid IN (SELECT pnpubid FROM pg_publication_namespace WHERE pnnspid = %L::regnamespace)', home) ELSE '' END
+       INTO publications;
+    IF publications IS NOT NULL THEN
+      RAISE NOTICE 'published by %: subscribers stop at the next row until their tables have % and turn_id as bigint, too', publications, kept;
+    END IF;
     RAISE NOTICE E'to undo it:\n%', undo;
   ELSE
     EXECUTE format('ALTER TABLE %s ADD CONSTRAINT prompt_snapshots_turn_id_fkey

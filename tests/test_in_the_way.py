@@ -772,7 +772,8 @@ IN_THE_WAY |= {
         "none",
     ),
     "an index of a promised name on turn_id": (
-        with_uuid() + "CREATE INDEX idx_prompt_snapshots_game_id ON prompt_snapshots (game_id, turn_id)",
+        with_uuid() + "DROP INDEX idx_prompt_snapshots_game_id;"
+        "CREATE INDEX idx_prompt_snapshots_game_id ON prompt_snapshots (game_id, turn_id)",
         "prompt_snapshots index idx_prompt_snapshots_game_id: btree (game_id, turn_id)",
         "btree (game_id)",
     ),

@@ -396,18 +396,21 @@ def _dependants(column: str, found: Facts) -> Iterator[str]:
     yield from (_comment(restore) for _, restore in reversed(above))
 
 
+_NAME = r'(?:"[^"]+"|\w+)'
+
+
 def _on_the_kept(definition: str, kept: str, table: str) -> str:
     """Write the kept column's name where a definition names the table's turn_id, as PostgreSQL prints it."""
     other = rf"(?!{re.escape(table)}\b)"
     of_others = {
         qualifier
-        for qualifier in re.findall(r'("[^"]+"|\w+)\.turn_id\b', definition)
-        if re.search(rf"[ (]{other}[\w\"]+\.(\S+ )?{re.escape(qualifier)}[ ),;\n]", definition)
+        for qualifier in re.findall(rf"({_NAME})\.turn_id\b", definition)
+        if re.search(rf"[ (]{other}{_NAME}\.({_NAME} )?{re.escape(qualifier)}[ ),;\n]", definition)
     }
     if definition.startswith("CREATE POLICY ") and f" ON {table} " not in definition:
         of_others.add("")  # its own table's columns are not qualified
     lists = rf"(?:INSERT INTO|REFERENCES|ALTER TABLE|VIEW) {other}[^(]*\([^)]*\)|INDEX \S+ ON {other}[^;]*;"
-    words = rf"'[^']*'|{lists}|(?:(?P<qualifier>\"[^\"]+\"|\w+)\.)?\bturn_id\b"
+    words = rf"'[^']*'|{lists}|(?:(?P<qualifier>{_NAME})\.)?\bturn_id\b"
 
     def named(word: re.Match[str]) -> str:
         is_ours = word[0].endswith("turn_id") and (word["qualifier"] or "") not in of_others

@@ -965,11 +965,15 @@ def test_what_a_primary_key_kept_unique_stays_so(db: Db, tmp_path: Path) -> None
     assert db.value("SELECT count(*) FROM slots WHERE name = 'hint'") == 1
 
 
-def test_a_schema_whose_name_has_a_blank(db: Db, tmp_path: Path) -> None:
-    db.execute('CREATE SCHEMA "My App"; SET search_path = "My App";' + IN_THE_WAY["its unique index on turn_id"][0])
+@pytest.mark.parametrize("name", ["its unique index on turn_id", "much of another table's on turn_id"])
+def test_a_schema_whose_name_has_a_blank(db: Db, tmp_path: Path, name: str) -> None:
+    db.execute('CREATE SCHEMA "My App"; SET search_path = "My App";' + IN_THE_WAY[name][0])
     db.execute(f'ALTER DATABASE {db.name} SET search_path = "My App"')
-    follow(db, tmp_path, printed(db.invoke("setup")))
+    commands = printed(db.invoke("setup"))
+    follow(db, tmp_path, commands)
     assert db.invoke("setup").code == 0
+    follow(db, tmp_path, uncommented(commands))
+    assert db.invoke("verify").code == 0
 
 
 def test_of_two_foreign_keys_the_promised_one_stays(db: Db) -> None:

@@ -1,7 +1,7 @@
 -- facts: what stands around the items that are in the way, for the commands that clear it (scripts/facts.py).
 --
 -- Rows of subject, what, value, other. A subject is a table, its column, an item, or a table and a name beside it. What hangs
--- on a column comes in the order in which it is to be removed; what brings it back has {column} in place of the column's name.
+-- on a column comes in the order in which it is to be removed, with what brings it back; "above" is what hangs on a view that does.
 -- Reads the catalogs only, with an empty search_path, so that all names come qualified; which tables and names it is about,
 -- and what the search_path was, stands in settings of ours.
 WITH RECURSIVE standing (name, oid, home) AS (
@@ -56,12 +56,16 @@ WITH RECURSIVE standing (name, oid, home) AS (
     SELECT columns.name, 0, 'pg_publication_rel'::regclass, pg_publication_rel.oid
     FROM columns JOIN pg_publication_rel ON prrelid = relid WHERE columns.name = 'prompt_snapshots.turn_id'
   )
-  UNION -- and on a view that hangs
+  UNION -- and on a view that hangs, on its row type, or on a function that does
   SELECT hanging.subject, hanging.level + 1, pg_depend.classid, pg_depend.objid
   FROM hanging
-  JOIN pg_rewrite ON hanging.classid = 'pg_rewrite'::regclass AND pg_rewrite.oid = hanging.objid AND rulename = '_RETURN'
-  JOIN pg_depend ON refclassid = 'pg_class'::regclass AND refobjid = ev_class AND pg_depend.objid <> pg_rewrite.oid
+  LEFT JOIN pg_rewrite ON hanging.classid = 'pg_rewrite'::regclass AND pg_rewrite.oid = hanging.objid AND rulename = '_RETURN'
+  LEFT JOIN pg_type ON typrelid = ev_class
+  CROSS JOIN LATERAL (VALUES ('pg_class'::regclass, ev_class), ('pg_type', pg_type.oid), ('pg_type', typarray),
+                             ('pg_proc', CASE WHEN hanging.classid = 'pg_proc'::regclass THEN hanging.objid END)) AS below (classid, objid)
+  JOIN pg_depend ON refclassid = below.classid AND refobjid = below.objid AND pg_depend.objid <> hanging.objid
                 AND pg_depend.classid IN ('pg_rewrite'::regclass, 'pg_proc'::regclass)
+  WHERE hanging.level < 32  -- functions and views can be replaced until they call each other
 ), hung (subject, level, classid, objid) AS (
   SELECT subject, max(level), classid, objid FROM hanging GROUP BY subject, classid, objid
 ), facts (position, subject, what, value, other) AS (
@@ -96,6 +100,15 @@ WITH RECURSIVE standing (name, oid, home) AS (
   UNION ALL
   SELECT 0, standing.name, 'primary key', constraints.name, restore
   FROM standing JOIN constraints ON relid = standing.oid WHERE kind = 'p'
+  UNION ALL -- its columns, where nothing else keeps them unique
+  SELECT 0, standing.name, 'unique by primary key',
+         (SELECT string_agg(quote_ident(attname), ', ' ORDER BY position)
+          FROM unnest(key) WITH ORDINALITY AS part (attnum, position) JOIN pg_attribute AS a ON attrelid = relid AND a.attnum = part.attnum), NULL
+  FROM standing JOIN constraints ON relid = standing.oid AND kind = 'p'
+  WHERE NOT EXISTS (
+    SELECT FROM pg_index
+    WHERE indrelid = relid AND indexrelid <> constraints.index AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL
+      AND indexprs IS NULL AND indkey::int2[] <@ key AND key <@ indkey::int2[])
   UNION ALL -- foreign keys that lead to a primary key
   SELECT 0, standing.name, 'primary key led to', foreign_key.remove, foreign_key.restore
   FROM standing JOIN constraints AS own ON own.relid = standing.oid AND own.kind = 'p'
@@ -132,6 +145,12 @@ WITH RECURSIVE standing (name, oid, home) AS (
   SELECT 0, columns.name, 'default', pg_get_expr(adbin, adrelid), NULL
   FROM columns JOIN pg_attrdef ON adrelid = relid AND adnum = attnum JOIN pg_attribute AS a ON a.attrelid = relid AND a.attnum = adnum
   WHERE attgenerated = ''
+  UNION ALL
+  SELECT 0, columns.name, 'enum', format_type(typ.oid, -1), NULL
+  FROM columns JOIN pg_attribute AS a ON a.attrelid = relid AND a.attnum = columns.attnum JOIN pg_type AS typ ON typ.oid = atttypid AND typtype = 'e'
+  UNION ALL
+  SELECT 0, columns.name, 'identity', CASE attidentity WHEN 'a' THEN 'ALWAYS' ELSE 'BY DEFAULT' END, NULL
+  FROM columns JOIN pg_attribute AS a ON a.attrelid = relid AND a.attnum = columns.attnum WHERE attidentity <> ''
   UNION ALL -- either end of a foreign key
   SELECT 0, columns.name, 'linked', NULL, NULL
   FROM columns JOIN constraints ON kind = 'f'
@@ -151,14 +170,13 @@ WITH RECURSIVE standing (name, oid, home) AS (
   FROM columns JOIN constraints ON constraints.relid = columns.relid AND kind = 'f' AND attnum = ANY (key)
    AND constraints.name = replace(columns.name, '.', '_') || '_fkey'
   UNION ALL -- what hangs on a column; whatever stands in the way of another type, too: "binds"
-  SELECT -hung.level, subject, 'binds',
+  SELECT -hung.level, subject, CASE hung.level WHEN 0 THEN 'binds' ELSE 'above' END,
          CASE WHEN rulename = '_RETURN' THEN format('DROP %s %s;', kind, view.oid::regclass) ELSE format('DROP RULE %I ON %s;', rulename, view.oid::regclass) END,
          CASE WHEN rulename <> '_RETURN' THEN pg_get_ruledef(pg_rewrite.oid)
               ELSE format(E'CREATE %s %s (%s)%s AS\n%s', kind, view.oid::regclass,
                      (SELECT string_agg(quote_ident(attname), ', ' ORDER BY attnum) FROM pg_attribute WHERE attrelid = view.oid AND attnum > 0),
                      ' WITH (' || array_to_string(reloptions, ', ') || ')',
-                     CASE hung.level WHEN 0 THEN regexp_replace(pg_get_viewdef(view.oid), '\m' || split_part(subject, '.', 2) || '\M', '{column}', 'g')
-                                     ELSE pg_get_viewdef(view.oid) END)
+                     pg_get_viewdef(view.oid))
                    || coalesce((SELECT string_agg(E'\n' || pg_get_indexdef(indexrelid) || ';', '') FROM pg_index WHERE indrelid = view.oid), '')
                    || CASE WHEN relowner = current_user::regrole THEN '' ELSE format(E'\nALTER %s %s OWNER TO %s;', kind, view.oid::regclass, relowner::regrole) END
                    || coalesce((SELECT string_agg(format(E'\nGRANT %s ON %s TO %s;', privilege_type, view.oid::regclass,
@@ -172,7 +190,14 @@ WITH RECURSIVE standing (name, oid, home) AS (
   SELECT 2, subject, 'binds', format('DROP TRIGGER %I ON %s;', tgname, tgrelid::regclass), pg_get_triggerdef(pg_trigger.oid) || ';'
   FROM hung JOIN pg_trigger ON classid = 'pg_trigger'::regclass AND pg_trigger.oid = objid
   UNION ALL
-  SELECT 2, subject, 'binds', format('DROP ROUTINE %s;', pg_proc.oid::regprocedure), rtrim(pg_get_functiondef(pg_proc.oid), E'\n') || ';'
+  SELECT -hung.level, subject, CASE hung.level WHEN 0 THEN 'binds' ELSE 'above' END, format('DROP ROUTINE %s;', pg_proc.oid::regprocedure),
+         rtrim(pg_get_functiondef(pg_proc.oid), E'\n') || ';'
+         || CASE WHEN proowner = current_user::regrole THEN '' ELSE format(E'\nALTER ROUTINE %s OWNER TO %s;', pg_proc.oid::regprocedure, proowner::regrole) END
+         || CASE WHEN proacl IS NULL THEN ''
+                 ELSE format(E'\nREVOKE ALL ON ROUTINE %s FROM PUBLIC;', pg_proc.oid::regprocedure)
+                      || coalesce((SELECT string_agg(format(E'\nGRANT EXECUTE ON ROUTINE %s TO %s;', pg_proc.oid::regprocedure,
+                                                            CASE grantee WHEN 0 THEN 'PUBLIC' ELSE grantee::regrole::text END), '')
+                                   FROM aclexplode(proacl) WHERE grantee <> proowner), '') END
   FROM hung JOIN pg_proc ON classid = 'pg_proc'::regclass AND pg_proc.oid = objid
   UNION ALL -- a generated column: its values stay where they are stored
   SELECT 2, subject, CASE WHEN subject LIKE '%.' || attname THEN 'hangs' ELSE 'binds' END,
@@ -217,7 +242,4 @@ WITH RECURSIVE standing (name, oid, home) AS (
         UNION SELECT attname FROM pg_attribute WHERE attrelid IN (SELECT oid FROM standing)) AS taken (name)
   WHERE name ~ '^attic|^uk_|_old|_pkey|turn_id_uuid'
 )
-SELECT subject, what, value,
-       CASE WHEN what IN ('binds', 'hangs') AND position > 0  -- no view
-            THEN regexp_replace(other, '\m' || split_part(subject, '.', 2) || '\M', '{column}', 'g') ELSE other END
-FROM facts ORDER BY position, value;
+SELECT subject, what, value, other FROM facts ORDER BY position, value;

@@ -58,10 +58,11 @@ def read(database: Database, items: Sequence[Item]) -> Mapping[str, Commands]:
     """
     if not items:
         return {}
+    tables = {item.table for item in items} | {target for item in items if (target := _target(item))}
     words = {word for item in items for word in re.findall(r"\w+", f"{item.name} {_taken(item)}")}
     names = words.union(*(_names_to_be(item) for item in items))
     try:
-        return of(items, facts.read(database, {item.table for item in items}, names))
+        return of(items, facts.read(database, tables, names))
     except StatementError as error:  # a view behind ACCESS EXCLUSIVE: what is in the way can be said without it
         if not issubclass(for_sqlstate(error.sqlstate), LockTimeoutError):
             raise
@@ -118,12 +119,18 @@ def _together(item: Item, in_place: Mapping[str, Commands | None]) -> Commands:
         return column if any(" RENAME COLUMN " in command for command in column) else ways
     if kind == "name":
         dropped = in_place.get("prompt_snapshots.turn_id dependants") or ()
-        return tuple(drop for way in ways if (drop := _as_dropped(way)) in dropped) or ways
+        rest = tuple(way for way in ways if _as_dropped(way) not in dropped)
+        return ways if rest == ways else (*dropped, *rest)
+    if kind == "dependants":  # a primary key that holds turn_id gives way to the promised one
+        key = [command for command in in_place.get("prompt_snapshots (id)") or () if not command.startswith("--")]
+        given = {way for way in ways if any(command.startswith(f"{way.removesuffix(';')}, ") for command in key)}
+        if given:
+            return (*key, *(way for way in ways if way not in given and " PRIMARY KEY (" not in way))
     return ways
 
 
 def _as_dropped(rename: str) -> str:
-    return re.sub(r"ALTER INDEX (\S+) RENAME .*", r"DROP INDEX \1;", rename)
+    return re.sub(r"ALTER INDEX (.+) RENAME .*", r"DROP INDEX \1;", rename)
 
 
 def _in_place(item: Item, found: Facts) -> Commands | None:
@@ -144,11 +151,24 @@ def _in_place(item: Item, found: Facts) -> Commands | None:
     if kind == "key":
         return _key(item, stands[0][1], found) if stands else _rename(item.table, _taken(item), found)
     if kind == "foreign key":
-        fitting = tuple(_removed(found.all(item.name, "foreign key")))
-        return fitting or _rename(item.table, _names_to_be(item)[0], found)
+        others = [key for key in found.all(item.name, "foreign key") if not _is_promised(key[1], item, found)]
+        return tuple(_removed(others)) or _rename(item.table, _names_to_be(item)[0], found)
     if kind == "policy":
         return tuple(_removed(found.all(item.name, "policy")))
     return _rename(item.table, name["name"], found) if kind == "name" else _recreate(found)
+
+
+def _target(item: Item) -> str:
+    """Name the table that a promised foreign key leads to."""
+    found = re.search(r" REFERENCES (\w+)\(", item.expected)
+    return found[1] if found else ""
+
+
+def _is_promised(restore: str, item: Item, found: Facts) -> bool:
+    """Whether what would bring a foreign key back is what is promised."""
+    target = _target(item)
+    qualified = [item.expected.replace(f" {target}(", f" {name}(") for _, name in found.all(target, "stands")]
+    return restore.removesuffix(";").removesuffix(" NOT VALID").endswith(tuple(qualified))
 
 
 def _names_to_be(item: Item) -> tuple[str, ...]:
@@ -216,6 +236,7 @@ class _Form:
 
     type: str
     not_null: bool
+    not_valid: bool  # its NOT NULL: rows that stood before may have none; new in PostgreSQL 18
     default: str
     generated: bool
 
@@ -235,9 +256,14 @@ class _Form:
 
 def _form(text: str) -> _Form:
     text, _, default = text.partition(" DEFAULT ")
-    plain = text.removesuffix(" GENERATED")
-    generated = plain != text or default == "generated"
-    return _Form(plain.removesuffix(" NOT NULL"), plain.endswith(" NOT NULL"), "" if generated else default, generated)
+    generated = " GENERATED" in text or default == "generated"
+    return _Form(
+        type=re.sub(" NOT NULL| NOT VALID| GENERATED", "", text),
+        not_null=" NOT NULL" in text,
+        not_valid=" NOT VALID" in text,
+        default="" if generated else default,
+        generated=generated,
+    )
 
 
 def _column(item: Item, table: str, column: str, found: Facts) -> Commands | None:
@@ -275,37 +301,57 @@ def _altered(name: str, table: str, stands: _Form, promised: _Form, found: Facts
         yield f"{alter} DROP EXPRESSION;"
     if stands.type != promised.type:
         yield from _retyped(name, alter, stands, promised, found)
-    if stands.default != promised.default and stands.default:
+    if stands.default and (stands.default, stands.type) != (promised.default, promised.type):
         yield f"{alter} SET DEFAULT {promised.default};" if promised.default else f"{alter} DROP DEFAULT;"
     if stands.not_null and not promised.not_null:
+        for generated, _ in found.all(name, "identity"):  # which holds no NULL either
+            yield f"{alter} DROP IDENTITY;"
+            yield _comment(f"it was GENERATED {generated} AS IDENTITY")
         yield f"{alter} DROP NOT NULL;"
-    if promised.not_null and not stands.not_null:
+    if promised.not_null and (stands.not_valid or not stands.not_null):
         yield from _filled(name, table, found)
 
 
 def _retyped(name: str, alter: str, stands: _Form, promised: _Form, found: Facts) -> Iterator[str]:
     column = name.partition(".")[2]
-    using = ""
+    actions = [f"TYPE {promised.type}"]
     if stands.bare == "timestamp without time zone":
         yield "-- the values are taken for UTC: put the time zone here that they were written in"
-        using = f" USING {column} AT TIME ZONE 'UTC'"
+        actions = [f"TYPE {promised.type} USING {column} AT TIME ZONE 'UTC'"]
     elif not stands.is_within(promised):
-        for default, _ in found.all(name, "default"):
-            yield f"{alter} DROP DEFAULT;"
-            yield _comment(f"it was {default}")
         yield f"-- where a value is no {promised.type}, it is refused, shown, and nothing is changed"
-        using = f" USING {column}::{promised.type}"
+        actions = [f"TYPE {promised.type} USING {column}::{promised.type}"]
+        for default, _ in found.all(name, "default"):  # it would be no default of the new type
+            default = _recast(default, name, promised.type, found)
+            actions = ["DROP DEFAULT", *actions, f"SET DEFAULT ({default})::{promised.type}"]
     if (stands.bare, promised.type) != ("character varying", "text"):
         yield "-- the table is rewritten, and nobody can use it meanwhile"
-    yield _around(found.all(name, "binds"), column, f"{alter} TYPE {promised.type}{using};")
+    change = alter + f", ALTER COLUMN {column}".join(f" {action}" for action in actions) + ";"
+    yield _around(list(_binding(name, promised.type, found)), change)
     yield from (sequence for sequence, _ in found.all(name, "counted by"))
 
 
-def _around(binding: Sequence[tuple[str, str]], column: str, command: str) -> str:
+def _binding(name: str, type_: str, found: Facts) -> Iterator[tuple[str, str]]:
+    """Yield what keeps a column from having another type, and what brings it back when it has."""
+    bound = [*found.all(name, "above"), *found.all(name, "binds")]
+    for remove, restore in (*bound, *found.all(name, "hangs")):
+        recast = _recast(restore, name, type_, found)
+        if (remove, restore) in bound or recast != restore:  # what else hangs there stays, where it compares no enum
+            yield remove, recast
+
+
+def _recast(text: str, name: str, type_: str, found: Facts) -> str:
+    """Write the values of an enum as those of the type that its column will have."""
+    for enum, _ in found.all(name, "enum"):
+        text = re.sub(rf"::{re.escape(enum)}(?!\w)", f"::{type_}", text)
+    return text
+
+
+def _around(binding: Sequence[tuple[str, str]], command: str) -> str:
     """Remove what keeps the command from being run, and bring it back, all in one transaction."""
     if not binding:
         return command
-    restored = [restore.replace("{column}", column) for _, restore in reversed(binding)]
+    restored = [restore for _, restore in reversed(binding)]
     return "\n".join(["BEGIN;", *(remove for remove, _ in binding), command, *restored, "COMMIT;"])
 
 
@@ -326,7 +372,8 @@ def _gives_way(name: str, table: str, stands: _Form, promised: _Form, found: Fac
     old = found.free(f"{column}_old")
     yield f"ALTER TABLE {table} RENAME COLUMN {column} TO {old};"
     yield from (f"{rename} TO {found.free(f'{ours}_old')};" for rename, ours in found.all(name, "ours"))
-    if stands.not_null and not (stands.default or stands.generated):  # nobody fills it any more
+    filled = stands.default or stands.generated or found.all(name, "identity")
+    if stands.not_null and not filled:  # nobody does any more
         yield f"ALTER TABLE {table} ALTER COLUMN {old} DROP NOT NULL;"
     if name not in _ADDED:
         yield f"ALTER TABLE {table} ADD COLUMN {column} {promised.type};"
@@ -337,10 +384,39 @@ def _gives_way(name: str, table: str, stands: _Form, promised: _Form, found: Fac
 def _dependants(column: str, found: Facts) -> Iterator[str]:
     """Drop what hangs on the uuid column, and say what brings it back, on the column that the fix keeps."""
     kept = next(name for n in range(1, 10) if (name := f"turn_id_uuid{f'_{n}' if n > 1 else ''}") == found.free(name))
-    things = [*found.all(column, "binds"), *found.all(column, "hangs")]
-    yield from (remove for remove, _ in things)
+    ((_, table),) = found.all("prompt_snapshots", "stands")
+    above, things = found.all(column, "above"), [*found.all(column, "binds"), *found.all(column, "hangs")]
+    yield from (remove for remove, _ in (*above, *things))
     yield _comment(f"after invoke fix, on the kept values ({kept}) or on turn_id:")
-    yield from (_comment(restore.replace("{column}", kept)) for _, restore in reversed(things) if restore)
+    for _, restore in reversed(things):
+        for _, ours in found.all(column, "ours"):  # by then the steps' own have these names
+            restore = restore.replace(f" {ours} ", f" {found.free(f'{ours}_old')} ", 1)
+        if restore:
+            yield _comment(_on_the_kept(restore, kept, table))
+    yield from (_comment(restore) for _, restore in reversed(above))
+
+
+_NAME = r'(?:"[^"]+"|\w+)'
+
+
+def _on_the_kept(definition: str, kept: str, table: str) -> str:
+    """Write the kept column's name where a definition names the table's turn_id, as PostgreSQL prints it."""
+    other = rf"(?!{re.escape(table)}\b)"
+    of_others = {
+        qualifier
+        for qualifier in re.findall(rf"({_NAME})\.turn_id\b", definition)
+        if re.search(rf"[ (]{other}{_NAME}\.({_NAME} )?{re.escape(qualifier)}[ ),;\n]", definition)
+    }
+    if definition.startswith("CREATE POLICY ") and f" ON {table} " not in definition:
+        of_others.add("")  # its own table's columns are not qualified
+    lists = rf"(?:INSERT INTO|REFERENCES|ALTER TABLE|VIEW) {other}[^(]*\([^)]*\)|INDEX \S+ ON {other}[^;]*;"
+    words = rf"'[^']*'|{lists}|(?:(?P<qualifier>{_NAME})\.)?\bturn_id\b"
+
+    def named(word: re.Match[str]) -> str:
+        is_ours = word[0].endswith("turn_id") and (word["qualifier"] or "") not in of_others
+        return word[0].removesuffix("turn_id") + kept if is_ours else word[0]
+
+    return re.sub(words, named, definition)
 
 
 # ── keys ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -360,12 +436,17 @@ def _key(item: Item, table: str, found: Facts) -> Commands | None:
         f"SELECT {columns}, count(*) FROM {table} GROUP BY {columns} HAVING count(*) > 1;",
         *(f"DROP INDEX CONCURRENTLY {index};" for index in left_over),
         f"CREATE UNIQUE INDEX CONCURRENTLY {name} ON {table} ({columns});",
-        *(_promoted(table, name, found.all(item.table, "primary key")) if is_primary else ()),
+        *(_promoted(item, table, columns, name, found) if is_primary else ()),
     )
 
 
-def _promoted(table: str, index: str, others: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """Make the primary key of the index; another one gives way in the same moment."""
+def _promoted(item: Item, table: str, columns: str, index: str, found: Facts) -> Iterator[str]:
+    """Make the primary key of the index; another one gives way in the same moment, and what it kept unique stays so."""
+    for unique, _ in found.all(item.table, "unique by primary key"):
+        if not set(columns.split(", ")) <= set(unique.split(", ")):
+            kept = found.free(re.sub(r"\W+", "_", f"uk_{item.table}_{unique}"))
+            yield f"CREATE UNIQUE INDEX CONCURRENTLY {kept} ON {table} ({unique});"
+    others = found.all(item.table, "primary key")
     drop = "".join(f"DROP CONSTRAINT {other}, " for other, _ in others)
     yield f"ALTER TABLE {table} {drop}ADD PRIMARY KEY USING INDEX {index};"
     yield from (_comment(f"it was: {definition}") for _, definition in others)

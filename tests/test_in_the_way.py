@@ -36,6 +36,7 @@ from states import (
 )
 from terminal import on_terminal
 from test_verifications import Breakage, batches, breakages, copy, promised, verifying
+from versions import MAJOR
 
 TURN_FOREIGN_KEY = "FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE SET NULL"
 
@@ -242,6 +243,51 @@ IN_THE_WAY = {
 } | {f"on turn_id hangs {name}": (with_uuid() + change, name, "turn_id") for name, change in HANGING.items()}
 
 
+STATUS_ENUM = """
+CREATE TYPE published AS ENUM ('draft', 'published');
+ALTER TABLE templates DROP CONSTRAINT templates_status_check, ALTER status DROP DEFAULT,
+  ALTER status TYPE published USING status::published, ALTER status SET DEFAULT 'draft';
+"""
+SOURCE_ENUM = """
+CREATE TYPE "By" AS ENUM ('auto', 'manual');
+ALTER TABLE prompt_snapshots DROP CONSTRAINT prompt_snapshots_source_check, ALTER source DROP DEFAULT,
+  ALTER source TYPE "By" USING source::"By", ALTER source SET DEFAULT 'auto';
+"""
+COMPARES_AN_ENUM = """
+CREATE INDEX live ON templates (slot) WHERE status = 'published';
+CREATE UNIQUE INDEX one_draft ON templates (slot, (CASE status WHEN 'draft' THEN 1 END));
+ALTER TABLE templates ADD CONSTRAINT long_enough CHECK (status = 'draft' OR length(body) > 1),
+  ADD is_live boolean GENERATED ALWAYS AS (status = 'published') STORED;
+CREATE VIEW live_templates AS SELECT id, status FROM templates WHERE status = 'published';
+CREATE FUNCTION live() RETURNS SETOF live_templates LANGUAGE sql AS 'SELECT * FROM live_templates';
+CREATE POLICY live ON templates USING (status = ANY ('{published}'::published[]));
+CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+CREATE TRIGGER live BEFORE UPDATE ON templates FOR EACH ROW WHEN (NEW.status = 'published') EXECUTE FUNCTION nothing();
+"""
+NOTES = """
+CREATE TABLE notes (turn_id uuid UNIQUE, note text);
+INSERT INTO notes SELECT DISTINCT turn_id, 'turn_id' FROM prompt_snapshots;
+CREATE VIEW noted AS SELECT p.id, n.note, p.turn_id, jsonb_build_object('turn_id', p.turn_id, 'note', n.turn_id) AS doc
+  FROM prompt_snapshots AS p JOIN notes AS n ON n.turn_id = p.turn_id;
+CREATE VIEW unaliased AS SELECT s.turn_id, s.id FROM (SELECT turn_id, id FROM prompt_snapshots) AS s
+  WHERE EXISTS (SELECT FROM notes WHERE notes.turn_id = s.turn_id);
+CREATE MATERIALIZED VIEW keys AS SELECT jsonb_build_object('turn_id', turn_id) AS doc, turn_id FROM prompt_snapshots;
+CREATE INDEX keys_turn ON keys (turn_id);
+CREATE POLICY seen ON notes USING (turn_id IN (SELECT prompt_snapshots.turn_id FROM prompt_snapshots));
+CREATE POLICY noted ON prompt_snapshots USING (turn_id IN (SELECT n.turn_id FROM notes AS n) OR source = 'turn_id');
+CREATE RULE forget AS ON DELETE TO prompt_snapshots DO ALSO
+  INSERT INTO notes (turn_id, note) VALUES (old.turn_id, 'turn_id') ON CONFLICT DO NOTHING;
+ALTER TABLE prompt_snapshots ADD CONSTRAINT one_note FOREIGN KEY (turn_id) REFERENCES notes (turn_id);
+CREATE FUNCTION noted(uuid) RETURNS text BEGIN ATOMIC
+  SELECT 'turn_id' || note FROM notes JOIN prompt_snapshots ON prompt_snapshots.turn_id = notes.turn_id;
+END;
+"""
+PRIMARY_KEY_WITH_TURN_ID = """
+UPDATE prompt_snapshots SET turn_id = gen_random_uuid() WHERE turn_id IS NULL;
+ALTER TABLE prompt_snapshots DROP CONSTRAINT prompt_snapshots_parent_id_fkey, DROP CONSTRAINT prompt_snapshots_pkey,
+  ADD PRIMARY KEY (id, turn_id);
+"""
+KEYED_BY_NAME = "ALTER TABLE slots DROP CONSTRAINT slots_pkey, ADD PRIMARY KEY (type, name)"
 CHILD = "CREATE TABLE parent (LIKE {0}); ALTER TABLE {0} INHERIT parent"
 HANGING_ON_NAME = """
 CREATE ROLE reader_of_names;
@@ -354,6 +400,51 @@ IN_THE_WAY |= {
         altered("ALTER TABLE templates ALTER version DROP NOT NULL, ALTER version TYPE bigint"),
         "templates.version: bigint,",
         "integer NOT NULL",
+    ),
+    "templates.status an enum": (altered(STATUS_ENUM), "templates.status: published NOT NULL", "text NOT NULL"),
+    "templates.status an enum, compared": (
+        altered(STATUS_ENUM + COMPARES_AN_ENUM),
+        "templates.status: published NOT NULL",
+        "text NOT NULL",
+    ),
+    "prompt_snapshots.source an enum, compared": (
+        altered(SOURCE_ENUM)
+        + "ALTER TABLE prompt_snapshots ADD CHECK (source <> 'manual' OR created_by IS NULL);"
+        + 'CREATE DOMAIN "By hand" AS "By" CHECK (VALUE = \'manual\')',
+        'prompt_snapshots.source: "By" NOT NULL',
+        "text NOT NULL",
+    ),
+    "trims_count bigint": (
+        altered(old_metrics() + "ALTER TABLE turn_metrics ALTER trims_count TYPE bigint"),
+        "turn_metrics.trims_count: bigint NOT NULL DEFAULT 0",
+        "integer NOT NULL DEFAULT 0",
+    ),
+    "trims_count text, with another default": (
+        altered(old_metrics()) + "ALTER TABLE turn_metrics ALTER trims_count DROP DEFAULT, ALTER trims_count TYPE text,"
+        " ALTER trims_count SET DEFAULT '4'",
+        "turn_metrics.trims_count: text NOT NULL DEFAULT '4'::text",
+        "integer NOT NULL DEFAULT 0",
+    ),
+    "slots.priority counts": (
+        altered(
+            "UPDATE slots SET priority = 1; ALTER TABLE slots ALTER priority DROP DEFAULT,"
+            " ALTER priority SET NOT NULL, ALTER priority ADD GENERATED ALWAYS AS IDENTITY (START 9)"
+        ),
+        "slots.priority: integer NOT NULL",
+        "integer",
+    ),
+    "slots.max_len counts in bigint": (
+        altered("ALTER TABLE slots DROP max_len, ADD max_len bigint GENERATED BY DEFAULT AS IDENTITY"),
+        "slots.max_len: bigint NOT NULL",
+        "integer",
+    ),
+    "slots.name varchar, with a function on a view's rows": (
+        altered("ALTER TABLE slots ALTER name TYPE varchar(80); CREATE VIEW names AS SELECT name FROM slots;")
+        + "CREATE FUNCTION all_names() RETURNS SETOF names LANGUAGE sql AS 'SELECT * FROM names';"
+        "REVOKE ALL ON FUNCTION all_names() FROM PUBLIC; GRANT EXECUTE ON FUNCTION all_names() TO pg_monitor;"
+        "CREATE VIEW longer AS SELECT * FROM all_names() WHERE length(name) > 4",
+        "slots.name: character varying(80) NOT NULL",
+        "text NOT NULL",
     ),
     "turn_metrics without defaults of ours": (
         altered(
@@ -522,7 +613,7 @@ IN_THE_WAY |= {
         "turn_metrics index idx_turn_metrics_created: not an index",
         "btree (created_at DESC)",
     ),
-    "turn_id uuid, its index unique": (
+    "its unique index on turn_id": (
         with_uuid() + "DROP INDEX idx_prompt_snapshots_turn_id;"
         "CREATE UNIQUE INDEX idx_prompt_snapshots_turn_id ON prompt_snapshots (turn_id)",
         "prompt_snapshots index idx_prompt_snapshots_turn_id: UNIQUE btree (turn_id)",
@@ -539,6 +630,19 @@ IN_THE_WAY |= {
         + "ALTER TABLE prompt_snapshots ADD CONSTRAINT again FOREIGN KEY (turn_id) REFERENCES turns (id)",
         "prompt_snapshots foreign key (turn_id): ",
         TURN_FOREIGN_KEY,
+    ),
+    "turn_id with cascade beside the promised key": (
+        by_hand(BIGINT) + "ALTER TABLE prompt_snapshots"
+        " ADD CONSTRAINT other FOREIGN KEY (turn_id) REFERENCES turns (id) ON DELETE CASCADE",
+        "REFERENCES turns(id) ON DELETE CASCADE",
+        TURN_FOREIGN_KEY,
+    ),
+    "turn_metrics to another table beside the promised key": (
+        "CREATE TABLE rounds (id bigint PRIMARY KEY); INSERT INTO rounds SELECT generate_series(1, 9);"
+        + altered(old_metrics())
+        + "ALTER TABLE turn_metrics ADD CONSTRAINT a_round FOREIGN KEY (turn_id) REFERENCES rounds (id)",
+        "REFERENCES rounds(id)",
+        "ON DELETE CASCADE",
     ),
     "the name of turn_id's key is taken": (
         by_hand("bigint")
@@ -590,6 +694,12 @@ IN_THE_WAY |= {
         "turn_metrics (turn_id): missing",
         "PRIMARY KEY",
     ),
+    "slots keyed by type and name": (
+        altered(KEYED_BY_NAME + ", DROP CONSTRAINT uk_slots_type_name"),
+        "slots (id): missing",
+        "PRIMARY KEY",
+    ),
+    "slots keyed by type and name, twice": (altered(KEYED_BY_NAME), "slots (id): missing", "PRIMARY KEY"),
     "turn_metrics with a unique key": (
         altered(old_metrics("NOT NULL UNIQUE REFERENCES turns (id) ON DELETE CASCADE")),
         "turn_metrics (turn_id): UNIQUE",
@@ -654,6 +764,35 @@ IN_THE_WAY |= {
         "trigger noted, whose function mentions turn_id",
         "none",
     ),
+    "a function on the rows of a view on turn_id": (
+        with_uuid() + HANGING["view turn_view"] + "; CREATE FUNCTION recent() RETURNS SETOF turn_view LANGUAGE sql"
+        " AS 'SELECT * FROM turn_view'; CREATE VIEW above AS SELECT turn_id FROM recent();"
+        "CREATE FUNCTION among(turn_view[]) RETURNS int LANGUAGE sql AS 'SELECT 1'",
+        "rule _RETURN on view turn_view",
+        "none",
+    ),
+    "an index of a promised name on turn_id": (
+        with_uuid() + "DROP INDEX idx_prompt_snapshots_game_id;"
+        "CREATE INDEX idx_prompt_snapshots_game_id ON prompt_snapshots (game_id, turn_id)",
+        "prompt_snapshots index idx_prompt_snapshots_game_id: btree (game_id, turn_id)",
+        "btree (game_id)",
+    ),
+    "a foreign key of the promised name on turn_id": (
+        with_uuid() + HANGING["constraint turn_elsewhere"].replace("turn_elsewhere", "prompt_snapshots_turn_id_fkey"),
+        "constraint prompt_snapshots_turn_id_fkey on table prompt_snapshots",
+        "none",
+    ),
+    "the primary key holds turn_id": (
+        with_uuid() + PRIMARY_KEY_WITH_TURN_ID + HANGING["view turn_view"],
+        "constraint prompt_snapshots_pkey on table prompt_snapshots",
+        "none",
+    ),
+    "the primary key holds turn_id, nothing else hangs on it": (
+        with_uuid() + PRIMARY_KEY_WITH_TURN_ID,
+        "constraint prompt_snapshots_pkey on table prompt_snapshots",
+        "none",
+    ),
+    "much of another table's on turn_id": (with_uuid() + NOTES, "policy seen on table notes", "none"),
     "a view on a view on turn_id": (
         with_uuid() + HANGING["view turn_view"] + "; CREATE VIEW above AS SELECT turn_id FROM turn_view;"
         "CREATE MATERIALIZED VIEW high_above AS SELECT turn_id FROM above;"
@@ -672,8 +811,44 @@ if COLUMNS:  # of a publication: new in PostgreSQL 15
         ),
     }
 
+NOT_VALID = "ALTER TABLE {0} ADD CONSTRAINT nn NOT NULL {1} NOT VALID"
+
+if MAJOR >= 18:  # a NOT NULL that is NOT VALID: the rows that stood before it may have none
+    IN_THE_WAY |= {
+        "must_keep not valid, with NULLs": (
+            altered("ALTER TABLE slots ADD must_keep boolean DEFAULT false; UPDATE slots SET must_keep = NULL;")
+            + NOT_VALID.format("slots", "must_keep"),
+            "slots.must_keep: boolean NOT NULL NOT VALID DEFAULT false",
+            "boolean NOT NULL DEFAULT false",
+        ),
+        "tp not valid": (
+            altered("ALTER TABLE prompt_snapshots ALTER tp DROP NOT NULL;")
+            + NOT_VALID.format("prompt_snapshots", "tp"),
+            "prompt_snapshots.tp: jsonb NOT NULL NOT VALID",
+            "jsonb NOT NULL",
+        ),
+        "slots.id not valid, and no primary key": (
+            altered("ALTER TABLE slots DROP CONSTRAINT slots_pkey, ALTER id DROP NOT NULL;")
+            + NOT_VALID.format("slots", "id"),
+            "slots.id: uuid NOT NULL NOT VALID",
+            "uuid NOT NULL",
+        ),
+        "turns.id not valid, and no primary key": (
+            altered("ALTER TABLE turns DROP CONSTRAINT turns_pkey CASCADE, ALTER id DROP NOT NULL;")
+            + NOT_VALID.format("turns", "id"),
+            "turns.id: bigint NOT NULL NOT VALID",
+            "bigint NOT NULL",
+        ),
+        "turn_id not valid": (
+            by_hand(BIGINT) + NOT_VALID.format("prompt_snapshots", "turn_id"),
+            "prompt_snapshots.turn_id: bigint NOT NULL NOT VALID",
+            "bigint",
+        ),
+    }
+
 # What the rows refuse, the printed SELECT lists: what its reader does then.
 MENDED_ROWS = {
+    "must_keep not valid, with NULLs": "UPDATE public.slots SET must_keep = false WHERE must_keep IS NULL",
     "must_keep nullable, with NULLs": "UPDATE public.slots SET must_keep = false WHERE must_keep IS NULL",
     "slots without its key, rows share it": "UPDATE public.slots SET name = 'other hint' WHERE description = 'another'",
 }
@@ -741,6 +916,77 @@ def test_what_is_in_the_way_is_named_and_the_printed_commands_lead_on(db: Db, tm
     assert db.differing() == {}
 
 
+RETYPED = {
+    "templates.version": ("ALTER TABLE templates ALTER version TYPE bigint", "1"),
+    "templates.status": (STATUS_ENUM, "draft"),
+    "prompt_snapshots.source": (SOURCE_ENUM, "auto"),
+    "games.turn_count": ("ALTER TABLE games ALTER turn_count TYPE bigint", "0"),
+    "worlds.doc": ("ALTER TABLE worlds ALTER doc TYPE text", "{}"),
+    "slots.id": (
+        "ALTER TABLE slots ALTER id DROP DEFAULT, ALTER id TYPE text, ALTER id SET DEFAULT md5('a')::uuid::text",
+        "0cc175b9-c0f1-b6a8-31c3-99e269772661",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RETYPED)
+def test_a_retyped_column_keeps_its_default(db: Db, tmp_path: Path, name: str) -> None:
+    change, default = RETYPED[name]
+    db.execute(altered(change))
+    follow(db, tmp_path, printed(db.invoke("setup")))
+    assert db.invoke("setup").code == 0
+    table, _, column = name.partition(".")
+    expression = db.value(
+        "SELECT pg_get_expr(adbin, adrelid) FROM pg_attrdef JOIN pg_attribute ON attrelid = adrelid AND attnum = adnum"
+        f" WHERE adrelid = '{table}'::regclass AND attname = '{column}'"
+    )
+    assert db.value(f"SELECT ({expression})::text") == default
+
+
+def test_what_compared_an_enum_compares_texts(db: Db, tmp_path: Path) -> None:
+    db.execute(altered(STATUS_ENUM + COMPARES_AN_ENUM))
+    follow(db, tmp_path, printed(db.invoke("setup")))
+    db.execute("DROP TYPE published")  # nothing clings to it
+    assert db.rows("SELECT status FROM live()") == [("published",)]
+    with pytest.raises(psycopg.errors.CheckViolation):
+        db.execute("INSERT INTO templates (type, slot, body, status) VALUES ('ux', 'hint', '', 'published')")
+
+
+def test_what_a_primary_key_kept_unique_stays_so(db: Db, tmp_path: Path) -> None:
+    db.execute(altered(KEYED_BY_NAME + ", DROP CONSTRAINT uk_slots_type_name"))
+    again = (
+        "INSERT INTO slots (type, name, description) VALUES ('ux', 'hint', 'again') ON CONFLICT (type, name) DO NOTHING"
+    )
+    commands = [command for command in printed(db.invoke("setup")) if not command.startswith("--")]
+    for command in commands:
+        follow(db, tmp_path, [command])
+        db.execute(again)
+    assert db.invoke("setup").code == 0
+    assert db.value("SELECT count(*) FROM slots WHERE name = 'hint'") == 1
+
+
+@pytest.mark.parametrize("name", ["its unique index on turn_id", "much of another table's on turn_id"])
+def test_a_schema_whose_name_has_a_blank(db: Db, tmp_path: Path, name: str) -> None:
+    db.execute('CREATE SCHEMA "My App"; SET search_path = "My App";' + IN_THE_WAY[name][0])
+    db.execute(f'ALTER DATABASE {db.name} SET search_path = "My App"')
+    commands = printed(db.invoke("setup"))
+    follow(db, tmp_path, commands)
+    assert db.invoke("setup").code == 0
+    follow(db, tmp_path, uncommented(commands))
+    assert db.invoke("verify").code == 0
+
+
+def test_of_two_foreign_keys_the_promised_one_stays(db: Db) -> None:
+    """Where it stands, and where the other one leads to a table of the same name."""
+    other = "ALTER TABLE prompt_snapshots ADD CONSTRAINT {} FOREIGN KEY (turn_id) REFERENCES {} (id)"
+    db.execute(by_hand(BIGINT) + "CREATE SCHEMA copy; CREATE TABLE copy.turns (id bigint PRIMARY KEY);")
+    db.execute("INSERT INTO copy.turns SELECT id FROM turns; " + other.format("elsewhere", "copy.turns"))
+    db.execute(other.format("again", "turns") + " ON DELETE SET NULL NOT VALID")
+    drop, undo = printed(db.invoke("setup"))
+    assert drop == "ALTER TABLE public.prompt_snapshots DROP CONSTRAINT elsewhere;"
+    assert undo.startswith("-- to undo it: ALTER TABLE public.prompt_snapshots ADD CONSTRAINT elsewhere FOREIGN KEY")
+
+
 def uncommented(commands: list[str]) -> list[str]:
     """Return what the comments say is to be run after the fix."""
     _, *after = commands[next(n for n, line in enumerate(commands) if line.startswith("-- after invoke fix")) :]
@@ -758,6 +1004,32 @@ def test_what_hung_on_a_uuid_turn_id_comes_back_on_the_kept_values(db: Db, tmp_p
     follow(db, tmp_path, uncommented(commands))
     assert hanging(db) != []
     assert db.invoke("verify").code == 0
+
+
+def test_only_the_column_of_that_table_is_meant(db: Db, tmp_path: Path) -> None:
+    """Not another table's of the same name, and no text."""
+    db.execute(with_uuid() + NOTES)
+    views = ("noted", "unaliased", "keys")
+    before = [db.rows(f"SELECT to_jsonb(v) FROM {view} AS v ORDER BY 1") for view in views]
+    commands = printed(db.invoke("setup"))
+    follow(db, tmp_path, commands)
+    assert db.invoke("setup").code == 0
+    follow(db, tmp_path, uncommented(commands))
+    assert [db.rows(f"SELECT to_jsonb(v) FROM {view} AS v ORDER BY 1") for view in views] == before
+    rule = db.value("SELECT definition FROM pg_rules WHERE rulename = 'forget'")
+    assert "INTO notes (turn_id, note)" in rule
+    assert "(old.turn_id_uuid, 'turn_id'::text)" in rule
+
+
+@pytest.mark.parametrize("of", ["ALL TABLES", *(["TABLES IN SCHEMA public"] if COLUMNS else [])])
+def test_a_publication_of_more_than_the_table_is_told_of(db: Db, of: str) -> None:
+    """It cannot leave the table out: nobody is asked to drop it."""
+    db.execute(with_uuid() + f'CREATE SCHEMA other; CREATE PUBLICATION "All" FOR {of}')
+    done = db.invoke("rehearse")
+    assert "published by All: " in done.out, done
+    done = db.invoke("setup")
+    assert (done.code, "published by All: " in done.out) == (0, True), done
+    assert db.value("SELECT count(*) FROM pg_publication") == 1
 
 
 def hanging(db: Db) -> list[str]:

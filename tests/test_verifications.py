@@ -246,7 +246,10 @@ def _break_column(item: Item, items: Items) -> Iterator[Breakage]:
     if item.name == "prompt_snapshots.turn_id":
         yield as_another("uuid", "uuid", FIX)
         yield as_another("uuid NOT NULL", "uuid NOT NULL", FIX)
-    yield _with_the_other_nullability(item, items, not_null)
+    other_nullability = _with_the_other_nullability(item, items, not_null)
+    yield other_nullability
+    if not_null and MAJOR >= 18:
+        yield _not_valid(other_nullability)
     if item.stem in (FLAGS, METRICS):
         yield from _with_another_default(item, default)
     else:
@@ -265,6 +268,15 @@ def _with_the_other_nullability(item: Item, items: Items, not_null: bool) -> Bre
         sql = f"{_drop_key(primary)}; {sql}"
         differs |= _lost([primary, *_pointing_to_key(primary, items)])
     return Breakage(item, f"{action} NOT NULL", sql, differs)
+
+
+def _not_valid(nullable: Breakage) -> Breakage:
+    """Bring a NOT NULL back that says nothing of the rows that stand."""
+    item = nullable.item
+    constraint = f"CONSTRAINT {item.column}_not_valid NOT NULL {item.column} NOT VALID"
+    form = item.expected.replace(" NOT NULL", " NOT NULL NOT VALID"), nullable.differs[item.name][1]
+    sql = f"{nullable.sql}; ALTER TABLE {item.table} ADD {constraint}"
+    return Breakage(item, "NOT NULL not valid", sql, nullable.differs | {item.name: form})
 
 
 def _with_another_default(item: Item, default: str) -> Iterator[Breakage]:
@@ -400,7 +412,7 @@ def _break_foreign_key(item: Item, _: Items) -> Iterator[Breakage]:
         return f"{drop}; {alter} ADD CONSTRAINT {name} {definition}"
 
     yield Breakage(item, "dropped", drop, _lost([item]))
-    not_valid = f"{item.expected} NOT VALID"
+    not_valid, deferrable = f"{item.expected} NOT VALID", f"{item.expected} DEFERRABLE"
     yield Breakage(item, "not valid", with_key(not_valid), {item.name: (not_valid, item.stem + ONLINE)})
     no_action = item.expected.partition(" ON DELETE")[0]
     yield _as_another(item, "no action", with_key(no_action), no_action)
@@ -416,7 +428,11 @@ def _break_foreign_key(item: Item, _: Items) -> Iterator[Breakage]:
         item, "elsewhere", f"CREATE TABLE other (id {type_} PRIMARY KEY); {with_key(elsewhere)}", elsewhere
     )
     yield Breakage(item, "renamed", f"{alter} RENAME CONSTRAINT {name} TO other", {})
-    yield Breakage(item, "a second one", f"{alter} ADD CONSTRAINT a_second_one {no_action}", {})
+    second = f"{alter} ADD CONSTRAINT a_second_one {{}}"
+    yield Breakage(item, "the same again", second.format(item.expected), {})
+    yield Breakage(item, "the same again, not valid", second.format(not_valid), {})
+    yield _as_another(item, "a second one", second.format(no_action), no_action)
+    yield _as_another(item, "a second one, deferrable", second.format(deferrable), deferrable)
 
 
 def _break_comment(item: Item, _: Items) -> Iterator[Breakage]:
@@ -737,10 +753,10 @@ def test_nothing_is_loosened_in_silence(db: Db, what: str) -> None:
     assert (done.code, set(db.differing())) == ((6, {item}) if mended_by is None else (0, set())), done
 
 
-def test_a_second_foreign_key_is_no_obstacle(db: Db) -> None:
+def test_the_same_foreign_key_again_is_no_obstacle(db: Db) -> None:
     assert db.invoke("setup").code == 0
     db.execute(
-        "ALTER TABLE turn_metrics ADD CONSTRAINT a_second_one FOREIGN KEY (turn_id) REFERENCES turns (id);"
+        "ALTER TABLE turn_metrics ADD CONSTRAINT again FOREIGN KEY (turn_id) REFERENCES turns (id) ON DELETE CASCADE;"
         "COMMENT ON TABLE turn_metrics IS NULL"
     )
     assert set(db.differing()) == {"turn_metrics comment"}

@@ -70,8 +70,6 @@ BEGIN
     FROM pg_constraint AS f JOIN pg_attribute AS a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum]
     WHERE f.conrelid = to_regclass('prompt_snapshots') AND a.attname = 'parent_id' AND f.contype = 'f'
       AND (f.confrelid <> f.conrelid OR f.confdeltype <> 'n')
-      AND NOT EXISTS (SELECT FROM pg_constraint AS p WHERE p.contype = 'f' AND p.conrelid = f.conrelid AND p.conkey = f.conkey
-                        AND p.confrelid = p.conrelid AND p.confdeltype = 'n')
   ), (
     SELECT 'prompt_snapshots has another constraint named prompt_snapshots_parent_id_fkey: ' || pg_get_constraintdef(oid)
     FROM pg_constraint

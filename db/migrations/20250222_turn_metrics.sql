@@ -71,8 +71,6 @@ BEGIN
                              conname, pg_get_constraintdef(f.oid)), E'\n')
     FROM pg_constraint AS f JOIN pg_attribute AS a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum]
     WHERE f.conrelid = metrics AND a.attname = 'turn_id' AND f.contype = 'f' AND (f.confrelid <> turns OR f.confdeltype <> 'c')
-      AND NOT EXISTS (SELECT FROM pg_constraint AS p WHERE p.contype = 'f' AND p.conrelid = metrics AND p.conkey = f.conkey
-                        AND p.confrelid = turns AND p.confdeltype = 'c')
   ), (
     SELECT 'turns has no primary or unique key on (id)'
     WHERE turns IS NOT NULL AND NOT EXISTS (

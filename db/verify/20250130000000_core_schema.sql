@@ -22,6 +22,7 @@ WITH menders (relation, stem) AS (  -- of a table that is missing, or in the wro
   SELECT documented.relation || '.' || split_part(spec, ' ', 1),
          format_type(to_regtype(rtrim(split_part(spec, ' ', 2), '!')), -1) || CASE WHEN spec LIKE '%!' THEN ' NOT NULL' ELSE '' END,
          (SELECT format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END
+                 || coalesce((SELECT ' NOT VALID' FROM pg_constraint WHERE conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'n' AND NOT convalidated), '')
           FROM pg_attribute
           WHERE attrelid = to_regclass(documented.relation) AND attname = split_part(spec, ' ', 1) AND attnum > 0 AND NOT attisdropped),
          (SELECT stem FROM menders WHERE menders.relation = documented.relation)

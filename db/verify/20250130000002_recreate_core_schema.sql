@@ -20,6 +20,7 @@ WITH RECURSIVE core (relation, oid) AS (
   WHERE NOT EXISTS (
     SELECT FROM pg_attribute
     WHERE attrelid = core.oid AND attname = split_part(spec, ' ', 1) AND attnum > 0 AND NOT attisdropped AND attnotnull = (spec LIKE '%!')
+      AND NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'n' AND NOT convalidated)
       AND format_type(atttypid, atttypmod) = format_type(to_regtype(rtrim(split_part(spec, ' ', 2), '!')), -1))
   UNION ALL
   SELECT FROM core JOIN pg_class USING (oid) WHERE relkind <> 'r'

@@ -32,6 +32,7 @@ WITH supabase (here) AS (
   SELECT documented.relation || '.' || split_part(spec, ' ', 1),
          format_type(to_regtype(rtrim(split_part(spec, ' ', 2), '!')), -1) || CASE WHEN spec LIKE '%!' THEN ' NOT NULL' ELSE '' END,
          (SELECT format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END
+                 || coalesce((SELECT ' NOT VALID' FROM pg_constraint WHERE conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'n' AND NOT convalidated), '')
           FROM pg_attribute
           WHERE attrelid = to_regclass(documented.relation) AND attname = split_part(spec, ' ', 1) AND attnum > 0 AND NOT attisdropped),
          CASE WHEN to_regclass(documented.relation) IS NULL THEN '20250213_prompt_snapshots' END

@@ -32,6 +32,7 @@ WITH supabase (here) AS (
   SELECT documented.relation || '.' || split_part(spec, ' ', 1),
          format_type(to_regtype(rtrim(split_part(spec, ' ', 2), '!')), -1) || CASE WHEN spec LIKE '%!' THEN ' NOT NULL' ELSE '' END,
          (SELECT format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END
+                 || coalesce((SELECT ' NOT VALID' FROM pg_constraint WHERE conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'n' AND NOT convalidated), '')
           FROM pg_attribute
           WHERE attrelid = to_regclass(documented.relation) AND attname = split_part(spec, ' ', 1) AND attnum > 0 AND NOT attisdropped),
          CASE WHEN to_regclass(documented.relation) IS NULL THEN '20250214_slots_templates' END
@@ -95,19 +96,20 @@ WITH supabase (here) AS (
   -- parent_id: comes with prompt_snapshots where that table is still missing
   SELECT 'prompt_snapshots.parent_id', 'uuid', standing.form,
          CASE WHEN to_regclass('prompt_snapshots') IS NULL THEN '20250213_prompt_snapshots' WHEN standing.form IS NULL THEN '20250214_slots_templates' END
-  FROM (SELECT min(format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END)
+  FROM (SELECT min(format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END
+                   || coalesce((SELECT ' NOT VALID' FROM pg_constraint WHERE conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'n' AND NOT convalidated), ''))
         FROM pg_attribute
         WHERE attrelid = to_regclass('prompt_snapshots') AND attname = 'parent_id' AND NOT attisdropped) AS standing (form)
   UNION ALL
-  -- foreign key, by its column: the promised one if it stands, else whichever does
+  -- foreign key, by its column: whichever differs (it acts beside the promised one), else the promised one
   SELECT 'prompt_snapshots foreign key (parent_id)', 'FOREIGN KEY (parent_id) REFERENCES prompt_snapshots(id) ON DELETE SET NULL', standing.definition,
          CASE WHEN to_regclass('prompt_snapshots') IS NULL THEN '20250213_prompt_snapshots'
               WHEN standing.definition IS NULL THEN '20250214_slots_templates'
               WHEN standing.definition = 'FOREIGN KEY (parent_id) REFERENCES prompt_snapshots(id) ON DELETE SET NULL NOT VALID' THEN '20250214_slots_templates online' END
-  FROM (SELECT min(pg_get_constraintdef(f.oid)) FILTER (WHERE pg_get_constraintdef(f.oid) LIKE 'FOREIGN KEY (parent_id) REFERENCES prompt_snapshots(id) ON DELETE SET NULL%'), min(pg_get_constraintdef(f.oid))
+  FROM (SELECT min(pg_get_constraintdef(f.oid)), min(pg_get_constraintdef(f.oid)) FILTER (WHERE pg_get_constraintdef(f.oid) NOT IN ('FOREIGN KEY (parent_id) REFERENCES prompt_snapshots(id) ON DELETE SET NULL', 'FOREIGN KEY (parent_id) REFERENCES prompt_snapshots(id) ON DELETE SET NULL NOT VALID'))
         FROM pg_constraint AS f JOIN pg_attribute AS a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum]
         WHERE f.contype = 'f' AND f.conrelid = to_regclass('prompt_snapshots') AND a.attname = 'parent_id') AS found (promised, other)
-  CROSS JOIN LATERAL (SELECT coalesce(found.promised, found.other, (  -- none on the column, but its name is taken
+  CROSS JOIN LATERAL (SELECT coalesce(found.other, found.promised, (  -- none on the column, but its name is taken
                       SELECT conname || ' is ' || pg_get_constraintdef(oid) FROM pg_constraint
                       WHERE conrelid = to_regclass('prompt_snapshots') AND conname = 'prompt_snapshots_parent_id_fkey'))
   ) AS standing (definition)

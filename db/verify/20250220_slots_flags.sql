@@ -9,7 +9,9 @@ WITH promises (item, expected, actual, mended_by) AS (
          CASE WHEN standing.form IS NULL OR promised.name = 'must_keep' AND standing.form = 'boolean NOT NULL' THEN '20250220_slots_flags' END
   FROM (VALUES ('must_keep', 'boolean NOT NULL DEFAULT false'), ('min_chars', 'integer')) AS promised (name, form)
   LEFT JOIN LATERAL (
-    SELECT format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END || coalesce(' DEFAULT ' || CASE WHEN attgenerated = '' THEN pg_get_expr(adbin, 0) ELSE 'generated' END, '')
+    SELECT format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END
+           || coalesce((SELECT ' NOT VALID' FROM pg_constraint WHERE conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'n' AND NOT convalidated), '')
+           || coalesce(' DEFAULT ' || CASE WHEN attgenerated = '' THEN pg_get_expr(adbin, 0) ELSE 'generated' END, '')
     FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
     WHERE attrelid = to_regclass('slots') AND attname = promised.name AND NOT attisdropped
   ) AS standing (form) ON true

@@ -8,6 +8,7 @@ WITH promises (item, expected, actual, mended_by) AS (
   SELECT 'prompt_snapshots.budget_report', 'jsonb', standing.form AS actual,
          CASE WHEN standing.form IS NULL THEN '20250221_budget_report' END
   FROM (SELECT min(format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END
+                   || coalesce((SELECT ' NOT VALID' FROM pg_constraint WHERE conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'n' AND NOT convalidated), '')
                  || CASE WHEN attgenerated <> '' THEN ' GENERATED' ELSE '' END)
         FROM pg_attribute
         WHERE attrelid = to_regclass('prompt_snapshots') AND attname = 'budget_report' AND NOT attisdropped) AS standing (form)

@@ -6,8 +6,9 @@
 WITH promises (item, expected, actual, mended_by) AS (
   -- the column: a uuid one is this step's affair, any other form is in the way
   SELECT 'prompt_snapshots.turn_id', 'bigint', standing.form AS actual,
-         CASE WHEN to_regclass('prompt_snapshots') IS NULL THEN '20250213_prompt_snapshots' WHEN standing.form IN ('uuid', 'uuid NOT NULL') THEN '20250222_fix_prompt_snapshots_turn_id' END
-  FROM (SELECT min(format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END)
+         CASE WHEN to_regclass('prompt_snapshots') IS NULL THEN '20250213_prompt_snapshots' WHEN split_part(standing.form, ' ', 1) = 'uuid' THEN '20250222_fix_prompt_snapshots_turn_id' END
+  FROM (SELECT min(format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END
+                   || coalesce((SELECT ' NOT VALID' FROM pg_constraint WHERE conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'n' AND NOT convalidated), ''))
         FROM pg_attribute
         WHERE attrelid = to_regclass('prompt_snapshots') AND attname = 'turn_id' AND NOT attisdropped) AS standing (form)
   UNION ALL
@@ -41,15 +42,15 @@ WITH promises (item, expected, actual, mended_by) AS (
   ) AS hanging (dependant)
   WHERE attrelid = to_regclass('prompt_snapshots') AND attname = 'turn_id' AND atttypid = 'uuid'::regtype
   UNION ALL
-  -- foreign key, by its column: the promised one if it stands, else whichever does
+  -- foreign key, by its column: whichever differs (it acts beside the promised one), else the promised one
   SELECT 'prompt_snapshots foreign key (turn_id)', 'FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE SET NULL', standing.definition,
          CASE WHEN to_regclass('prompt_snapshots') IS NULL THEN '20250213_prompt_snapshots'
               WHEN standing.definition IS NULL THEN '20250222_fix_prompt_snapshots_turn_id'
               WHEN standing.definition = 'FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE SET NULL NOT VALID' THEN '20250222_fix_prompt_snapshots_turn_id online' END
-  FROM (SELECT min(pg_get_constraintdef(f.oid)) FILTER (WHERE pg_get_constraintdef(f.oid) LIKE 'FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE SET NULL%'), min(pg_get_constraintdef(f.oid))
+  FROM (SELECT min(pg_get_constraintdef(f.oid)), min(pg_get_constraintdef(f.oid)) FILTER (WHERE pg_get_constraintdef(f.oid) NOT IN ('FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE SET NULL', 'FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE SET NULL NOT VALID'))
         FROM pg_constraint AS f JOIN pg_attribute AS a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum]
         WHERE f.contype = 'f' AND f.conrelid = to_regclass('prompt_snapshots') AND a.attname = 'turn_id') AS found (promised, other)
-  CROSS JOIN LATERAL (SELECT coalesce(found.promised, found.other, (  -- none on the column, but its name is taken
+  CROSS JOIN LATERAL (SELECT coalesce(found.other, found.promised, (  -- none on the column, but its name is taken
                       SELECT conname || ' is ' || pg_get_constraintdef(oid) FROM pg_constraint
                       WHERE conrelid = to_regclass('prompt_snapshots') AND conname = 'prompt_snapshots_turn_id_fkey'))
   ) AS standing (definition)

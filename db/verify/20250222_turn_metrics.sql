@@ -42,7 +42,9 @@ WITH supabase (here) AS (
       ('cost_estimate_cents', 'integer', '')
     ) AS promised (name, form, otherwise)
   LEFT JOIN LATERAL (
-    SELECT format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END, coalesce(' DEFAULT ' || CASE WHEN attgenerated = '' THEN pg_get_expr(adbin, 0) ELSE 'generated' END, '')
+    SELECT format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END
+           || coalesce((SELECT ' NOT VALID' FROM pg_constraint WHERE conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'n' AND NOT convalidated), ''),
+           coalesce(' DEFAULT ' || CASE WHEN attgenerated = '' THEN pg_get_expr(adbin, 0) ELSE 'generated' END, '')
     FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
     WHERE attrelid = to_regclass('turn_metrics') AND attname = promised.name AND NOT attisdropped
   ) AS standing (form, otherwise) ON true
@@ -62,14 +64,14 @@ WITH supabase (here) AS (
     ) AS listed (relation, columns, kind)
   CROSS JOIN LATERAL (SELECT listed.relation, string_to_array(listed.columns, ' '), listed.kind) AS documented (relation, columns, kind)
   UNION ALL
-  -- foreign key, by its column: the promised one if it stands, else whichever does
+  -- foreign key, by its column: whichever differs (it acts beside the promised one), else the promised one
   SELECT 'turn_metrics foreign key (turn_id)', 'FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE CASCADE', standing.definition,
          CASE WHEN standing.definition IS NULL THEN '20250222_turn_metrics'
               WHEN standing.definition = 'FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE CASCADE NOT VALID' THEN '20250222_turn_metrics online' END
-  FROM (SELECT min(pg_get_constraintdef(f.oid)) FILTER (WHERE pg_get_constraintdef(f.oid) LIKE 'FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE CASCADE%'), min(pg_get_constraintdef(f.oid))
+  FROM (SELECT min(pg_get_constraintdef(f.oid)), min(pg_get_constraintdef(f.oid)) FILTER (WHERE pg_get_constraintdef(f.oid) NOT IN ('FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE CASCADE', 'FOREIGN KEY (turn_id) REFERENCES turns(id) ON DELETE CASCADE NOT VALID'))
         FROM pg_constraint AS f JOIN pg_attribute AS a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum]
         WHERE f.contype = 'f' AND f.conrelid = to_regclass('turn_metrics') AND a.attname = 'turn_id') AS found (promised, other)
-  CROSS JOIN LATERAL (SELECT coalesce(found.promised, found.other, (  -- none on the column, but its name is taken
+  CROSS JOIN LATERAL (SELECT coalesce(found.other, found.promised, (  -- none on the column, but its name is taken
                       SELECT conname || ' is ' || pg_get_constraintdef(oid) FROM pg_constraint
                       WHERE conrelid = to_regclass('turn_metrics') AND conname = 'turn_metrics_turn_id_fkey'))
   ) AS standing (definition)

@@ -134,11 +134,7 @@ _Spec = tuple[str, Effect, "Lock | None", "str | None"]
 def _table(step: Step, item: Item, _: re.Match[str], __: set[str]) -> Iterator[_Spec]:
     """Create it, in a transaction in which nobody sees it; tables that its foreign keys lead to stand, perhaps."""
     yield f"CREATE TABLE {item.table}", Effect.NEW, None, None
-    body = re.search(rf"CREATE TABLE {item.table} \((.*?)\n    \);", step.atomic, re.S)
-    later = re.findall(
-        rf"ALTER TABLE {item.table} ADD CONSTRAINT \w+\s+FOREIGN KEY \(\w+\) REFERENCES ([\w.]+)", step.atomic
-    )
-    for parent in [*re.findall(r"REFERENCES ([\w.]+)", body[1] if body else ""), *later]:
+    for parent in step.parents(item.table):
         yield f"{item.table}: REFERENCES {parent}", Effect.CATALOG, Lock.SHARE_ROW_EXCLUSIVE, parent
 
 

@@ -137,8 +137,12 @@ SELECT stem, item, expected, actual, mended_by,
                           place.nspname, home.relowner::regrole, home.relname)
             WHEN NOT pg_has_role(home.relowner, 'USAGE')
               THEN format('ownership of table %s (it belongs to %s)', home.relname, home.relowner::regrole)
-            WHEN NOT has_table_privilege(target.oid, 'REFERENCES')
-              THEN format('REFERENCES on table %s (it belongs to %s)', target.relname, target.relowner::regrole) END
+            WHEN NOT pg_has_role(routine.proowner, 'USAGE')
+              THEN format('ownership of function %s (it belongs to %s)',
+                          routine.oid::regprocedure, routine.proowner::regrole)
+            WHEN item ~ '^slots[.][a-z_]+$' AND actual IS NULL AND row_security_active(home.oid)
+              THEN 'BYPASSRLS (or ALTER TABLE slots NO FORCE ROW LEVEL SECURITY meanwhile: it may hide critical slots)'
+            ELSE led_to.lacking END
 FROM (
 {items}
 ) AS promise
@@ -147,7 +151,27 @@ LEFT JOIN pg_class AS home
                                           substring(item FROM '^[a-z_]+')))
 LEFT JOIN pg_namespace AS place
        ON place.oid = home.relnamespace OR home.oid IS NULL AND place.nspname = current_schema()
-LEFT JOIN pg_class AS target ON target.oid = to_regclass(substring(expected FROM 'REFERENCES ([a-z_]+)'))
+LEFT JOIN pg_proc AS routine
+       ON item LIKE '% function %' AND routine.proname = substring(item FROM '([a-z_]+)[(][)]$')
+          AND routine.pronargs = 0 AND routine.pronamespace = place.oid
+LEFT JOIN LATERAL (  -- by foreign keys: the item's own, or those of the table that it is
+  SELECT string_agg(nullif(concat_ws(E'\\n',
+           CASE WHEN NOT has_schema_privilege(target.relnamespace, 'USAGE')
+                THEN format('USAGE on schema %s', target.relnamespace::regnamespace) END,
+           CASE WHEN NOT has_table_privilege(target.oid, 'REFERENCES')
+                THEN format('REFERENCES on table %s (it belongs to %s)', led.name, target.relowner::regrole) END), ''),
+         E'\\n')
+  FROM (SELECT substring(expected FROM 'REFERENCES ([a-z_]+)[(]')
+        UNION
+        SELECT parent FROM (VALUES {parents}) AS made (relation, parent)
+        WHERE relation = item AND actual IS NULL) AS led (name)
+  JOIN pg_class AS target
+    ON target.oid = CASE led.name WHEN 'auth.users' THEN (  -- to_regclass() would want USAGE on its schema
+                           SELECT a.attrelid FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid
+                           WHERE c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = 'auth')
+                             AND c.relname = 'users' AND a.attname = 'id' AND a.atttypid = 'uuid'::regtype)
+                         ELSE to_regclass(led.name) END
+) AS led_to (lacking) ON true
 ORDER BY chain_position, item_position"""
 
 
@@ -174,7 +198,9 @@ _WITHOUT_JIT = "set_config('jit', 'off', true)"  # compiling so large a query wo
 
 def items_query(steps: Sequence[Step]) -> str:
     """Write the query for all that the steps promise, to be sent in any transaction."""
-    return _ITEMS.format(items=_union(steps))
+    parents = [(table, parent) for step in steps for table in step.tables for parent in step.parents(table)]
+    pairs = ", ".join(f"({_literal(table)}, {_literal(parent)})" for table, parent in dict.fromkeys(parents))
+    return _ITEMS.format(items=_union(steps), parents=pairs)
 
 
 def items_of(rows: Rows, steps: Sequence[Step]) -> tuple[Item, ...]:

@@ -21,6 +21,7 @@ import pooler as poolers
 import psycopg
 import pytest
 import states
+import supabase
 from conftest import Db, Run, clean_environment, database, private_server, run
 from pooler import Pooler
 
@@ -118,6 +119,53 @@ def test_role_without_rights(role: str, db: Db) -> None:
     db.execute(states.NOT_TO_ALL)
     assert amiss(db.invoke("doctor", role=role), 8) == {"rights": PROBLEM}
     assert db.invoke("setup", role=role).code == 8
+
+
+OWNED = states.by_hand() + states.OWN
+
+# What would stop setup half way: a state for role {role}; whether it is Supabase's; the right that is lacking.
+RIGHTS = {
+    "users": ("GRANT USAGE ON SCHEMA auth TO {role}", True, "REFERENCES on table auth.users"),
+    "their schema": ("GRANT REFERENCES ON auth.users TO {role}", True, "USAGE on schema auth"),
+    "part of the core": (
+        states.CORE[: states.CORE.index("CREATE TABLE IF NOT EXISTS rulesets")],
+        False,
+        "REFERENCES on table worlds",
+    ),
+    "rows of slots": (
+        OWNED + "ALTER TABLE slots ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
+        False,
+        "BYPASSRLS",
+    ),
+    "a function": (
+        OWNED + "CREATE FUNCTION set_critical_slot_defaults() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN END'",
+        False,
+        "ownership of function set_critical_slot_defaults()",
+    ),
+}
+
+
+@pytest.mark.parametrize(("state", "on_supabase", "lacking"), RIGHTS.values(), ids=RIGHTS)
+def test_right_that_a_step_would_miss_half_way(db: Db, state: str, on_supabase: bool, lacking: str) -> None:
+    if on_supabase:
+        supabase.install(db)
+    db.execute(f"CREATE ROLE {db.name} LOGIN; GRANT CREATE ON SCHEMA public TO {db.name}")
+    try:
+        db.execute(state.replace("{role}", db.name))
+        before = db.dump(data=True)
+        assert amiss(db.invoke("doctor", role=db.name), 8) == {"rights": PROBLEM}
+        for task in ("plan", "rehearse", "setup"):
+            done = db.invoke(task, role=db.name)
+            assert (done.code, lacking in done.err) == (8, True), done
+        assert db.dump(data=True) == before
+    finally:
+        db.execute(f"DROP OWNED BY {db.name} CASCADE; DROP ROLE {db.name}")
+
+
+def test_forced_row_security_is_nothing_to_a_role_that_may_pass_it(db: Db) -> None:
+    db.execute(states.by_hand() + "ALTER TABLE slots ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
+    assert amiss(db.invoke("doctor"), 0) == {}
+    assert db.invoke("setup").code == 0
 
 
 def test_read_only_and_in_the_way_are_both_said(role: str, db: Db) -> None:

@@ -24,7 +24,7 @@ from typing import TypeVar
 
 from psycopg import pq, sql
 
-from scripts import chain, embedded, errors, findings, plan
+from scripts import chain, embedded, errors, findings, locks, plan, survey
 from scripts.chain import ROOT
 from scripts.console import CONSOLE, as_message
 from scripts.database import Database
@@ -206,6 +206,11 @@ def _session(where: Target, given: Settings, ports: list[str]) -> Iterator[Findi
                 yield from findings.event_triggers(session, todo)
                 second = partial(Database, where, given, answer_s=given.connect_timeout_s)
                 yield findings.connections(_crowded(work.database, second), todo)
+                changes = locks.settled(
+                    locks.foreseen(todo, steps), {place.table for place in session.places if place.rank}
+                )
+                orphans = survey.orphans(work.database, todo.missing, timeout=survey.BRIEFLY)
+                yield from findings.rows(orphans, locks.left_to_the_rows(changes, todo))
     except errors.RecipeError as error:
         yield findings.problem("login", error, known=where.display)
     except errors.StatementError as error:

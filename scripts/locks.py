@@ -117,6 +117,13 @@ def reshaped(changes: Iterable[Change]) -> list[str]:
     return list(dict.fromkeys(c.table for c in changes if c.table and shapes.search(c.statement)))
 
 
+def left_to_the_rows(changes: Iterable[Change], plan: Plan) -> list[str]:
+    """Return what rows may refuse, which nobody has looked at: those of a foreign key that stands can be counted."""
+    counted = tuple(item.expected for item in plan.missing if item.orphans)
+    refusable = (c for c in changes if c.effect is Effect.SCAN or c.statement.startswith("CREATE UNIQUE INDEX"))
+    return list(dict.fromkeys(c.statement for c in refusable if not c.statement.endswith(counted)))
+
+
 # ── what mends an item, by its kind ────────────────────────────────────────────────────────────────────────────────
 
 

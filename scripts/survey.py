@@ -232,23 +232,42 @@ def _server(row: tuple[str | None, ...], database: Database) -> Server:
     return Server(str(version).split()[0], str(role), str(name), schema, read_only, str(search_path), pooled)
 
 
-def orphans(database: Database, items: Sequence[Item]) -> list[str]:
-    """Count the rows that keep foreign keys among the items from being validated; say so, with the query for them.
+BRIEFLY = "5s"  # for who only wants to foretell
 
-    It reads the tables, as long as it takes, and stands in nobody's way.
+
+@dataclass(frozen=True)
+class Orphans:
+    """Rows that keep a foreign key from being validated, and the query for them; count: None where why says so."""
+
+    table: str
+    query: str
+    count: int | None
+    why: str = ""
+
+    def __str__(self) -> str:
+        if self.count is None:
+            return f"{self.table}: the rows that point to nothing could not be counted ({self.why}): {self.query}"
+        return f"{self.table}: {self.count} rows point to nothing: {self.query}"
+
+
+def orphans(database: Database, items: Sequence[Item], *, timeout: str = "0") -> list[Orphans]:
+    """Count the rows that keep foreign keys among the items from being validated; leave out where there are none.
+
+    It reads the tables, as long as it takes (timeout: or no longer than that), and stands in nobody's way.
     """
-    return [line for item in items if item.orphans for line in _count_orphans(database, item, item.orphans)]
+    found = [_count_orphans(database, item, item.orphans, timeout) for item in items if item.orphans]
+    return [orphans for orphans in found if orphans.count != 0]
 
 
-def _count_orphans(database: Database, item: Item, query: str) -> list[str]:
-    settings = f"SELECT {database.transaction_settings}, set_config('statement_timeout', '0', true)"
+def _count_orphans(database: Database, item: Item, query: str, timeout: str) -> Orphans:
+    settings = f"SELECT {database.transaction_settings}, set_config('statement_timeout', '{timeout}', true)"
     try:
         _, _, [(count,)], _ = database.run(
             [BEGIN_READ_ONLY, settings, f"SELECT count(*) FROM ({query}) AS orphan", "COMMIT"]
         )
     except StatementError as error:
-        return [f"{item.table}: the rows that point to nothing could not be counted ({error}): {query}"]
-    return [f"{item.table}: {count} rows point to nothing: {query}"] if count != "0" else []
+        return Orphans(item.table, query, None, str(error))
+    return Orphans(item.table, query, int(count or 0))
 
 
 def rows_of(database: Database, tables: Sequence[str]) -> dict[str, int | None]:

@@ -142,6 +142,8 @@ SELECT stem, item, expected, actual, mended_by,
                           routine.oid::regprocedure, routine.proowner::regrole)
             WHEN item ~ '^slots[.][a-z_]+$' AND actual IS NULL AND row_security_active(home.oid)
               THEN 'BYPASSRLS (or ALTER TABLE slots NO FORCE ROW LEVEL SECURITY meanwhile: it may hide critical slots)'
+            WHEN expected LIKE '%(admin)%' AND NOT has_schema_privilege(auth.oid, 'USAGE')
+              THEN 'USAGE on schema auth'
             ELSE led_to.lacking END
 FROM (
 {items}
@@ -151,6 +153,7 @@ LEFT JOIN pg_class AS home
                                           substring(item FROM '^[a-z_]+')))
 LEFT JOIN pg_namespace AS place
        ON place.oid = home.relnamespace OR home.oid IS NULL AND place.nspname = current_schema()
+LEFT JOIN pg_namespace AS auth ON auth.nspname = 'auth'
 LEFT JOIN pg_proc AS routine
        ON item LIKE '% function %' AND routine.proname = substring(item FROM '([a-z_]+)[(][)]$')
           AND routine.pronargs = 0 AND routine.pronamespace = place.oid
@@ -168,8 +171,8 @@ LEFT JOIN LATERAL (  -- by foreign keys: the item's own, or those of the table t
   JOIN pg_class AS target
     ON target.oid = CASE led.name WHEN 'auth.users' THEN (  -- to_regclass() would want USAGE on its schema
                            SELECT a.attrelid FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid
-                           WHERE c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = 'auth')
-                             AND c.relname = 'users' AND a.attname = 'id' AND a.atttypid = 'uuid'::regtype)
+                           WHERE c.relnamespace = auth.oid AND c.relname = 'users'
+                             AND a.attname = 'id' AND a.atttypid = 'uuid'::regtype)
                          ELSE to_regclass(led.name) END
 ) AS led_to (lacking) ON true
 ORDER BY chain_position, item_position"""

@@ -127,6 +127,11 @@ OWNED = states.by_hand() + states.OWN
 RIGHTS = {
     "users": ("GRANT USAGE ON SCHEMA auth TO {role}", True, "REFERENCES on table auth.users"),
     "their schema": ("GRANT REFERENCES ON auth.users TO {role}", True, "USAGE on schema auth"),
+    "whom policies ask": (
+        "CREATE TABLE profiles (id uuid, role text);" + OWNED + "GRANT REFERENCES ON auth.users TO {role}",
+        True,
+        "USAGE on schema auth",
+    ),
     "part of the core": (
         states.CORE[: states.CORE.index("CREATE TABLE IF NOT EXISTS rulesets")],
         False,

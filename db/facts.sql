@@ -70,6 +70,12 @@ WITH RECURSIVE standing (name, oid, home) AS (
   SELECT subject, max(level), classid, objid FROM hanging GROUP BY subject, classid, objid
 ), facts (position, subject, what, value, other) AS (
   SELECT 0, name, 'stands', kind, oid::regclass::text FROM standing JOIN pg_class USING (oid) JOIN kinds USING (relkind)
+  UNION ALL -- a type that is no table's, where a table is to be
+  SELECT 0, type.*
+  FROM standing JOIN pg_type ON standing.oid IS NULL AND typname = name AND typnamespace = home
+  CROSS JOIN LATERAL (VALUES
+    (name, 'stands', 'TYPE', pg_type.oid::regtype::text),
+    (name || ' ' || name, 'bears', format('ALTER TYPE %s RENAME', pg_type.oid::regtype), NULL)) AS type
   UNION ALL
   SELECT 0, standing.name, 'reached by',
          CASE WHEN bool_or(grantee = 0) THEN 'PUBLIC' ELSE string_agg(DISTINCT grantee::regrole::text, ', ') END, NULL

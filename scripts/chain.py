@@ -60,6 +60,17 @@ class Step:
         """Line of the file on which the DO block begins, from 1: PL/pgSQL counts from there."""
         return self.atomic[: self.atomic.index("\nDO $")].count("\n") + 2
 
+    @property
+    def tables(self) -> list[str]:
+        """The tables that it creates where they are missing."""
+        return re.findall(r"^    CREATE TABLE (\w+) \(", self.atomic, re.M)
+
+    def parents(self, table: str) -> list[str]:
+        """Return the tables that the foreign keys of a table lead to when the step creates it."""
+        body = re.search(rf"CREATE TABLE {table} \((.*?)\n    \);", self.atomic, re.S)
+        later = rf"ALTER TABLE {table} ADD CONSTRAINT \w+\s+FOREIGN KEY \(\w+\) REFERENCES ([\w.]+)"
+        return [*re.findall(r"REFERENCES ([\w.]+)", body[1] if body else ""), *re.findall(later, self.atomic)]
+
 
 def label(stem: str) -> str:
     """Return the stem without its date."""

@@ -23,11 +23,12 @@ from typing import TypeVar
 
 from psycopg import pq, sql
 
-from scripts import chain, embedded, errors, findings, plan
+from scripts import chain, embedded, errors, findings, locks, plan, survey
 from scripts.chain import ROOT
 from scripts.console import CONSOLE, as_message
 from scripts.database import Database
 from scripts.findings import Finding, Host, Limit, Place, Session, Way
+from scripts.plan import Plan
 from scripts.runner import STAY, needing_room
 from scripts.settings import Settings, Target, completed, load
 from scripts.survey import BEGIN_READ_ONLY, Survey
@@ -201,10 +202,19 @@ def _session(where: Target, given: Settings, ports: list[str]) -> Iterator[Findi
                 yield from findings.event_triggers(session, todo)
                 second = partial(Database, where, given, answer_s=given.connect_timeout_s)
                 yield findings.connections(_crowded(work.database, second), todo)
+                yield from () if todo.in_the_way else _rows(work, todo, session)
     except errors.RecipeError as error:
         yield findings.problem("login", error, known=where.display)
     except errors.StatementError as error:
         yield findings.problem("session", as_message(error))
+
+
+def _rows(work: Work, todo: Plan, session: Session) -> Iterator[Finding]:
+    """Count the rows that would refuse what is done online, as far as that can be known before."""
+    standing = {place.table for place in session.places if place.rank}
+    changes = locks.settled(locks.foreseen(todo, work.everything), standing)
+    orphans = survey.orphans(work.database, todo.missing, timeout=survey.BRIEFLY)
+    return findings.rows(orphans, locks.left_to_the_rows(changes, todo))
 
 
 def _look(work: Work) -> tuple[Survey | None, list[Finding]]:

@@ -16,8 +16,8 @@ from scripts.embedded import Cluster, Health
 from scripts.patience import LONGEST_PAUSE_S
 from scripts.plan import Plan
 from scripts.report import summary
-from scripts.survey import ONLINE, Item, Server, outermost
-from scripts.verdict import hindrances
+from scripts.survey import ONLINE, Item, Orphans, Server, outermost
+from scripts.verdict import hindrances, refused_by_rows
 
 
 class State(Enum):
@@ -366,6 +366,16 @@ def event_triggers(session: Session, todo: Plan) -> Iterator[Finding]:
     if session.event_triggers and todo.to_do:
         says = f"run at each DDL command, and may refuse it: {', '.join(session.event_triggers)}"
         yield note("triggers", says, "Where one does: ALTER EVENT TRIGGER NAME DISABLE; and ENABLE; after setup.")
+
+
+def rows(orphans: Sequence[Orphans], unseen: Sequence[str]) -> Iterator[Finding]:
+    """Say which rows refuse what setup would do online; unseen: what it would ask of rows that nobody has looked at."""
+    if counted := [found for found in orphans if found.count]:
+        yield problem("rows", refused_by_rows(counted))
+    unknown = [*(str(found) for found in orphans if not found.count), *unseen]
+    if unknown:
+        says = "\n".join(["setup ends with exit 5 where rows refuse this:", *unknown])
+        yield note("rows", says, "Nothing yet: it does all else even then, and says which rows those are.")
 
 
 def connections(crowded: errors.RecipeError | None, todo: Plan) -> Finding:

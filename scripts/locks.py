@@ -117,6 +117,13 @@ def reshaped(changes: Iterable[Change]) -> list[str]:
     return list(dict.fromkeys(c.table for c in changes if c.table and shapes.search(c.statement)))
 
 
+def left_to_the_rows(changes: Iterable[Change], plan: Plan) -> list[str]:
+    """Return what rows may refuse, which nobody has looked at: those of a foreign key that stands can be counted."""
+    counted = tuple(item.expected for item in plan.missing if item.orphans)
+    refusable = (c for c in changes if c.effect is Effect.SCAN or c.statement.startswith("CREATE UNIQUE INDEX"))
+    return list(dict.fromkeys(c.statement for c in refusable if not c.statement.endswith(counted)))
+
+
 # ── what mends an item, by its kind ────────────────────────────────────────────────────────────────────────────────
 
 
@@ -134,11 +141,7 @@ _Spec = tuple[str, Effect, "Lock | None", "str | None"]
 def _table(step: Step, item: Item, _: re.Match[str], __: set[str]) -> Iterator[_Spec]:
     """Create it, in a transaction in which nobody sees it; tables that its foreign keys lead to stand, perhaps."""
     yield f"CREATE TABLE {item.table}", Effect.NEW, None, None
-    body = re.search(rf"CREATE TABLE {item.table} \((.*?)\n    \);", step.atomic, re.S)
-    later = re.findall(
-        rf"ALTER TABLE {item.table} ADD CONSTRAINT \w+\s+FOREIGN KEY \(\w+\) REFERENCES ([\w.]+)", step.atomic
-    )
-    for parent in [*re.findall(r"REFERENCES ([\w.]+)", body[1] if body else ""), *later]:
+    for parent in step.parents(item.table):
         yield f"{item.table}: REFERENCES {parent}", Effect.CATALOG, Lock.SHARE_ROW_EXCLUSIVE, parent
 
 

@@ -56,7 +56,8 @@ class Plan:
     @property
     def lacking(self) -> tuple[str, ...]:
         """Rights that the role lacks for what is to be done, each once."""
-        return tuple(dict.fromkeys(item.lacking for step in self.steps for item in step.reasons if item.lacking))
+        rights = [item.lacking for step in self.steps for item in step.reasons if item.lacking]
+        return tuple(dict.fromkeys("\n".join(rights).splitlines()))
 
     @property
     def mended_elsewhere(self) -> tuple[Item, ...]:

@@ -140,11 +140,13 @@ def steps(rows: Iterable[tuple[str, str, list[str]]]) -> list[str]:
 
 def rehearsal(items: Sequence[Item], duration_ms: Mapping[str, float]) -> list[str]:
     """How a rehearsal went: how long each step took, and what stood before it was rolled back."""
-    online = sum(not item.stands for item in items)
+    online = [item for item in items if not item.stands]
+    refusable = any(item.orphans or item.expected == "UNIQUE" for item in online)
     return [
         *(step(name, f"{took:.0f} ms") for name, took in duration_ms.items()),
         f"rolled back after {sum(duration_ms.values()):.0f} ms: {summary(items)} until then"
-        + (f"; online parts would bring the other {online}" if online else ""),
+        + (f"; online parts would bring the other {len(online)}" if online else "")
+        + (", where no row refuses" if refusable else ""),
     ]
 
 
@@ -198,9 +200,13 @@ def _bytes(size: Size) -> str:
 
 
 def consequences(
-    settings: Settings, reshaped: Sequence[str], bystanders: Sequence[Bystander], kept: Sequence[Kept]
+    settings: Settings,
+    reshaped: Sequence[str],
+    bystanders: Sequence[Bystander],
+    kept: Sequence[Kept],
+    unseen: Sequence[str],
 ) -> list[str]:
-    """Say what a plan means for others: whom it would wait for now, what it keeps, what fails once."""
+    """Say what a plan means: whom it would wait for now, what it keeps, what fails once, what rows may refuse."""
     patience = f"{settings.lock_timeout_ms / 1000:g} s at a time, up to {settings.lock_wait_s:g} s in all"
     lines = [f"now       {one.session} {_hold(one)}" for one in bystanders]
     if bystanders:
@@ -209,6 +215,7 @@ def consequences(
     if reshaped:
         tables = ", ".join(reshaped)
         lines.append(f"note      prepared SELECT * statements of {tables} fail once: 0A000, their result type changes")
+    lines += [f"note      setup ends with exit 5 where rows refuse this: {statement}" for statement in unseen]
     return lines
 
 

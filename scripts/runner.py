@@ -124,6 +124,7 @@ class Part(Enum):
     MIGRATION = "its migration"
     ONLINE = "its online part"
     VERIFICATION = "its verification"
+    DEFERRED = "its deferred triggers"  # of a rehearsal, which comes to no commit
     DIARY = "its line in the diary"
     COMMIT = "its commit"
 
@@ -218,6 +219,7 @@ def _rehearsal(steps: Sequence[Step], chain: Sequence[Step], database: Database)
                 (Part.CLOCK, budget),
                 (Part.MIGRATION, step.atomic),
                 (Part.VERIFICATION, _verification(step, chain)),
+                (Part.DEFERRED, "SET CONSTRAINTS ALL IMMEDIATE"),
             )
         ),
         Statement(last, Part.CLOCK, f"SELECT {_CLOCK}"),

@@ -137,8 +137,14 @@ SELECT stem, item, expected, actual, mended_by,
                           place.nspname, home.relowner::regrole, home.relname)
             WHEN NOT pg_has_role(home.relowner, 'USAGE')
               THEN format('ownership of table %s (it belongs to %s)', home.relname, home.relowner::regrole)
-            WHEN NOT has_table_privilege(target.oid, 'REFERENCES')
-              THEN format('REFERENCES on table %s (it belongs to %s)', target.relname, target.relowner::regrole) END
+            WHEN NOT pg_has_role(routine.proowner, 'USAGE')
+              THEN format('ownership of function %s (it belongs to %s)',
+                          routine.oid::regprocedure, routine.proowner::regrole)
+            WHEN item ~ '^slots[.][a-z_]+$' AND actual IS NULL AND row_security_active(home.oid)
+              THEN 'BYPASSRLS (or ALTER TABLE slots NO FORCE ROW LEVEL SECURITY meanwhile: it may hide critical slots)'
+            WHEN expected LIKE '%(admin)%' AND NOT has_schema_privilege(auth.oid, 'USAGE')
+              THEN 'USAGE on schema auth'
+            ELSE led_to.lacking END
 FROM (
 {items}
 ) AS promise
@@ -147,7 +153,28 @@ LEFT JOIN pg_class AS home
                                           substring(item FROM '^[a-z_]+')))
 LEFT JOIN pg_namespace AS place
        ON place.oid = home.relnamespace OR home.oid IS NULL AND place.nspname = current_schema()
-LEFT JOIN pg_class AS target ON target.oid = to_regclass(substring(expected FROM 'REFERENCES ([a-z_]+)'))
+LEFT JOIN pg_namespace AS auth ON auth.nspname = 'auth'
+LEFT JOIN pg_proc AS routine
+       ON item LIKE '% function %' AND routine.proname = substring(item FROM '([a-z_]+)[(][)]$')
+          AND routine.pronargs = 0 AND routine.pronamespace = place.oid
+LEFT JOIN LATERAL (  -- by foreign keys: the item's own, or those of the table that it is
+  SELECT string_agg(nullif(concat_ws(E'\\n',
+           CASE WHEN NOT has_schema_privilege(target.relnamespace, 'USAGE')
+                THEN format('USAGE on schema %s', target.relnamespace::regnamespace) END,
+           CASE WHEN NOT has_table_privilege(target.oid, 'REFERENCES')
+                THEN format('REFERENCES on table %s (it belongs to %s)', led.name, target.relowner::regrole) END), ''),
+         E'\\n')
+  FROM (SELECT substring(expected FROM 'REFERENCES ([a-z_]+)[(]')
+        UNION
+        SELECT parent FROM (VALUES {parents}) AS made (relation, parent)
+        WHERE relation = item AND actual IS NULL) AS led (name)
+  JOIN pg_class AS target
+    ON target.oid = CASE led.name WHEN 'auth.users' THEN (  -- to_regclass() would want USAGE on its schema
+                           SELECT a.attrelid FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid
+                           WHERE c.relnamespace = auth.oid AND c.relname = 'users'
+                             AND a.attname = 'id' AND a.atttypid = 'uuid'::regtype)
+                         ELSE to_regclass(led.name) END
+) AS led_to (lacking) ON true
 ORDER BY chain_position, item_position"""
 
 
@@ -174,7 +201,9 @@ _WITHOUT_JIT = "set_config('jit', 'off', true)"  # compiling so large a query wo
 
 def items_query(steps: Sequence[Step]) -> str:
     """Write the query for all that the steps promise, to be sent in any transaction."""
-    return _ITEMS.format(items=_union(steps))
+    parents = [(table, parent) for step in steps for table in step.tables for parent in step.parents(table)]
+    pairs = ", ".join(f"({_literal(table)}, {_literal(parent)})" for table, parent in dict.fromkeys(parents))
+    return _ITEMS.format(items=_union(steps), parents=pairs)
 
 
 def items_of(rows: Rows, steps: Sequence[Step]) -> tuple[Item, ...]:
@@ -206,23 +235,42 @@ def _server(row: tuple[str | None, ...], database: Database) -> Server:
     return Server(str(version).split()[0], str(role), str(name), schema, read_only, str(search_path), pooled)
 
 
-def orphans(database: Database, items: Sequence[Item]) -> list[str]:
-    """Count the rows that keep foreign keys among the items from being validated; say so, with the query for them.
+BRIEFLY = "5s"  # for who only wants to foretell
 
-    It reads the tables, as long as it takes, and stands in nobody's way.
+
+@dataclass(frozen=True)
+class Orphans:
+    """Rows that keep a foreign key from being validated, and the query for them; count: None where why says so."""
+
+    table: str
+    query: str
+    count: int | None
+    why: str = ""
+
+    def __str__(self) -> str:
+        if self.count is None:
+            return f"{self.table}: the rows that point to nothing could not be counted ({self.why}): {self.query}"
+        return f"{self.table}: {self.count} rows point to nothing: {self.query}"
+
+
+def orphans(database: Database, items: Sequence[Item], *, timeout: str = "0") -> list[Orphans]:
+    """Count the rows that keep foreign keys among the items from being validated; leave out where there are none.
+
+    It reads the tables, as long as it takes (timeout: or no longer than that), and stands in nobody's way.
     """
-    return [line for item in items if item.orphans for line in _count_orphans(database, item, item.orphans)]
+    found = [_count_orphans(database, item, item.orphans, timeout) for item in items if item.orphans]
+    return [orphans for orphans in found if orphans.count != 0]
 
 
-def _count_orphans(database: Database, item: Item, query: str) -> list[str]:
-    settings = f"SELECT {database.transaction_settings}, set_config('statement_timeout', '0', true)"
+def _count_orphans(database: Database, item: Item, query: str, timeout: str) -> Orphans:
+    settings = f"SELECT {database.transaction_settings}, set_config('statement_timeout', '{timeout}', true)"
     try:
         _, _, [(count,)], _ = database.run(
             [BEGIN_READ_ONLY, settings, f"SELECT count(*) FROM ({query}) AS orphan", "COMMIT"]
         )
     except StatementError as error:
-        return [f"{item.table}: the rows that point to nothing could not be counted ({error}): {query}"]
-    return [f"{item.table}: {count} rows point to nothing: {query}"] if count != "0" else []
+        return Orphans(item.table, query, None, str(error))
+    return Orphans(item.table, query, int(count or 0))
 
 
 def rows_of(database: Database, tables: Sequence[str]) -> dict[str, int | None]:

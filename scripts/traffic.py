@@ -59,7 +59,9 @@ SELECT name, format('%I.%I', n.nspname, c.relname),
        nullif(greatest(c.reltuples::bigint, s.n_live_tup, 0), CASE WHEN c.relpages = 0 THEN -1 ELSE 0 END),
        CASE WHEN NOT {_LOCKED} THEN pg_total_relation_size(c.oid) END
 FROM unnest({{names}}) AS name
-JOIN pg_class AS c ON c.oid = to_regclass(name)
+JOIN pg_class AS c  -- of a schema that is closed to us, to_regclass() raises
+  ON c.oid = CASE WHEN name NOT LIKE '%.%' OR has_schema_privilege(to_regnamespace(split_part(name, '.', 1)), 'USAGE')
+                  THEN to_regclass(name) END
 JOIN pg_namespace AS n ON n.oid = c.relnamespace
 LEFT JOIN pg_stat_all_tables AS s ON s.relid = c.oid
 ORDER BY name"""

@@ -8,7 +8,7 @@ from scripts import errors, report
 from scripts.chain import label
 from scripts.plan import Plan
 from scripts.remedies import Commands
-from scripts.survey import Server, outermost
+from scripts.survey import Orphans, Server, outermost
 
 
 def refuse_what_cannot_be(server: Server, todo: Plan, remedies: Mapping[str, Commands]) -> None:
@@ -61,6 +61,15 @@ def judge(
             where="\n".join([*([] if listed else map(report.difference, outermost(found.missing))), *rows]),
             remedy=remedy,
         )
+
+
+def refused_by_rows(orphans: Sequence[Orphans]) -> errors.MissingError:
+    """Return what setup would end with because of them, once all else is done."""
+    return errors.MissingError(
+        what="rows refuse what is promised: setup would do the rest, and end with exit 5",
+        where="\n".join(map(str, orphans)),
+        remedy=errors.MEND_THE_ROWS,
+    )
 
 
 def _obstacle(found: Plan, remedies: Mapping[str, Commands]) -> errors.ObstacleError:

@@ -14,7 +14,7 @@ from scripts.chain import Step
 from scripts.console import CONSOLE, PEOPLE, as_message
 from scripts.database import Database, transaction_settings
 from scripts.settings import Settings, Target
-from scripts.verdict import judge, refuse_no_schema, refuse_what_cannot_be
+from scripts.verdict import judge, refuse_no_schema, refuse_what_cannot_be, refused_by_rows
 from scripts.work import Work, announced
 
 _MOMENT_MS = 100
@@ -24,7 +24,7 @@ FORMATS = {"verify": (PEOPLE, "json", "junit", "github"), "status": (PEOPLE, "js
 def verify(*, form: str, quiet: bool, verbose: bool) -> None:
     """Compare every promise of the chain with what stands."""
     with _looking("verify", form, quiet=quiet) as look:
-        rows = survey.orphans(look.database, look.plan.missing)
+        rows = list(map(str, survey.orphans(look.database, look.plan.missing)))
         if form == PEOPLE:
             _say_steps(look, verbose=verbose)
         with _ending_of(look):
@@ -72,14 +72,18 @@ def _say_plan(look: _Look, form: str, *, verbose: bool) -> None:
     building = any(change.effect is locks.Effect.BUILD for change in changes)
     bystanders = traffic.bystanders(look.database, locks.waits_for(changes), building=building)
     kept = [traffic.kept(look.database, item) for item in look.plan.missing if item.gives_way]
+    orphans = survey.orphans(look.database, look.plan.missing, timeout=survey.BRIEFLY)
+    unseen = locks.left_to_the_rows(changes, look.plan)
     reshaped = locks.reshaped(changes)
     _say_steps(look, verbose=verbose)
     if changes:
         CONSOLE.table(report.CHANGE_HEADER, report.change_cells(changes), report.changes(changes))
     CONSOLE.say(*report.sizes(standing.values()))
-    CONSOLE.say(*report.consequences(look.given, reshaped, bystanders, kept))
+    CONSOLE.say(*report.consequences(look.given, reshaped, bystanders, kept, unseen))
     with _ending_of(look):
         refuse_what_cannot_be(look.found.server, look.plan, look.ways)
+        if orphans:
+            raise refused_by_rows(orphans)
     if look.error is None:
         CONSOLE.say("setup would do this; nothing was changed" if look.plan.to_do else "nothing to do")
     if form == "json":
@@ -89,6 +93,7 @@ def _say_plan(look: _Look, form: str, *, verbose: bool) -> None:
             "waiting_for": [asdict(bystander) for bystander in bystanders],
             "kept": [asdict(values) for values in kept],
             "prepared_statements_fail_once": reshaped,
+            "left_to_the_rows": unseen,
         }
         CONSOLE.emit_json(document.as_json(look.view(more)))
 

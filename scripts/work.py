@@ -102,7 +102,7 @@ class Work:
         left = plan.of(self.wanted, after.items)
         did = "done" if started_with.to_do else "nothing to do"
         CONSOLE.say(f"{did}: {report.summary(plan.items_of(self.wanted, after.items))}")
-        rows = survey.orphans(self.database, left.missing)
+        rows = list(map(str, survey.orphans(self.database, left.missing)))
         judge(left, remedies.read(self.database, left.in_the_way), rows=rows, remedy=errors.MEND_THE_ROWS)
 
     def rehearse(self, found: survey.Survey) -> runner.Rehearsed:

@@ -180,6 +180,15 @@ INSERT INTO prompt_snapshots (entity_type, entity_id, version, data) VALUES ('np
 
 NOT_TO_ALL = "REVOKE CREATE ON SCHEMA public FROM PUBLIC"  # as it is from PostgreSQL 15 on
 
+# Makes every table that of {role}.
+OWN = """
+DO $$ DECLARE t regclass; BEGIN
+  FOR t IN SELECT oid FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' LOOP
+    EXECUTE format('ALTER TABLE %s OWNER TO {role}', t);
+  END LOOP;
+END $$; GRANT CREATE ON SCHEMA public TO {role};
+"""
+
 # A publication's list of columns is new in PostgreSQL 15; without one it publishes them all, and is in the way as well.
 COLUMNS = " (id, turn_id)" if MAJOR >= 15 else ""
 

@@ -21,6 +21,7 @@ import pooler as poolers
 import psycopg
 import pytest
 import states
+import supabase
 from conftest import Db, Run, clean_environment, database, private_server, run
 from pooler import Pooler
 from terminal import on_terminal
@@ -29,7 +30,7 @@ from scripts import chain, embedded, errors, findings, plan
 from scripts.embedded import Cluster, Health
 from scripts.findings import Finding, Host, Limit, Session, State, Way
 from scripts.settings import completed, parse_target
-from scripts.survey import ONLINE, Item, Server
+from scripts.survey import ONLINE, Item, Orphans, Server
 
 OK, NOTE, PROBLEM = (state.value for state in State)
 STEMS = [step.stem for step in chain.load() if "fix" not in step.stem]
@@ -117,6 +118,99 @@ def test_role_without_rights(role: str, db: Db) -> None:
     db.execute(states.NOT_TO_ALL)
     assert amiss(db.invoke("doctor", role=role), 8) == {"rights": PROBLEM}
     assert db.invoke("setup", role=role).code == 8
+
+
+OWNED = states.by_hand() + states.OWN
+
+# What would stop setup half way: a state for role {role}; whether it is Supabase's; the right that is lacking.
+RIGHTS = {
+    "users": ("GRANT USAGE ON SCHEMA auth TO {role}", True, "REFERENCES on table auth.users"),
+    "their schema": ("GRANT REFERENCES ON auth.users TO {role}", True, "USAGE on schema auth"),
+    "whom policies ask": (
+        "CREATE TABLE profiles (id uuid, role text);" + OWNED + "GRANT REFERENCES ON auth.users TO {role}",
+        True,
+        "USAGE on schema auth",
+    ),
+    "part of the core": (
+        states.CORE[: states.CORE.index("CREATE TABLE IF NOT EXISTS rulesets")],
+        False,
+        "REFERENCES on table worlds",
+    ),
+    "rows of slots": (
+        OWNED + "ALTER TABLE slots ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
+        False,
+        "BYPASSRLS",
+    ),
+    "a function": (
+        OWNED + "CREATE FUNCTION set_critical_slot_defaults() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN END'",
+        False,
+        "ownership of function set_critical_slot_defaults()",
+    ),
+}
+
+
+@pytest.mark.parametrize(("state", "on_supabase", "lacking"), RIGHTS.values(), ids=RIGHTS)
+def test_right_that_a_step_would_miss_half_way(db: Db, state: str, on_supabase: bool, lacking: str) -> None:
+    if on_supabase:
+        supabase.install(db)
+    db.execute(f"CREATE ROLE {db.name} LOGIN; GRANT CREATE ON SCHEMA public TO {db.name}")
+    try:
+        db.execute(state.replace("{role}", db.name))
+        before = db.dump(data=True)
+        assert amiss(db.invoke("doctor", role=db.name), 8) == {"rights": PROBLEM}
+        for task in ("plan", "rehearse", "setup"):
+            done = db.invoke(task, role=db.name)
+            assert (done.code, lacking in done.err) == (8, True), done
+        assert db.dump(data=True) == before
+    finally:
+        db.execute(f"DROP OWNED BY {db.name} CASCADE; DROP ROLE {db.name}")
+
+
+def test_forced_row_security_is_nothing_to_a_role_that_may_pass_it(db: Db) -> None:
+    db.execute(states.by_hand() + "ALTER TABLE slots ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
+    assert amiss(db.invoke("doctor"), 0) == {}
+    assert db.invoke("setup").code == 0
+
+
+# What the rows refuse, and what mends them.
+ROWS = {
+    "orphans": (
+        states.by_hand("bigint", states.ORPHANS),
+        "UPDATE prompt_snapshots SET turn_id = NULL WHERE turn_id = 999999",
+    ),
+    "duplicates": (
+        states.altered("DROP INDEX idx_turns_game_idx; UPDATE turns SET idx = 1 WHERE idx = 2"),
+        "UPDATE turns SET idx = id",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ROWS)
+def test_rows_that_refuse_are_foretold_as_far_as_is_known(db: Db, what: str) -> None:
+    """Of a foreign key that stands they are counted, as verify does; of what is to be made, nobody says that it can."""
+    state, mend = ROWS[what]
+    db.execute(state)
+    assert amiss(db.invoke("doctor"), 0) == {"rows": NOTE}
+    assert "exit 5 where rows refuse" in db.invoke("plan").out
+    assert "where no row refuses" in db.invoke("rehearse").out
+    assert db.invoke("setup").code == 5
+    foretold = {task: db.invoke(task) for task in ("doctor", "plan")}
+    if what == "orphans":
+        assert amiss(foretold["doctor"], 5) == {"rows": PROBLEM}
+        assert (foretold["plan"].code, "prompt_snapshots: 1 rows point to nothing" in foretold["plan"].err) == (5, True)
+    else:
+        assert amiss(foretold["doctor"], 0) == {"rows": NOTE}
+        assert "exit 5 where rows refuse" in foretold["plan"].out
+    db.execute(mend)
+    assert amiss(db.invoke("doctor"), 0) == ({} if what == "orphans" else {"rows": NOTE})
+    assert (db.invoke("plan").code, db.invoke("setup").code) == (0, 0)
+    assert amiss(db.invoke("doctor"), 0) == {}
+
+
+def test_orphans_that_cannot_be_counted_are_no_verdict() -> None:
+    unknown = Orphans("prompt_snapshots", "SELECT", None, "canceling statement due to statement timeout")
+    assert [finding.state for finding in findings.rows([unknown], [])] == [State.NOTE]
+    assert list(findings.rows([], [])) == []
 
 
 def test_read_only_and_in_the_way_are_both_said(role: str, db: Db) -> None:

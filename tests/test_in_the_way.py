@@ -15,7 +15,7 @@ from pathlib import Path
 import psycopg
 import pytest
 import supabase
-from conftest import SEED, Db, Run
+from conftest import MIGRATIONS, SEED, Db, Run
 from states import (
     ANOTHER_FEATURE,
     BIGINT,
@@ -802,6 +802,34 @@ IN_THE_WAY |= {
     ),
 }
 
+THEIR_FUNCTION = """
+CREATE TABLE books (t text);
+CREATE FUNCTION update_entry_points_search_text() RETURNS trigger LANGUAGE plpgsql AS
+  'BEGIN NEW.t := ''mine''; RETURN NEW; END';
+CREATE TRIGGER x BEFORE INSERT ON books FOR EACH ROW EXECUTE FUNCTION update_entry_points_search_text();
+"""
+
+# names of ours that something else bears than a relation
+IN_THE_WAY |= {
+    "turn_metrics an enum": (altered("CREATE TYPE turn_metrics AS ENUM ('a')"), "turn_metrics: type", "table"),
+    "slots a domain": (CORE + "CREATE DOMAIN slots AS text; CREATE TABLE machines (s slots)", "slots: type", "table"),
+    "two tables' names types": (
+        "CREATE TYPE worlds AS ENUM ('a'); CREATE TYPE prompt_snapshots AS RANGE (subtype = int)",
+        "worlds: type",
+        "table",
+    ),
+    "the function of entry_points is another table's": (
+        THEIR_FUNCTION,
+        "entry_points function update_entry_points_search_text(): trigger, source",
+        "trigger, source",
+    ),
+    "the function of entry_points returns a number": (
+        "CREATE FUNCTION update_entry_points_search_text() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+        "entry_points function update_entry_points_search_text(): integer",
+        "trigger, source",
+    ),
+}
+
 if COLUMNS:  # of a publication: new in PostgreSQL 15
     IN_THE_WAY |= {
         "publication with a condition": (
@@ -985,6 +1013,24 @@ def test_of_two_foreign_keys_the_promised_one_stays(db: Db) -> None:
     drop, undo = printed(db.invoke("setup"))
     assert drop == "ALTER TABLE public.prompt_snapshots DROP CONSTRAINT elsewhere;"
     assert undo.startswith("-- to undo it: ALTER TABLE public.prompt_snapshots ADD CONSTRAINT elsewhere FOREIGN KEY")
+
+
+@pytest.mark.parametrize("stem", ["20250130000000_core_schema", "20250130000002_recreate_core_schema"])
+def test_a_function_that_others_use_stays_as_it_is(db: Db, tmp_path: Path, stem: str) -> None:
+    db.execute(THEIR_FUNCTION)
+    done = db.psql("-v", "VERBOSITY=verbose", "-f", str(MIGRATIONS / f"{stem}.sql"))
+    assert (done.code, "TB002" in done.err) == (3, True), done
+    follow(db, tmp_path, printed(db.invoke("setup")))
+    db.migrate(stem)
+    db.execute("INSERT INTO books VALUES ('x')")
+    assert db.rows("TABLE books") == [("mine",)]
+
+
+def test_our_own_function_of_a_table_that_is_gone_is_used_again(db: Db) -> None:
+    assert db.invoke("setup").code == 0
+    db.execute("DROP TABLE entry_points CASCADE")
+    done = db.invoke("setup")
+    assert (done.code, db.value("SELECT count(*) FROM pg_proc WHERE proname LIKE 'update_entry%'")) == (0, 1), done
 
 
 def uncommented(commands: list[str]) -> list[str]:

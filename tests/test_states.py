@@ -17,6 +17,7 @@ from states import (
     EXTRAS,
     NOT_TO_ALL,
     ORPHANS,
+    OWN,
     SLOT_ROWS,
     SLOTS_TEMPLATES,
     UUIDS,
@@ -284,14 +285,6 @@ def role(db: Db) -> Iterator[str]:
     yield name
     db.execute(f"DROP OWNED BY {name} CASCADE; DROP ROLE {name}")
 
-
-OWN = """
-DO $$ DECLARE t regclass; BEGIN
-  FOR t IN SELECT oid FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' LOOP
-    EXECUTE format('ALTER TABLE %s OWNER TO {role}', t);
-  END LOOP;
-END $$; GRANT CREATE ON SCHEMA public TO {role};
-"""
 
 GAMES_INDEXES = """
 CREATE INDEX idx_games_entry_point ON games (entry_point_id); CREATE INDEX idx_games_world ON games (world_id);

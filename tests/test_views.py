@@ -379,14 +379,32 @@ def test_rehearsal_leaves_no_trace(db: Db, state: str) -> None:
     assert db.invoke("setup").code == 0
 
 
-def test_rehearsal_finds_what_only_the_server_can_refuse(db: Db) -> None:
-    """A name that the survey does not look at: a type is no relation, but every table wants a type of its name."""
-    db.execute(by_hand() + "CREATE TYPE turn_metrics AS ENUM ('a')")
+@pytest.mark.parametrize(
+    ("refusal", "failed"),
+    [
+        (
+            "CREATE FUNCTION refuse() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " IF to_regclass('turn_metrics') IS NOT NULL THEN RAISE EXCEPTION 'no'; END IF; END $$;"
+            "CREATE EVENT TRIGGER refuse ON ddl_command_end EXECUTE FUNCTION refuse()",
+            "turn_metrics failed in its migration",
+        ),
+        (
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''no''; END';"
+            "CREATE CONSTRAINT TRIGGER refuse AFTER UPDATE ON slots DEFERRABLE INITIALLY DEFERRED"
+            " FOR EACH ROW EXECUTE FUNCTION refuse()",
+            "slots_flags failed in its deferred triggers",
+        ),
+    ],
+    ids=["at once", "at the commit"],
+)
+def test_rehearsal_finds_what_only_the_server_can_refuse(db: Db, refusal: str, failed: str) -> None:
+    db.execute(by_hand() + refusal)
     before = db.dump(data=True)
     assert db.invoke("plan").code == 0
     rehearsed = db.invoke("rehearse")
-    assert (rehearsed.code, "turn_metrics failed in its migration" in rehearsed.err) == (1, True), rehearsed
+    assert (rehearsed.code, failed in rehearsed.err) == (1, True), rehearsed
     assert db.dump(data=True) == before
+    assert db.invoke("setup").code == 1
 
 
 @pytest.mark.parametrize(("state", "code"), [(by_hand() + "ALTER TABLE slots ADD must_keep text", 6), (None, 0)])

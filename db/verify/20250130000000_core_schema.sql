@@ -3,18 +3,23 @@
 --   psql "$DATABASE_URL" -f db/verify/20250130000000_core_schema.sql     or: invoke verify
 --
 -- Reads the catalogs only.
-WITH menders (relation, stem) AS (  -- of a table that is missing, or in the wrong form; what is no table or view is nobody's
-  SELECT relation, CASE WHEN oid IS NULL THEN '20250130000000_core_schema'
-                        WHEN relkind IN ('r', 'p', 'v', 'm', 'f') THEN '20250130000002_recreate_core_schema' END
+WITH menders (relation, taken_by, stem) AS (  -- of a table that is missing, or in the wrong form; what is no table or view is nobody's
+  SELECT relation, taken.by,
+         CASE WHEN oid IS NULL AND taken.by IS NULL THEN '20250130000000_core_schema'
+              WHEN relkind IN ('r', 'p', 'v', 'm', 'f') THEN '20250130000002_recreate_core_schema' END
   FROM unnest('{worlds,rulesets,entry_points,prompt_segments,games,turns}'::text[]) AS relation
   LEFT JOIN pg_class ON oid = to_regclass(relation)
+  LEFT JOIN LATERAL (  -- a table wants a type of its name
+    SELECT 'type' FROM pg_type
+    WHERE to_regclass(relation) IS NULL AND typname = relation AND typnamespace = quote_ident(current_schema())::regnamespace
+  ) AS taken (by) ON true
 ), promises (item, expected, actual, mended_by) AS (
   -- tables
   SELECT relation, 'table',
-         (SELECT CASE relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view'
+         coalesce((SELECT CASE relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view'
                               WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' WHEN 'S' THEN 'sequence'
                               WHEN 'i' THEN 'index' WHEN 'c' THEN 'type' END
-          FROM pg_class WHERE oid = to_regclass(documented.relation)),
+          FROM pg_class WHERE oid = to_regclass(documented.relation)), documented.taken_by),
          documented.stem
   FROM menders AS documented
   UNION ALL
@@ -101,6 +106,16 @@ WITH menders (relation, stem) AS (  -- of a table that is missing, or in the wro
       AND n.relnamespace = coalesce((SELECT relnamespace FROM pg_class WHERE oid = to_regclass(documented.relation)),
                                     quote_ident(current_schema())::regnamespace)
   ) AS standing (definition) ON true
+  UNION ALL
+  -- a function of the name that the trigger of a new entry_points is to run: others may use it, unless it is ours (md5: of its source)
+  SELECT 'entry_points function update_entry_points_search_text()', promised.definition, standing.definition, NULL
+  FROM (VALUES ('trigger, source md5 df56eafa3c3dfc013e0c6b78fef6a771')) AS promised (definition)
+  CROSS JOIN LATERAL (
+    SELECT CASE WHEN prokind = 'f' THEN prorettype::regtype::text ELSE 'not a function' END || ', source md5 ' || md5(replace(prosrc, E'\r', ''))
+    FROM pg_proc
+    WHERE proname = 'update_entry_points_search_text' AND pronargs = 0 AND pronamespace = quote_ident(current_schema())::regnamespace
+  ) AS standing (definition)
+  WHERE to_regclass('entry_points') IS NULL AND standing.definition <> promised.definition
   UNION ALL
   -- Supabase: of the core tables, those that the chain created (they bear its policy) keep their row-level security
   SELECT relname || ' row-level security', 'on', CASE WHEN relrowsecurity THEN 'on' ELSE 'off' END, '20250130000000_core_schema'

@@ -21,12 +21,16 @@ WITH supabase (here) AS (
 ), promises (item, expected, actual, mended_by) AS (
   -- tables
   SELECT relation, 'table',
-         (SELECT CASE relkind WHEN 'r' THEN CASE WHEN relispartition THEN 'partition' ELSE 'table' END WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view'
+         coalesce((SELECT CASE relkind WHEN 'r' THEN CASE WHEN relispartition THEN 'partition' ELSE 'table' END WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view'
                               WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' WHEN 'S' THEN 'sequence'
                               WHEN 'i' THEN 'index' WHEN 'c' THEN 'type' END
-          FROM pg_class WHERE oid = to_regclass(documented.relation)),
-         CASE WHEN to_regclass(documented.relation) IS NULL THEN '20250214_slots_templates' END
+          FROM pg_class WHERE oid = to_regclass(documented.relation)), taken.by),
+         CASE WHEN to_regclass(documented.relation) IS NULL AND taken.by IS NULL THEN '20250214_slots_templates' END
   FROM (VALUES ('slots'), ('templates')) AS documented (relation)
+  LEFT JOIN LATERAL (  -- a table wants a type of its name
+    SELECT 'type' FROM pg_type
+    WHERE to_regclass(relation) IS NULL AND typname = relation AND typnamespace = quote_ident(current_schema())::regnamespace
+  ) AS taken (by) ON true
   UNION ALL
   -- columns: type and NOT NULL (!)
   SELECT documented.relation || '.' || split_part(spec, ' ', 1),

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -104,9 +104,7 @@ class Console:
 
     def aside(self, *lines: str) -> None:
         """Print to stderr."""
-        with suppress(OSError):  # nobody listens; the exit code says what matters
-            for line in lines:
-                print(self.mask(line), file=sys.stderr, flush=True)
+        self._print(sys.stderr, *map(self.mask, lines))
 
 
 def _margin(line: str) -> int:

@@ -129,7 +129,8 @@ def make_secret(chance: random.Random) -> str:
     for _ in range(chance.randint(4, 16)):
         told = any(character in RARE for character in secret[-3:])
         secret += chance.choice(ODD if told and chance.random() < 0.5 else RARE)
-    return secret
+    # In double quotes of an .env a backslash escapes: what is left must be long enough to be masked, too.
+    return secret if len(re.sub(r"\\(.)", r"\1", secret)) >= 4 else make_secret(chance)
 
 
 def in_lower_case(code: str) -> str:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -188,7 +189,8 @@ def test_server_is_still_starting(small: Db) -> None:
     finally:
         go.touch()
         starter.join()
-    small.execute("SELECT")
+    while small.value("SELECT pg_is_in_recovery()"):  # readers are let in before it ends
+        time.sleep(0.01)
     with small.connect() as connection:
         connection.execute("ALTER SYSTEM RESET restore_command")
     assert_next_run_finishes(small, {})

@@ -74,7 +74,7 @@ def test_rows_that_row_security_hides_are_not_passed_over(db: Db) -> None:
     )
     done = db.invoke("slots-flags", role=role)
     assert done.code == 8, done
-    assert "row-level security" in done.err
+    assert "ROW LEVEL SECURITY" in done.err
     assert "slots.must_keep" in db.differing()
     db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
 

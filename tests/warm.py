@@ -1,4 +1,4 @@
-"""`python -m invoke` without its imports, which are most of a short command's time, and were most of this suite's.
+"""`python -m invoke` without its imports: most of a short command's time, and some of that of this suite.
 
 A process that has imported what the recipes import forks for each command. The command is a process of its own, with an
 environment, streams and an end of its own; only what Python reads before our first line cannot be given to it.

@@ -56,7 +56,8 @@ _REFUSALS: tuple[tuple[str, type[errors.RecipeError]], ...] = (
     ("invalid response to SSL negotiation|expected authentication request", errors.NotPostgresError),
     ("server closed the connection|SSL (SYSCALL|connection has)|reset by peer", errors.LostConnectionError),
     ("SSL|sslmode|certificate", errors.TlsError),
-    ("resolve host (?!.*Servname)|translate host name|parse network address|'idna' codec", errors.NoSuchHostError),
+    ("resolve host (?!.*Servname)|translate host name|parse network address", errors.NoSuchHostError),
+    ("'idna' codec|label empty or too long", errors.NoSuchHostError),  # Python's words, the latter 3.12's
     ("timeout expired|timed out|No route to host|unreachable", errors.SilentHostError),
     ("Connection refused|No such file or directory", errors.NobodyThereError),
 )

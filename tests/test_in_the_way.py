@@ -1004,6 +1004,16 @@ def test_a_schema_whose_name_has_a_blank(db: Db, tmp_path: Path, name: str) -> N
     assert db.invoke("verify").code == 0
 
 
+def test_a_foreign_key_beside_the_promised_one_is_seen_wherever_it_leads(db: Db) -> None:
+    """Before or behind the promised one in the alphabet."""
+    assert db.invoke("setup").code == 0
+    for table in ("ages", "zones"):
+        db.execute(f"CREATE TABLE {table} (id bigint PRIMARY KEY)")
+        db.execute(f"ALTER TABLE prompt_snapshots ADD CONSTRAINT beside FOREIGN KEY (turn_id) REFERENCES {table} (id)")
+        assert db.invoke("verify").code == 6
+        db.execute("ALTER TABLE prompt_snapshots DROP CONSTRAINT beside")
+
+
 def test_of_two_foreign_keys_the_promised_one_stays(db: Db) -> None:
     """Where it stands, and where the other one leads to a table of the same name."""
     other = "ALTER TABLE prompt_snapshots ADD CONSTRAINT {} FOREIGN KEY (turn_id) REFERENCES {} (id)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,11 @@ def load(task: str | None = None) -> tuple[Step, ...]:
 def load_recreate() -> Step:
     """Read the step that makes the core schema anew."""
     return _read(RECREATE, "prereqs")
+
+
+def tables(steps: Iterable[Step]) -> list[str]:
+    """Return the tables that the steps create where they are missing, in the order of their names."""
+    return sorted({table for step in steps for table in step.tables})
 
 
 def _read(stem: str, task: str) -> Step:

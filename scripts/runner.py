@@ -19,8 +19,8 @@ from typing import NamedTuple
 from psycopg import sql
 from psycopg.errors import Diagnostic
 
-from scripts import errors
-from scripts.chain import Step, version
+from scripts import errors, turn
+from scripts.chain import Step, tables, version
 from scripts.database import Database
 from scripts.errors import StatementError
 from scripts.plan import Plan
@@ -28,22 +28,16 @@ from scripts.survey import Item, items_of, items_query
 
 Say = Callable[[str, str], None]  # (label of the step, what happened to it)
 
-# One runner at a time in a database. Advisory locks have no names, only numbers: these are the letters "budget".
-ADVISORY_LOCK = int.from_bytes(b"budget", "big")
-# And one builder: of two CREATE INDEX CONCURRENTLY on one table the second waits for the first one's lock, the first
-# for the second one's snapshot: a deadlock. It is another lock, so that a build of an hour holds up no atomic part.
-ONLINE_LOCK = int.from_bytes(b"budget/o", "big")
-
 _BUSY = "TB004"  # raised by the guard
-_AT_WORK = "run is at work in this database"
+_AT_WORK = "run is at work in this schema"
 _DEADLOCK = "40P01"
 _INTEGRITY = "23"  # the class of integrity constraint violations
 _DUPLICATE_TABLE = "42P07"
 _TIMEOUTS = {"57014", "55P03", "25P04"}  # what a role's own limits end a statement with
-_GUARD = f"""DO $guard$
+_GUARD = """DO $guard$
 BEGIN
-  IF NOT pg_try_advisory_xact_lock({ADVISORY_LOCK}) THEN
-    RAISE EXCEPTION USING ERRCODE = '{_BUSY}', MESSAGE = 'another {_AT_WORK}';
+  IF NOT {taken} THEN
+    RAISE EXCEPTION USING ERRCODE = '{busy}', MESSAGE = 'another {at_work}';
   END IF;
 END
 $guard$"""
@@ -75,24 +69,28 @@ BEGIN
      OR EXISTS (SELECT FROM pg_publication WHERE puballtables) THEN  -- its rows would stop subscribers without it
     RETURN;
   END IF;
+  PERFORM set_config('lock_timeout', '1s', true);  -- for who makes the diary now, and commits: the step's locks are held
   IF NOT EXISTS (SELECT FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
                  WHERE nspname = 'budget_engine' AND relname = 'diary') THEN
-    CREATE SCHEMA IF NOT EXISTS budget_engine;
-    CREATE TABLE budget_engine.diary (
-      id           bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT diary_pkey PRIMARY KEY,
-      step         text        NOT NULL,
-      part         text        NOT NULL CONSTRAINT diary_part_check CHECK (part IN ('atomic', 'online')),
-      schema_name  text        NOT NULL DEFAULT current_schema(),
-      finished_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
-      duration     interval    NOT NULL,
-      role_name    text        NOT NULL DEFAULT session_user,
-      checksum     text        NOT NULL,
-      version      text        NOT NULL
-    );
-    COMMENT ON SCHEMA budget_engine IS 'Bookkeeping of the Budget Engine & Telemetry recipes';
-    COMMENT ON TABLE budget_engine.diary IS 'Who ran which step when: for people to read, nothing decides by it';
-    COMMENT ON COLUMN budget_engine.diary.checksum IS 'SHA-256 of the migration with LF line ends';
-    COMMENT ON COLUMN budget_engine.diary.version IS 'Version of the recipes';
+    BEGIN
+      CREATE SCHEMA IF NOT EXISTS budget_engine;
+      CREATE TABLE budget_engine.diary (
+        id           bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT diary_pkey PRIMARY KEY,
+        step         text        NOT NULL,
+        part         text        NOT NULL CONSTRAINT diary_part_check CHECK (part IN ('atomic', 'online')),
+        schema_name  text        NOT NULL DEFAULT current_schema(),
+        finished_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+        duration     interval    NOT NULL,
+        role_name    text        NOT NULL DEFAULT session_user,
+        checksum     text        NOT NULL,
+        version      text        NOT NULL
+      );
+      COMMENT ON SCHEMA budget_engine IS 'Bookkeeping of the Budget Engine & Telemetry recipes';
+      COMMENT ON TABLE budget_engine.diary IS 'Who ran which step when: for people to read, nothing decides by it';
+      COMMENT ON COLUMN budget_engine.diary.checksum IS 'SHA-256 of the migration with LF line ends';
+      COMMENT ON COLUMN budget_engine.diary.version IS 'Version of the recipes';
+    EXCEPTION WHEN unique_violation OR duplicate_table THEN  -- a run in another schema was faster: its diary is ours
+    END;
   END IF;
   INSERT INTO budget_engine.diary (step, part, duration, checksum, version)
   VALUES ({stem}, {part}, coalesce({duration}::interval,
@@ -146,7 +144,7 @@ def script(steps: Sequence[Step], chain: Sequence[Step], transaction_settings: s
         for part, text in (
             (Part.FRAME, _BEGIN),
             (Part.FRAME, f"SELECT {transaction_settings}, {_STARTED}"),
-            (Part.GUARD, _GUARD),
+            (Part.GUARD, _guard(chain)),
             (Part.MIGRATION, step.atomic),
             (Part.VERIFICATION, _verification(step, chain)),
             (Part.DIARY, _diary(step, "atomic", None)),
@@ -211,7 +209,7 @@ def _rehearsal(steps: Sequence[Step], chain: Sequence[Step], database: Database)
     return [
         Statement(first, Part.FRAME, _BEGIN),
         Statement(first, Part.FRAME, f"SELECT {database.transaction_settings}"),
-        Statement(first, Part.GUARD, _GUARD),
+        Statement(first, Part.GUARD, _guard(chain)),
         *(
             Statement(step, part, text)
             for step in steps
@@ -315,18 +313,34 @@ class Online:
         """
         if self._turn is not None:
             return
-        with _tried(self.database) as free, needing_room():
+        with self._tried() as free, needing_room():
             second = self._open_second() if free else None
             if second is not None:
                 second.run(["SELECT"])
         if second is not None:
             with needing_room():
-                taken = _took_turn(second)  # its transaction stays open, without a snapshot that a build would wait for
+                taken = self._took_turn(second)  # its transaction stays open, without a snapshot that a build would wait for
             if taken:
                 self._turn = second
                 return
             second.close()
-        raise errors.BusyError(who="run is building indexes in this database")
+        raise errors.BusyError(who="run is building indexes in this schema")
+
+    @contextmanager
+    def _tried(self) -> Iterator[bool]:
+        """Have the turn for a moment, if it is free, and let it go."""
+        taken = self._took_turn(self.database)
+        try:
+            yield taken
+        finally:
+            self.database.run(["COMMIT"])
+
+    def _took_turn(self, database: Database) -> bool:
+        """Try for the turn to build; it lasts as long as the transaction that this opens."""
+        settings = f"SELECT {database.transaction_settings}"
+        taken = f"SELECT {turn.taken(turn.BUILD, tables(self.chain))}"
+        *_, rows = database.run([_BEGIN + " READ ONLY", settings, STAY, taken])
+        return rows == [("t",)]
 
     def _statements(self, step: Step) -> list[str]:
         """Ask the step's SELECTs what is missing, twice, and believe what they say both times.
@@ -362,12 +376,6 @@ class Online:
             self.say(step.label, f"{statement}: done, {(time.monotonic() - started) * 1000:.0f} ms")
 
 
-def _took_turn(database: Database) -> bool:
-    """Try for the turn to build; it lasts as long as the transaction that this opens."""
-    *_, rows = database.run([_BEGIN + " READ ONLY", STAY, f"SELECT pg_try_advisory_xact_lock({ONLINE_LOCK})"])
-    return rows == [("t",)]
-
-
 @contextmanager
 def needing_room() -> Iterator[None]:
     """Say of a failure that it is the second connection's."""
@@ -378,14 +386,8 @@ def needing_room() -> Iterator[None]:
         raise errors.CrowdedError(where=where) from error
 
 
-@contextmanager
-def _tried(database: Database) -> Iterator[bool]:
-    """Have the turn for a moment, if it is free, and let it go."""
-    taken = _took_turn(database)
-    try:
-        yield taken
-    finally:
-        database.run(["COMMIT"])
+def _guard(chain: Sequence[Step]) -> str:
+    return _GUARD.format(taken=turn.taken(turn.RUN, tables(chain)), busy=_BUSY, at_work=_AT_WORK)
 
 
 def _verification(step: Step, chain: Sequence[Step]) -> str:

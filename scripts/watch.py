@@ -8,11 +8,11 @@ online build would wait for one that stays.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from psycopg import sql
 
-from scripts import errors
+from scripts import errors, turn
 from scripts.console import CONSOLE
 from scripts.database import Database
 
@@ -77,15 +77,14 @@ FROM pg_stat_activity AS a
 WHERE a.pid <> pg_backend_pid() AND a.pid IN (
   SELECT pid FROM pg_locks
   WHERE granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    AND (locktype = 'advisory' AND objsubid = 1 AND classid::bigint << 32 | objid::bigint IN ({{locks}})
-         OR locktype = 'relation' AND mode = 'ShareUpdateExclusiveLock' AND relation IN ({{tables}})))
+    AND (locktype = 'relation' AND mode = 'ShareUpdateExclusiveLock' AND relation IN ({{tables}}) OR {{turn}}))
 ORDER BY a.xact_start, a.pid"""
 
 
-def at_work(database: Database, locks: Iterable[int], tables: Iterable[str]) -> list[str]:
-    """Say which other sessions have one of these advisory locks, or build something on one of these tables."""
+def at_work(database: Database, tables: Sequence[str]) -> list[str]:
+    """Say which other sessions have a turn that keeps us from ours, or build something on one of these tables."""
     of_tables = ", ".join(f"to_regclass({sql.Literal(table).as_string()})" for table in tables)
-    query = _AT_WORK.format(locks=", ".join(map(str, locks)), tables=of_tables)
+    query = _AT_WORK.format(tables=of_tables, turn=turn.refused(tables))
     _, _, rows, _ = database.run(["BEGIN READ ONLY", f"SELECT {database.transaction_settings}", query, "COMMIT"])
     return [str(who) for (who,) in rows]
 

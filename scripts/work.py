@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 
-from scripts import embedded, errors, libpq, locks, plan, remedies, report, runner, survey, traffic, watch
+from scripts import chain, embedded, errors, libpq, locks, plan, remedies, report, runner, survey, traffic, watch
 from scripts.chain import ROOT, Step
 from scripts.console import CONSOLE
 from scripts.database import Database
@@ -67,7 +67,6 @@ class Work:
         self._open_second = partial(connect, answer_s=given.connect_timeout_s)  # all that it is asked takes moments
         self._open_connections = ExitStack()
         self._online: runner.Online | None = None
-        self._tables: Sequence[str] = ()
         self._at_work = ""
 
     def __enter__(self) -> Work:
@@ -141,13 +140,11 @@ class Work:
                 _name(error, traffic.locking_readers_out(self.database))
                 self._pause(error)
             else:
-                self._tables = sorted({item.table for item in found.items if item.table.isidentifier()})
                 return found
 
     def _who_is_at_work(self) -> str:
         if self.patience.tries == 0:  # asked once, at the first of many short pauses
-            locks = (runner.ADVISORY_LOCK, runner.ONLINE_LOCK)
-            self._at_work = "\n".join(watch.at_work(self.database, locks, self._tables))
+            self._at_work = "\n".join(watch.at_work(self.database, chain.tables(self.everything)))
         return self._at_work
 
     def _one_round(self, todo: plan.Plan, pooled: bool) -> errors.RecipeError | None:

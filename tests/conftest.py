@@ -26,7 +26,7 @@ import pytest
 import warm
 from versions import MAJOR, locate
 
-from scripts import embedded
+from scripts import embedded, turn
 from scripts.chain import ROOT
 
 # A suite that a script runs in the background is started with Ctrl-C ignored; all that it starts would inherit that.
@@ -36,6 +36,8 @@ os.environ.pop(embedded.DATA_VARIABLE, None)
 
 MIGRATIONS = ROOT / "db" / "migrations"
 VERIFICATIONS = ROOT / "db" / "verify"
+# What a run in the schema public has for itself, and others wait for.
+THE_TURN = f"SELECT pg_advisory_xact_lock({turn.RUN}, 'public'::regnamespace::oid::int4)"
 # FAULT_SEED repeats a sample of faults; the processes of one pytest -n have to draw the same one.
 SEED = os.environ.get("FAULT_SEED") or os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(random.randrange(10**6))
 

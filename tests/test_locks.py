@@ -15,11 +15,11 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import MIGRATIONS, VERIFICATIONS, Db, Run, clean_environment, ended, private_server, until
+from conftest import MIGRATIONS, THE_TURN, VERIFICATIONS, Db, Run, clean_environment, ended, private_server, until
 from proxy import Proxy, containing, on_nth, socket_of
 from states import with_uuid
 
-from scripts import chain, runner
+from scripts import chain, turn
 from scripts.chain import ROOT
 
 TASKS = ["setup", "prereqs", "fix", "slots-flags", "budget-report", "turn-metrics", "verify"]
@@ -91,7 +91,7 @@ WAITING = f"{OURS} AND wait_event_type = 'Lock'"
 BUILD = "CREATE INDEX CONCURRENTLY"
 BUILDING = f"{WAITING} AND query LIKE '{BUILD}%'"
 # Who has the turn to build stands in the transaction that took it; who was refused it has ended his.
-HAVE_THE_TURN = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND granted"
+HAVE_THE_TURN = f"SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = {turn.BUILD} AND granted"
 
 
 # ── nothing to do ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -274,7 +274,7 @@ def test_online_work_that_another_run_did_is_not_claimed(db: Db) -> None:
 
 @contextmanager
 def another_run(db: Db) -> Iterator[psycopg.Connection[Any]]:
-    with holding(db, f"SELECT pg_advisory_xact_lock({runner.ADVISORY_LOCK})") as holder:
+    with holding(db, THE_TURN) as holder:
         yield holder
 
 

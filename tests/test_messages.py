@@ -21,7 +21,7 @@ from pathlib import Path
 import pooler as poolers
 import psycopg
 import pytest
-from conftest import MIGRATIONS, Db, Run, clean_environment, database, ended, private_server, run, until
+from conftest import MIGRATIONS, THE_TURN, Db, Run, clean_environment, database, ended, private_server, run, until
 from pooler import Pooler
 from proxy import COMMITTED, Proxy, containing, cut, on_nth, socket_of
 from psycopg.errors import lookup
@@ -294,7 +294,7 @@ def test_session_that_may_not_be_idle(db: Db) -> None:
     """Between two tries: another run is at work."""
     db.execute(f"ALTER DATABASE {db.name} SET idle_session_timeout = '50ms'")
     with last_step_pending(db), psycopg.connect(f"{db.url}&options=-c%20idle_session_timeout%3D0") as other:
-        other.execute("SELECT pg_advisory_xact_lock(%s)", [int.from_bytes(b"budget", "big")])
+        other.execute(THE_TURN)
         done = db.invoke("setup")
         db.execute(f"ALTER DATABASE {db.name} RESET idle_session_timeout")  # the dumps that are compared take longer
     assert_ends(done, errors.IdleSessionError, 4)

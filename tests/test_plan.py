@@ -14,7 +14,7 @@ from conftest import MIGRATIONS, VERIFICATIONS
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from scripts import chain, errors, plan, recreation, report, runner, survey
+from scripts import chain, errors, plan, recreation, report, runner, survey, turn
 from scripts.plan import State
 from scripts.settings import Settings, parse_target
 from scripts.survey import ONLINE, Item
@@ -351,7 +351,7 @@ def test_parts_of_a_step_s_transaction(step: chain.Step) -> None:
     assert [said.sql.split()[0] for said in message] == ["BEGIN", "SELECT", "DO", "--", "DO", "DO", "COMMIT"]
     assert "set_config('lock_timeout', '2s', true)" in message[1].sql
     _, _, guard, migration, verification, diary, _ = (said.sql for said in message)
-    assert f"pg_try_advisory_xact_lock({runner.ADVISORY_LOCK})" in guard
+    assert turn.taken(turn.RUN, chain.tables(ALL)) in guard
     assert migration == step.atomic
     assert all(words in verification for words in (step.verification, f"'{step.stem}'", "TB002", "TB003"))
     assert all(words in diary for words in (f"'{step.stem}'", "'atomic'", step.checksum, f"'{chain.version()}'"))
@@ -365,5 +365,5 @@ def test_verification_in_the_transaction_asks_what_this_step_mends(step: chain.S
         assert (other.verification in text) == (other is step or step.stem in other.verification)
 
 
-def test_advisory_lock_is_a_positive_bigint() -> None:
-    assert 0 < runner.ADVISORY_LOCK < 2**63
+def test_advisory_locks_are_two_positive_integers() -> None:
+    assert 0 < turn.RUN < turn.BUILD < 2**31

@@ -175,10 +175,17 @@ BEGIN
       FROM unnest(current_schemas(false)) WITH ORDINALITY AS listed (name, position)
       JOIN pg_namespace ON nspname = listed.name
      WHERE oid = ANY (homes) ORDER BY position LIMIT 1;
-    SELECT free.name INTO attic
-      FROM generate_series(1, (SELECT count(*) + 1 FROM pg_namespace)) AS number
-      CROSS JOIN LATERAL (SELECT 'core_attic' || CASE WHEN number > 1 THEN '_' || number ELSE '' END) AS free (name)
-     WHERE to_regnamespace(free.name) IS NULL ORDER BY number LIMIT 1;
+    LOOP
+      SELECT free.name INTO attic
+        FROM generate_series(1, (SELECT count(*) + 1 FROM pg_namespace)) AS number
+        CROSS JOIN LATERAL (SELECT 'core_attic' || CASE WHEN number > 1 THEN '_' || number ELSE '' END) AS free (name)
+       WHERE to_regnamespace(free.name) IS NULL ORDER BY number LIMIT 1;
+      BEGIN
+        EXECUTE format('CREATE SCHEMA %s', attic);
+        EXIT;
+      EXCEPTION WHEN unique_violation OR duplicate_schema THEN  -- a run in another schema was faster: the next one
+      END;
+    END LOOP;
 
     FOR progress IN
       SELECT format('publication %s goes on with the old tables: %s', pubname, string_agg(relname, ', ' ORDER BY relname))
@@ -200,7 +207,6 @@ BEGIN
       RAISE NOTICE '%', progress;
     END LOOP;
 
-    EXECUTE format('CREATE SCHEMA %s', attic);
     EXECUTE format('COMMENT ON SCHEMA %s IS %L', attic,
                    format(E'The core schema as it stood until %s, and what led into it, rows and all; moved here by '
                           '20250130000002_recreate_core_schema because:\n%s', now(), reasons));

@@ -69,7 +69,8 @@ BEGIN
      OR EXISTS (SELECT FROM pg_publication WHERE puballtables) THEN  -- its rows would stop subscribers without it
     RETURN;
   END IF;
-  PERFORM set_config('lock_timeout', '1s', true);  -- for who makes the diary now, and commits: the step's locks are held
+  -- Who makes the diary now is about to commit. Where locks were asked for, the migration has left a shorter moment.
+  PERFORM set_config('lock_timeout', '1s', true) WHERE current_setting('lock_timeout')::interval > '1s';
   IF NOT EXISTS (SELECT FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
                  WHERE nspname = 'budget_engine' AND relname = 'diary') THEN
     BEGIN
@@ -319,7 +320,8 @@ class Online:
                 second.run(["SELECT"])
         if second is not None:
             with needing_room():
-                taken = self._took_turn(second)  # its transaction stays open, without a snapshot that a build would wait for
+                # Its transaction stays open, without a snapshot that a build would wait for.
+                taken = self._took_turn(second)
             if taken:
                 self._turn = second
                 return

@@ -25,6 +25,7 @@ class Console:
 
     def __init__(self) -> None:
         self.mask: Callable[[str], str] = str  # replaced once there are secrets to mask
+        self.target = ""  # what is being worked on, once that is known
         self.quiet = False  # whether only documents, questions and errors are wanted
         self.format = PEOPLE
         self._progress = ""  # the line that the next one is to replace
@@ -100,7 +101,7 @@ class Console:
     def complain(self, error: errors.RecipeError) -> None:
         """Print what is wrong, what it concerns, and what helps."""
         self.progress("")
-        self.aside(*error.lines())
+        self.aside(*error.lines("" if isinstance(error, errors.StoppedError) else self.target))
 
     def aside(self, *lines: str) -> None:
         """Print to stderr."""

@@ -36,6 +36,7 @@ Rows = list[Row]
 APPLICATION_NAME = "budget-engine-recipes"
 _STATEMENT_TIMEOUT = "60s"  # for catalog work, instead of what the role brings along for its queries
 _MOMENT_S = 0.1  # without an answer, after which a watcher may look around
+DEFAULT_PORT = 5432
 _CANCEL_S = 5.0  # how long a request to cancel may take to reach the server
 OLDEST_VERSION = 140000  # CREATE OR REPLACE TRIGGER and string_to_table came with PostgreSQL 14
 
@@ -109,6 +110,13 @@ class Database:
     def backend_pid(self) -> int:
         """Process id of the server process that we logged in to (a pooler's, if there is one)."""
         return self._connection.info.backend_pid
+
+    @property
+    def host(self) -> str:
+        """The host that answered, with its port where it is another than usual; of a socket the folder."""
+        info = self._connection.info
+        host = f"[{info.host}]" if ":" in info.host else info.host
+        return host if info.port == DEFAULT_PORT or host.startswith(("/", "@")) else f"{host}:{info.port}"
 
     @property
     def is_near(self) -> bool:

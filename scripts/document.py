@@ -165,7 +165,8 @@ def as_summary(view: View) -> str:
     table = "\n".join(f"| {name} | {state} | {'<br>'.join(map(_cell, what))} |" for name, state, what in rows)
     error = f"\n**exit {view.error.exit_code}**: {view.error.what}\n" if view.error else ""
     return (
-        f"### Budget Engine & Telemetry: {report.summary(view.items)}\n\n`{view.target.display}`\n{error}\n"
+        f"### Budget Engine & Telemetry: {report.summary(view.items)}\n\n`{view.target.display}`, "
+        f"{_cell(report.schemas(view.server))}\n{error}\n"
         f"| step | state | what differs |\n| --- | --- | --- |\n{table}\n"
     )
 

@@ -23,12 +23,13 @@ class RecipeError(Exception):
         self.where, self.remedy = where, remedy or self.usual_remedy.format(**facts)
         super().__init__(self.what)
 
-    def lines(self) -> list[str]:
-        """Return the message, as it is printed."""
+    def lines(self, target: str = "") -> list[str]:
+        """Return the message, as it is printed; target: what was being worked on, as far as that is known."""
         remedy = self.remedy.replace("\n", "\n              ")
         return [
             f"error: {self.what}",
             *(f"  {line}" for line in self.where.splitlines()),
+            *([f"  target: {target}"] if target else []),
             *([f"  what to do: {remedy}"] if remedy else []),
         ]
 

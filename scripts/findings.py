@@ -304,6 +304,9 @@ def schemas(server: Server, session: Session) -> Iterator[Finding]:
         yield ok("schema", f"{server.schema} ({path})")
 
 
+_NAMED = 3  # of the schemas that the search_path does not lead to: there may be hundreds of tenants
+
+
 def _lead(table: str, server: Server, session: Session) -> str:
     """Say where a table's name leads, if that may not be what was meant."""
     places = sorted(
@@ -311,7 +314,10 @@ def _lead(table: str, server: Server, session: Session) -> str:
     )
     visible = [place.schema for place in places if place.rank]
     if not visible:
-        return f"only in {' and '.join(place.schema for place in places)}, which is not in the search_path"
+        named, more = [place.schema for place in places[:_NAMED]], len(places) - _NAMED
+        if more > 0:
+            named.append(f"{more} others")
+        return f"only in {' and '.join(named)}, which is not in the search_path"
     if len(visible) > 1:
         return f"in {' and '.join(visible)}; {visible[0]} is meant"
     return f"in {visible[0]}; new tables would go to {server.schema}" if visible[0] != server.schema else ""

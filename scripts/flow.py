@@ -19,7 +19,7 @@ def run(task: str | None, *, dry: bool = False) -> None:
     wanted = [step for step in everything if task in (None, step.task)]
     with Work(partial(Database, where, given), given, everything, wanted) as work:
         before = work.look()
-        CONSOLE.say(report.server(before.server, before.items))
+        CONSOLE.say(*report.server(before.server, before.items))
         if _is_to_be_done(work, before, plan.of(wanted, before.items), dry=dry):
             work.carry_out(before)
 
@@ -30,7 +30,7 @@ def rehearse() -> None:
     everything = chain.load()
     with Work(partial(Database, where, given), given, everything, everything) as work:
         before = work.look()
-        CONSOLE.say(report.server(before.server, before.items))
+        CONSOLE.say(*report.server(before.server, before.items))
         todo = plan.of(everything, before.items)
         refuse_what_cannot_be(before.server, todo, remedies.read(work.database, todo.in_the_way))
         if todo.atomic:
@@ -59,7 +59,7 @@ def _recreate(*, with_dependants: bool, yes: bool, dry: bool) -> None:
     connect = partial(_WithDependants if with_dependants else Database, where, given)
     with Work(connect, given, everything, prerequisites) as work:
         found = work.look()
-        CONSOLE.say(report.server(found.server, found.items))
+        CONSOLE.say(*report.server(found.server, found.items))
         work.wanted, before = recreation.wanted(everything, found), recreation.foreseen(found)
         moving = recreation.moves(found.items)
         CONSOLE.say(*([] if moving else ["no core table stands in an older form: none is moved"]))

@@ -23,7 +23,11 @@ def target(target: Target, settings: Settings) -> list[str]:
     """Which database this is about, where its URL came from, and what of it was ignored."""
     notes = [f"note      {note}" for note in (*settings.notes, *target.notes)]
     shell = ["shell     python3 scripts/inv db.psql"] if settings.target is None else []
-    return [f"target    {target.display} from {sources(target, settings)}", *shell, *notes]
+    path = f" (search_path {target.search_path})" if target.search_path else ""
+    return [f"target    {target.display}{path} from {sources(target, settings)}", *shell, *notes]
+
+
+STARTED = "started   this server, which keeps running; python3 scripts/inv db.stop stops it"
 
 
 def sources(target: Target, settings: Settings) -> str:
@@ -31,13 +35,29 @@ def sources(target: Target, settings: Settings) -> str:
     return ", ".join([settings.source, *target.sources])
 
 
-def server(server: Server, items: Sequence[Item]) -> str:
-    """Who answers there."""
+def place(server: Server, host: str) -> str:
+    """Which tables an answer is about: those of this database, and of the schema in which they stand, or are to."""
+    return f"database {server.database} on {host}, {schemas(server)}"
+
+
+def schemas(server: Server) -> str:
+    """Name the schema, or schemas, in which tables of ours stand; where none do, the one in which they would."""
+    return f"schema {', '.join(server.homes) or server.schema or 'none'}"
+
+
+def server(server: Server, items: Sequence[Item]) -> list[str]:
+    """Who answers there, and where tables of ours stand, if new ones would not go there."""
     via = ", through a pooler" if server.pooled else ""
-    return (
-        f"server    PostgreSQL {server.version}{via}; role {server.role}, database {server.database}, "
-        f"schema {server.schema or 'none'}; {row_security(items)}"
+    others = [home for home in server.homes if home != server.schema]
+    note = (
+        f"note      tables of ours stand in schema {', '.join(others)}; new ones would go to {server.schema} "
+        f"(search_path {server.search_path}): ?schema=NAME in DATABASE_URL says which one is meant"
     )
+    return [
+        f"server    PostgreSQL {server.version}{via}; role {server.role}, database {server.database}, "
+        f"schema {server.schema or 'none'}; {row_security(items)}",
+        *([note] if others else []),
+    ]
 
 
 def row_security(items: Sequence[Item]) -> str:
@@ -232,6 +252,7 @@ def _count(values: Kept) -> str:
 
 def around(seen: Surroundings, server: Server) -> list[str]:
     """Say what stands around the chain, and what helps where that is no good."""
+    more = seen.elsewhere_count - len(seen.elsewhere)
     return [
         *(
             f"roles     {role} may write turns, but not turn_metrics: GRANT INSERT ON turn_metrics TO {role};"
@@ -241,6 +262,7 @@ def around(seen: Surroundings, server: Server) -> list[str]:
             f"elsewhere {name} bears a name of ours; the search_path ({server.search_path}) does not lead to it"
             for name in seen.elsewhere
         ),
+        *([f"elsewhere {more:,} more relations bear names of ours"] if more else []),
         *(f"invalid   index {name}: left by a build that was stopped; setup builds ours anew" for name in seen.invalid),
         *(
             f"diary     {entry.finished_at}  {label(entry.step)}, {entry.part} part, {entry.duration_ms} ms, "

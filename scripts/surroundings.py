@@ -12,6 +12,7 @@ from scripts.database import Database
 from scripts.survey import BEGIN_READ_ONLY
 
 _ENTRIES = 5  # of the diary: enough to see the last run
+_NAMED = 5  # of the relations elsewhere: there may be hundreds of tenants
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class Surroundings:
     """What is worth knowing besides the promises.
 
     unwritable: roles that may write turns but not turn_metrics; elsewhere: relations of the chain's names that the
-    search_path does not lead to; invalid: indexes that a build left unfinished; diary: its last entries, the newest
-    first; changed: stems whose file is another than the one that was applied last.
+    search_path does not lead to, some of them, and how many there are (elsewhere_count); invalid: indexes that a build
+    left unfinished; diary: the last entries of the schema in which new tables go, the newest first; changed: stems
+    whose file is another than the one that was applied there last.
     """
 
     unwritable: tuple[str, ...]
     elsewhere: tuple[str, ...]
+    elsewhere_count: int
     invalid: tuple[str, ...]
     diary: tuple[Entry, ...]
     changed: tuple[str, ...]
@@ -58,12 +61,12 @@ WHERE turns.oid = to_regclass('turns') AND privilege_type = 'INSERT'
 ORDER BY 1"""
 
 _ELSEWHERE = """
-SELECT format('%I.%I', nspname, relname)
+SELECT format('%I.%I', nspname, relname), count(*) OVER ()
 FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
 WHERE relname = ANY ({tables}) AND relkind IN ('r', 'p', 'v', 'm', 'f')
   AND pg_class.oid IS DISTINCT FROM to_regclass(quote_ident(relname))
   AND nspname !~ '^pg_' AND nspname <> 'information_schema'
-ORDER BY 1"""
+ORDER BY 1 LIMIT {limit}"""
 
 _INVALID = """
 SELECT indexrelid::regclass::text FROM pg_index
@@ -74,27 +77,31 @@ _HAS_DIARY = """
 SELECT FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
 WHERE nspname = 'budget_engine' AND relname = 'diary' AND has_schema_privilege(n.oid, 'USAGE')
   AND has_table_privilege(pg_class.oid, 'SELECT')
-  AND 8 = (SELECT count(*) FROM pg_attribute WHERE attrelid = pg_class.oid AND NOT attisdropped
-           AND attname IN ('id', 'step', 'part', 'finished_at', 'duration', 'role_name', 'checksum', 'version'))"""
+  AND 9 = (SELECT count(*) FROM pg_attribute WHERE attrelid = pg_class.oid AND NOT attisdropped
+           AND attname IN ('id', 'step', 'part', 'schema_name', 'finished_at', 'duration', 'role_name', 'checksum',
+                           'version'))"""
 
 _DIARY = f"""
 SELECT step, part, to_char(finished_at, 'YYYY-MM-DD HH24:MI:SSOF'), round(1000 * extract(epoch FROM duration)),
        role_name, version
-FROM budget_engine.diary ORDER BY id DESC LIMIT {_ENTRIES}"""
+FROM budget_engine.diary WHERE schema_name = current_schema()::text ORDER BY id DESC LIMIT {_ENTRIES}"""
 
-_APPLIED = "SELECT DISTINCT ON (step) step, checksum FROM budget_engine.diary ORDER BY step, id DESC"
+_APPLIED = """
+SELECT DISTINCT ON (step) step, checksum
+FROM budget_engine.diary WHERE schema_name = current_schema()::text ORDER BY step, id DESC"""
 
 
 def read(database: Database, steps: Sequence[Step], tables: Iterable[str]) -> Surroundings:
     """Look around the chain's tables; two messages at most, no lock but ACCESS SHARE on the diary."""
     names = f"{sql.Literal(sorted(set(tables))).as_string()}::text[]"
-    looks = [_UNWRITABLE, _ELSEWHERE.format(tables=names), _INVALID.format(tables=names), _HAS_DIARY]
+    looks = [_UNWRITABLE, _ELSEWHERE.format(tables=names, limit=_NAMED), _INVALID.format(tables=names), _HAS_DIARY]
     unwritable, elsewhere, invalid, has_diary = _ask(database, looks)
     diary, applied = _ask(database, [_DIARY, _APPLIED]) if has_diary else ([], [])
     checksums = {step.stem: step.checksum for step in steps}
     return Surroundings(
         unwritable=_names(unwritable),
-        elsewhere=_names(elsewhere),
+        elsewhere=tuple(str(name) for name, _ in elsewhere),
+        elsewhere_count=int(elsewhere[0][1] or 0) if elsewhere else 0,
         invalid=_names(invalid),
         diary=tuple(Entry(*map(str, row)) for row in diary),
         changed=tuple(str(stem) for stem, checksum in applied if checksums.get(str(stem), checksum) != checksum),

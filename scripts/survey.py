@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from psycopg import sql
 
-from scripts.chain import Step
+from scripts import turn
+from scripts.chain import Step, tables
 from scripts.database import Database, Rows
 from scripts.errors import LockTimeoutError, StatementError, UnreadableCatalogsError, for_sqlstate
 
@@ -102,6 +103,7 @@ class Server:
     read_only: str | None  # why nothing can be written, or None
     search_path: str
     pooled: bool  # a pooler stands between: whoever answers is not whom we logged in to
+    homes: tuple[str, ...] = ()  # schemas to which the search_path leads for tables of the chain; `schema` is the first
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,9 @@ SELECT current_setting('server_version'), current_user, current_database(), curr
        CASE WHEN pg_is_in_recovery() THEN 'the server is a standby'
             WHEN current_setting('default_transaction_read_only')::boolean THEN 'default_transaction_read_only is on'
        END,
-       current_setting('search_path'), pg_backend_pid()"""
+       current_setting('search_path'), pg_backend_pid(),
+       (SELECT string_agg(nspname::text, E'\n' ORDER BY nspname = current_schema() DESC, nspname)
+        FROM pg_namespace WHERE oid IN ({homes}))"""
 
 # An item is led by the name of its table: the right to mend it is CREATE where the table is missing, else ownership.
 _ITEMS = """
@@ -192,7 +196,8 @@ def read(database: Database, steps: Sequence[Step]) -> Survey:
 
 def _read(database: Database, steps: Sequence[Step]) -> Survey:
     settings = f"SELECT {database.transaction_settings}, {_WITHOUT_JIT}"
-    _, _, server, rows, _ = database.run([BEGIN_READ_ONLY, settings, _SERVER, items_query(steps), "COMMIT"])
+    asked = _SERVER.format(homes=turn.homes(tables(steps)))
+    _, _, server, rows, _ = database.run([BEGIN_READ_ONLY, settings, asked, items_query(steps), "COMMIT"])
     return Survey(_server(server[0], database), items_of(rows, steps))
 
 
@@ -230,9 +235,18 @@ def _item(row: tuple[str | None, ...]) -> Item:
 
 
 def _server(row: tuple[str | None, ...], database: Database) -> Server:
-    version, role, name, schema, read_only, search_path, pid = row
+    version, role, name, schema, read_only, search_path, pid, homes = row
     pooled = pid != str(database.backend_pid)
-    return Server(str(version).split()[0], str(role), str(name), schema, read_only, str(search_path), pooled)
+    return Server(
+        version=str(version).split()[0],
+        role=str(role),
+        database=str(name),
+        schema=schema,
+        read_only=read_only,
+        search_path=str(search_path),
+        pooled=pooled,
+        homes=tuple((homes or "").splitlines()),
+    )
 
 
 BRIEFLY = "5s"  # for who only wants to foretell

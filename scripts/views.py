@@ -85,7 +85,8 @@ def _say_plan(look: _Look, form: str, *, verbose: bool) -> None:
         if orphans:
             raise refused_by_rows(orphans)
     if look.error is None:
-        CONSOLE.say("setup would do this; nothing was changed" if look.plan.to_do else "nothing to do")
+        said = "setup would do this; nothing was changed" if look.plan.to_do else "nothing to do"
+        CONSOLE.say(f"{said}; {CONSOLE.target}")
     if form == "json":
         more = {
             "changes": document.changes(changes),
@@ -150,7 +151,7 @@ def _looking(task: str, form: str, *, quiet: bool, sql: bool = False) -> Iterato
         brief = replace(given, lock_timeout_ms=min(_MOMENT_MS, given.lock_timeout_ms))
         with Work(partial(Database, where, brief), brief, steps, steps, early=False) as work:
             found = work.look(believes=lambda todo: not todo.missing)
-            CONSOLE.say(report.server(found.server, found.items))
+            CONSOLE.say(*report.server(found.server, found.items))
             todo = plan.of(steps, found.items)
             ways = remedies.read(work.database, todo.in_the_way)
             todo = locks.with_online_parts(todo, steps, found.items)
@@ -176,7 +177,7 @@ def _say_steps(look: _Look, *, verbose: bool) -> None:
     standing = look.found.items if verbose else ()
     lines = report.steps(report.step_rows(look.plan, standing))
     CONSOLE.table(report.STEP_HEADER, report.step_cells(look.plan, standing), lines)
-    CONSOLE.say(report.summary(look.found.items))
+    CONSOLE.say(f"{report.summary(look.found.items)}; {CONSOLE.target}")
 
 
 def _write_failure(task: str, form: str, error: errors.RecipeError) -> None:

@@ -21,8 +21,12 @@ POLL_S = 0.1  # first pause between two looks while another run is at work
 def announced(*, dry: bool = False) -> tuple[Settings, Target]:
     """Find the database in use, start it where it is the embedded one, and say first of all which it is."""
     given = load(ROOT, os.environ)
-    where = completed(given.target, given.source) if given.target else _embedded_target(dry=dry)
+    if given.target:
+        where, started = completed(given.target, given.source), False
+    else:
+        where, started = _embedded_target(dry=dry)
     announce(where, given)
+    CONSOLE.say(*[report.STARTED] * started)
     return given, where
 
 
@@ -35,12 +39,13 @@ def announce(where: Target, given: Settings) -> None:
     CONSOLE.say(*report.target(where, given))
 
 
-def _embedded_target(*, dry: bool) -> Target:
+def _embedded_target(*, dry: bool) -> tuple[Target, bool]:
+    """Have the embedded server run; return it, and whether it had to be started."""
     cluster = embedded.locate(ROOT)
     if dry and not embedded.running(cluster):
         raise errors.NotRunningError(looking="--dry", where=f"its data: {cluster.data}")
-    embedded.start(cluster)
-    return target_of(cluster)
+    started = embedded.start(cluster)
+    return target_of(cluster), started
 
 
 def target_of(cluster: embedded.Cluster) -> Target:
@@ -100,7 +105,7 @@ class Work:
         after = self._go_on(before)
         left = plan.of(self.wanted, after.items)
         did = "done" if started_with.to_do else "nothing to do"
-        CONSOLE.say(f"{did}: {report.summary(plan.items_of(self.wanted, after.items))}")
+        CONSOLE.say(f"{did}: {report.summary(plan.items_of(self.wanted, after.items))}; {CONSOLE.target}")
         rows = list(map(str, survey.orphans(self.database, left.missing)))
         judge(left, remedies.read(self.database, left.in_the_way), rows=rows, remedy=errors.MEND_THE_ROWS)
 
@@ -140,6 +145,8 @@ class Work:
                 _name(error, traffic.locking_readers_out(self.database))
                 self._pause(error)
             else:
+                host = self.database.host if self.given.target else "the embedded server"
+                CONSOLE.target = report.place(found.server, host)
                 return found
 
     def _who_is_at_work(self) -> str:

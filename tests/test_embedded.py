@@ -20,6 +20,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from conftest import clean_environment, run
 from versions import MAJOR, locate, new_in
 
 from scripts import embedded
@@ -36,7 +37,9 @@ import sys
 from pathlib import Path
 from scripts import embedded
 try:
-    print(embedded.start(embedded.locate(Path(sys.argv[1]), int(sys.argv[3]), Path(sys.argv[2]))))
+    cluster = embedded.locate(Path(sys.argv[1]), int(sys.argv[3]), Path(sys.argv[2]))
+    embedded.start(cluster)
+    print(cluster.url)
 except embedded.errors.UnreachableError as error:
     sys.exit(f"{error.what} | {error.where} | {error.remedy}")
 """
@@ -114,12 +117,26 @@ def _starter(root: Path, binaries: Path, **how: Any) -> subprocess.Popen[str]:
 # ── the usual life ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_who_starts_it_says_so_and_how_to_stop_it(folder: Path) -> None:
+    """Once: it keeps running."""
+    command = [sys.executable, "-m", "invoke", "setup"]
+    chosen = {"DATABASE_URL": "embedded", embedded.DATA_VARIABLE: str(folder / ".postgres")}
+    first, second = (run(command, clean_environment() | chosen) for _ in range(2))
+    assert (first.code, second.code) == (0, 0), first
+    told = [line for line in first.out.splitlines() if "python3 scripts/inv db.stop" in line]
+    assert len(told) == 1
+    assert "db.stop" not in second.out
+    assert first.out.splitlines()[-1].startswith("done: ")
+    for done in (first, second):
+        assert done.out.splitlines()[-1].endswith("; database postgres on the embedded server, schema public")
+
+
 def test_first_start_attach_stop_and_start_again(cluster: Cluster) -> None:
     assert not running(cluster)
-    url = start(cluster)
+    assert start(cluster)
     first = _postmaster(cluster)
     assert running(cluster)
-    assert start(cluster) == url
+    assert not start(cluster)
     assert _postmaster(cluster) == first
     _execute(cluster, "CREATE TABLE kept AS SELECT 42 AS answer")
     assert stop(cluster)

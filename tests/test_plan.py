@@ -230,10 +230,10 @@ def test_error_says_what_where_and_what_to_do(what: str, where: list[str], remed
 )
 def test_server_line(names: list[str], words: str) -> None:
     server = survey.Server("18.4", "me", "db", "app", None, "app, public", False)
-    line = report.server(server, [Item(STEMS[0], name, "on", "on") for name in names])
+    [line] = report.server(server, [Item(STEMS[0], name, "on", "on") for name in names])
     assert line.endswith(f"; {words}")
     assert all(word in line for word in ("PostgreSQL 18.4", "role me", "database db", "schema app"))
-    assert "pooler" in report.server(dataclasses.replace(server, pooled=True), [])
+    assert "pooler" in report.server(dataclasses.replace(server, pooled=True), [])[0]
 
 
 def test_target_lines_mask_and_note() -> None:

@@ -144,6 +144,7 @@ def test_who_waits_for_whom(db: Db, state: str, theirs: str, ours: str, waits: b
         done = db.invoke("setup", env=at(db, ours) | {"LOCK_WAIT": "0"})
         assert done.code == (7 if waits else 0), done
         assert (f"pid {other.info.backend_pid} " in done.err) == waits, done
+        assert (f"target: database {db.name} on {db.cluster.sockets}, schema " in done.err) == waits, done
     assert db.invoke("setup", env=at(db, ours)).code == 0
 
 

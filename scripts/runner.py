@@ -314,35 +314,30 @@ class Online:
         """
         if self._turn is not None:
             return
-        with self._tried() as free, needing_room():
-            second = self._open_second() if free else None
+        with self._tried() as turn_taken, needing_room():
+            second = self._open_second() if turn_taken else None
             if second is not None:
                 second.run(["SELECT"])
         if second is not None:
-            with needing_room():
-                # Its transaction stays open, without a snapshot that a build would wait for.
-                taken = self._took_turn(second)
-            if taken:
+            with needing_room():  # its transaction stays open, without a snapshot that a build would wait for
+                *_, rows = second.run([_BEGIN + " READ ONLY", STAY, f"SELECT {turn_taken}"])
+            if rows == [("t",)]:
                 self._turn = second
                 return
             second.close()
         raise errors.BusyError(who="run is building indexes in this schema")
 
     @contextmanager
-    def _tried(self) -> Iterator[bool]:
-        """Have the turn for a moment, if it is free, and let it go."""
-        taken = self._took_turn(self.database)
+    def _tried(self) -> Iterator[str | None]:
+        """Have the turn to build for a moment, and let it go; tell how to take it. None: it is not free."""
+        ours = tables(self.chain)
+        settings = f"SELECT {self.database.transaction_settings}"
+        looks = [f"SELECT {turn.taken(turn.BUILD, ours)}", turn.numbers(ours)]
+        *_, free, numbers = self.database.run([_BEGIN + " READ ONLY", settings, STAY, *looks])
         try:
-            yield taken
+            yield turn.taken_by_number(turn.BUILD, numbers) if free == [("t",)] else None
         finally:
             self.database.run(["COMMIT"])
-
-    def _took_turn(self, database: Database) -> bool:
-        """Try for the turn to build; it lasts as long as the transaction that this opens."""
-        settings = f"SELECT {database.transaction_settings}"
-        taken = f"SELECT {turn.taken(turn.BUILD, tables(self.chain))}"
-        *_, rows = database.run([_BEGIN + " READ ONLY", settings, STAY, taken])
-        return rows == [("t",)]
 
     def _statements(self, step: Step) -> list[str]:
         """Ask the step's SELECTs what is missing, twice, and believe what they say both times.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
+from scripts import turn
 from scripts.chain import Step
 from scripts.database import Database
 from scripts.survey import BEGIN_READ_ONLY
@@ -33,7 +34,7 @@ class Surroundings:
 
     unwritable: roles that may write turns but not turn_metrics; elsewhere: relations of the chain's names that the
     search_path does not lead to, some of them, and how many there are (elsewhere_count); invalid: indexes that a build
-    left unfinished; diary: the last entries of the schema in which new tables go, the newest first; changed: stems
+    left unfinished; diary: the last entries of the schemas that this is about, the newest first; changed: stems
     whose file is another than the one that was applied there last.
     """
 
@@ -84,19 +85,20 @@ WHERE nspname = 'budget_engine' AND relname = 'diary' AND has_schema_privilege(n
 _DIARY = f"""
 SELECT step, part, to_char(finished_at, 'YYYY-MM-DD HH24:MI:SSOF'), round(1000 * extract(epoch FROM duration)),
        role_name, version
-FROM budget_engine.diary WHERE schema_name = current_schema()::text ORDER BY id DESC LIMIT {_ENTRIES}"""
+FROM budget_engine.diary WHERE {{ours}} ORDER BY id DESC LIMIT {_ENTRIES}"""
 
-_APPLIED = """
-SELECT DISTINCT ON (step) step, checksum
-FROM budget_engine.diary WHERE schema_name = current_schema()::text ORDER BY step, id DESC"""
+_APPLIED = "SELECT DISTINCT ON (step) step, checksum FROM budget_engine.diary WHERE {ours} ORDER BY step, id DESC"
 
 
 def read(database: Database, steps: Sequence[Step], tables: Iterable[str]) -> Surroundings:
     """Look around the chain's tables; two messages at most, no lock but ACCESS SHARE on the diary."""
-    names = f"{sql.Literal(sorted(set(tables))).as_string()}::text[]"
+    tables = sorted(set(tables))
+    names = f"{sql.Literal(tables).as_string()}::text[]"
     looks = [_UNWRITABLE, _ELSEWHERE.format(tables=names, limit=_NAMED), _INVALID.format(tables=names), _HAS_DIARY]
     unwritable, elsewhere, invalid, has_diary = _ask(database, looks)
-    diary, applied = _ask(database, [_DIARY, _APPLIED]) if has_diary else ([], [])
+    ours = f"schema_name IN (SELECT n.nspname::text FROM pg_namespace AS n WHERE {turn.own(tables)})"
+    about_us = [_DIARY.format(ours=ours), _APPLIED.format(ours=ours)]
+    diary, applied = _ask(database, about_us) if has_diary else ([], [])
     checksums = {step.stem: step.checksum for step in steps}
     return Surroundings(
         unwritable=_names(unwritable),

@@ -61,6 +61,24 @@ def test_builds_in_another_schema_are_not_waited_for(db: Db) -> None:
         assert_all([db.invoke("setup", env=at(db, "app") | {"LOCK_WAIT": "0"})])
 
 
+def test_whose_turn_it_is_to_build_does_not_stand_in_front_of_the_catalogs(db: Db) -> None:
+    """A build may take hours; VACUUM FULL of pg_class would wait as long, and everybody behind it."""
+    assert db.invoke("setup").code == 0
+    db.execute("DROP INDEX idx_slots_type")
+    turns = f"locktype = 'advisory' AND classid = {turn.BUILD} AND granted"
+    with db.connect(autocommit=False) as holder:
+        holder.execute("LOCK TABLE slots IN ROW EXCLUSIVE MODE")
+        process = db.start("setup")
+        until(lambda: db.value(f"{WAITING} AND query LIKE 'CREATE INDEX%'"), process)
+        held = f"""
+            SELECT relation::regclass::text FROM pg_locks
+            WHERE locktype = 'relation' AND pid IN (SELECT pid FROM pg_locks WHERE {turns})"""
+        assert db.value(f"SELECT count(*) FROM pg_locks WHERE {turns}") == 1
+        assert {"pg_class", "pg_namespace"}.isdisjoint(name for (name,) in db.rows(held))
+        holder.rollback()
+        assert_all([ended(process)])
+
+
 @contextmanager
 def making_the_diary(db: Db) -> Iterator[psycopg.Connection[Any]]:
     """A run in another schema, which has written its line, and comes to its commit."""

@@ -168,6 +168,9 @@ def test_status_has_the_history_of_its_own_schema(ready: Db) -> None:
     assert (len(here["surroundings"]["diary"]), here["surroundings"]["changed"]) == (5, [])
     assert [entry["version"] for entry in there["surroundings"]["diary"]] == ["0.0.9"]
     assert there["surroundings"]["changed"] == ["20250220_slots_flags"]
+    behind = {"DATABASE_URL": f"{ready.url}&search_path=empty,public"}
+    ready.execute("CREATE SCHEMA empty")
+    assert len(document(ready.invoke("status", "--format", "json", env=behind))["surroundings"]["diary"]) == 5
 
 
 def test_each_answer_says_which_tables_it_is_about(ready: Db) -> None:

@@ -34,10 +34,19 @@ def sources(target: Target, settings: Settings) -> str:
 def server(server: Server, items: Sequence[Item]) -> str:
     """Who answers there."""
     via = ", through a pooler" if server.pooled else ""
-    return (
+    line = (
         f"server    PostgreSQL {server.version}{via}; role {server.role}, database {server.database}, "
         f"schema {server.schema or 'none'}; {row_security(items)}"
     )
+    return "\n".join([line, *(f"note      {note}" for note in behind(server))])
+
+
+def behind(server: Server) -> list[str]:
+    """Say what is found in a later schema of the search_path than the one where new tables go."""
+    return [
+        f"{', '.join(tables)}: what stands is said of schema {schema}; {server.schema}, where new tables go, has none"
+        for schema, tables in server.behind.items()
+    ]
 
 
 def row_security(items: Sequence[Item]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from psycopg import sql
 
@@ -102,6 +103,7 @@ class Server:
     read_only: str | None  # why nothing can be written, or None
     search_path: str
     pooled: bool  # a pooler stands between: whoever answers is not whom we logged in to
+    behind: Mapping[str, Sequence[str]] = field(default_factory=dict)  # a later schema → the chain's tables found there
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,13 @@ SELECT current_setting('server_version'), current_user, current_database(), curr
        CASE WHEN pg_is_in_recovery() THEN 'the server is a standby'
             WHEN current_setting('default_transaction_read_only')::boolean THEN 'default_transaction_read_only is on'
        END,
-       current_setting('search_path'), pg_backend_pid()"""
+       current_setting('search_path'), pg_backend_pid(),
+       (SELECT json_object_agg(nspname, found)
+        FROM (SELECT nspname, json_agg(relname ORDER BY relname) AS found
+              FROM unnest({tables}::text[]) AS ours (name)
+              JOIN pg_class AS c ON c.oid = to_regclass(ours.name)
+              JOIN pg_namespace AS n ON n.oid = c.relnamespace
+              WHERE nspname <> current_schema() GROUP BY nspname) AS behind)"""
 
 # An item is led by the name of its table: the right to mend it is CREATE where the table is missing, else ownership.
 _ITEMS = """
@@ -192,7 +200,9 @@ def read(database: Database, steps: Sequence[Step]) -> Survey:
 
 def _read(database: Database, steps: Sequence[Step]) -> Survey:
     settings = f"SELECT {database.transaction_settings}, {_WITHOUT_JIT}"
-    _, _, server, rows, _ = database.run([BEGIN_READ_ONLY, settings, _SERVER, items_query(steps), "COMMIT"])
+    tables = sql.Literal(sorted({table for step in steps for table in step.tables})).as_string()
+    about = _SERVER.format(tables=tables)
+    _, _, server, rows, _ = database.run([BEGIN_READ_ONLY, settings, about, items_query(steps), "COMMIT"])
     return Survey(_server(server[0], database), items_of(rows, steps))
 
 
@@ -230,9 +240,9 @@ def _item(row: tuple[str | None, ...]) -> Item:
 
 
 def _server(row: tuple[str | None, ...], database: Database) -> Server:
-    version, role, name, schema, read_only, search_path, pid = row
-    pooled = pid != str(database.backend_pid)
-    return Server(str(version).split()[0], str(role), str(name), schema, read_only, str(search_path), pooled)
+    version, role, name, schema, read_only, search_path, pid, found = row
+    pooled, behind = pid != str(database.backend_pid), json.loads(found or "{}")
+    return Server(str(version).split()[0], str(role), str(name), schema, read_only, str(search_path), pooled, behind)
 
 
 BRIEFLY = "5s"  # for who only wants to foretell

@@ -45,7 +45,7 @@ def as_json(view: View) -> dict[str, object]:
         "recipes": version(),
         "target": view.target.display,
         "source": report.sources(view.target, view.settings),
-        "notes": [*view.settings.notes, *view.target.notes],
+        "notes": [*view.settings.notes, *view.target.notes, *report.behind(view.server)],
         "server": asdict(view.server) | {"row_security": report.row_security(view.items)},
         "promises": {"standing": sum(item.stands for item in view.items), "total": len(view.items)},
         "steps": [

@@ -105,9 +105,10 @@ def packages(locked: Mapping[str, Sequence[str]], installed: Mapping[str, str], 
 
 
 def notes(source: str, given: Sequence[str]) -> Iterator[Finding]:
-    """Say what is odd in .env and in the URL; where it is corrected or ignored, that is done."""
+    """Say what is odd in the files and in the URL; where it is corrected or ignored, that is done."""
     for odd in given:
-        yield note("settings", odd, f"Correct it there ({'.env' if ' in .env: ' in odd else source}), if it matters.")
+        place = f" ({source})" if " in DATABASE_URL: " in odd else ""
+        yield note("settings", odd, f"Correct it there{place}, if it matters.")
 
 
 def embedded_server(cluster: Cluster, health: Health, *, in_use: bool) -> Finding:

@@ -48,15 +48,19 @@ def schemas(server: Server) -> str:
 def server(server: Server, items: Sequence[Item]) -> list[str]:
     """Who answers there, and where tables of ours stand, if new ones would not go there."""
     via = ", through a pooler" if server.pooled else ""
-    others = [home for home in server.homes if home != server.schema]
-    note = (
-        f"note      tables of ours stand in schema {', '.join(others)}; new ones would go to {server.schema} "
-        f"(search_path {server.search_path}): ?schema=NAME in DATABASE_URL says which one is meant"
-    )
     return [
         f"server    PostgreSQL {server.version}{via}; role {server.role}, database {server.database}, "
         f"schema {server.schema or 'none'}; {row_security(items)}",
-        *([note] if others else []),
+        *(f"note      {note}" for note in behind(server)),
+    ]
+
+
+def behind(server: Server) -> list[str]:
+    """Say what is found in a later schema of the search_path than the one where new tables go."""
+    return [
+        f"{', '.join(tables)}: what stands is said of schema {schema}; {server.schema}, where new tables go, has none "
+        f"(search_path {server.search_path}; ?schema=NAME in DATABASE_URL says which one is meant)"
+        for schema, tables in server.behind.items()
     ]
 
 

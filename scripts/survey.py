@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from psycopg import sql
 
@@ -103,7 +104,17 @@ class Server:
     read_only: str | None  # why nothing can be written, or None
     search_path: str
     pooled: bool  # a pooler stands between: whoever answers is not whom we logged in to
-    homes: tuple[str, ...] = ()  # schemas to which the search_path leads for tables of the chain; `schema` is the first
+    tables: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of the chain, by the schema the path leads to
+
+    @property
+    def homes(self) -> tuple[str, ...]:
+        """Schemas in which tables of the chain stand, the one where new tables go first."""
+        return tuple(sorted(self.tables, key=lambda home: (home != self.schema, home)))
+
+    @property
+    def behind(self) -> Mapping[str, Sequence[str]]:
+        """Tables that stand in a later schema of the search_path than the one where new tables go."""
+        return {home: self.tables[home] for home in self.homes if home != self.schema}
 
 
 @dataclass(frozen=True)
@@ -122,8 +133,12 @@ SELECT current_setting('server_version'), current_user, current_database(), curr
             WHEN current_setting('default_transaction_read_only')::boolean THEN 'default_transaction_read_only is on'
        END,
        current_setting('search_path'), pg_backend_pid(),
-       (SELECT string_agg(nspname::text, E'\n' ORDER BY nspname = current_schema() DESC, nspname)
-        FROM pg_namespace WHERE oid IN ({homes}))"""
+       (SELECT json_object_agg(nspname, found)
+        FROM (SELECT nspname, json_agg(relname ORDER BY relname) AS found
+              FROM unnest({tables}::text[]) AS ours (name)
+              JOIN pg_class AS c ON c.oid = to_regclass(ours.name)
+              JOIN pg_namespace AS n ON n.oid = c.relnamespace
+              GROUP BY nspname) AS behind)"""
 
 # An item is led by the name of its table: the right to mend it is CREATE where the table is missing, else ownership.
 _ITEMS = """
@@ -196,8 +211,9 @@ def read(database: Database, steps: Sequence[Step]) -> Survey:
 
 def _read(database: Database, steps: Sequence[Step]) -> Survey:
     settings = f"SELECT {database.transaction_settings}, {_WITHOUT_JIT}"
-    asked = _SERVER.format(homes=turn.homes(tables(steps)))
-    _, _, server, rows, _ = database.run([BEGIN_READ_ONLY, settings, asked, items_query(steps), "COMMIT"])
+    names = sql.Literal(tables(steps)).as_string()
+    about = _SERVER.format(tables=names)
+    _, _, server, rows, _ = database.run([BEGIN_READ_ONLY, settings, about, items_query(steps), "COMMIT"])
     return Survey(_server(server[0], database), items_of(rows, steps))
 
 
@@ -235,17 +251,10 @@ def _item(row: tuple[str | None, ...]) -> Item:
 
 
 def _server(row: tuple[str | None, ...], database: Database) -> Server:
-    version, role, name, schema, read_only, search_path, pid, homes = row
-    pooled = pid != str(database.backend_pid)
+    version, role, name, schema, read_only, search_path, pid, found = row
+    pooled, tables_by_schema = pid != str(database.backend_pid), json.loads(found or "{}")
     return Server(
-        version=str(version).split()[0],
-        role=str(role),
-        database=str(name),
-        schema=schema,
-        read_only=read_only,
-        search_path=str(search_path),
-        pooled=pooled,
-        homes=tuple((homes or "").splitlines()),
+        str(version).split()[0], str(role), str(name), schema, read_only, str(search_path), pooled, tables_by_schema
     )
 
 

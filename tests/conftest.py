@@ -138,7 +138,7 @@ class Db:
 
 def clean_environment() -> dict[str, str]:
     """Our environment without what would lead a recipe, or libpq, elsewhere."""
-    ours = {"DATABASE_URL", "CI", "LOCK_TIMEOUT", "LOCK_WAIT", "CONNECT_TIMEOUT"}
+    ours = {"DATABASE_URL", "CI", "LOCK_TIMEOUT", "LOCK_WAIT", "CONNECT_TIMEOUT", "ENV_FILE"}
     return {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("PG")}
 
 

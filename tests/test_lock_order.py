@@ -104,6 +104,6 @@ def test_two_busy_tables_are_got_all_the_same(db: Db, task: str) -> None:
                   ON CONFLICT (game_id, idx) DO NOTHING"""
     change = "UPDATE prompt_snapshots SET source = source WHERE id = md5('snapshot 1')::uuid"
     with busy(db, new_turn, change, f"BEGIN; {new_turn}; {change}; COMMIT") as failures:
-        done = db.invoke(task, env={"LOCK_WAIT": "30"})
+        done = db.invoke(task, env={"LOCK_WAIT": "30s"})
     assert done.code == 0, done
     assert failures == []

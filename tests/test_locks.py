@@ -178,7 +178,7 @@ def test_online_build_waits_without_standing_in_the_way(db: Db) -> None:
     db.migrate(*ATOMIC_STEMS)
     db.execute("DROP INDEX idx_slots_type")
     with holding(db, "LOCK TABLE slots IN ROW EXCLUSIVE MODE") as holder:
-        process = db.start("setup", LOCK_TIMEOUT="1ms", LOCK_WAIT="60")
+        process = db.start("setup", LOCK_TIMEOUT="1ms", LOCK_WAIT="60s")
         until(lambda: db.value(BUILDING), process)
         db.execute("SET lock_timeout = '1ms'; INSERT INTO slots (type, name, description) VALUES ('npc', 'a', 'b')")
         holder.rollback()
@@ -191,7 +191,7 @@ def test_online_build_gives_up_and_the_next_run_finishes(db: Db) -> None:
     db.migrate(*ATOMIC_STEMS)
     db.execute("DROP INDEX idx_slots_type")
     with holding(db, "LOCK TABLE slots IN ROW EXCLUSIVE MODE") as holder:
-        done = db.invoke("setup", env={"LOCK_TIMEOUT": "1ms", "LOCK_WAIT": "1"})
+        done = db.invoke("setup", env={"LOCK_TIMEOUT": "1ms", "LOCK_WAIT": "1s"})
         assert done.code == 7, done
         assert str(holder.info.backend_pid) in done.err
     assert db.value("SELECT indisvalid FROM pg_index WHERE indexrelid = 'idx_slots_type'::regclass") is False
@@ -281,7 +281,7 @@ def another_run(db: Db) -> Iterator[psycopg.Connection[Any]]:
 def test_run_beside_another_gives_up_after_lock_wait(db: Db) -> None:
     before = db.dump()
     with another_run(db) as other:
-        done, pid = db.invoke("setup", env={"LOCK_WAIT": "1"}), other.info.backend_pid
+        done, pid = db.invoke("setup", env={"LOCK_WAIT": "1s"}), other.info.backend_pid
     assert (done.code, db.dump()) == (7, before)
     assert "another run" in done.err
     for said in (done.out, done.err):  # when it begins to wait, and when it gives up

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 
 from psycopg import sql
 
-from scripts import turn
 from scripts.chain import Step, tables
 from scripts.database import Database, Rows
 from scripts.errors import LockTimeoutError, StatementError, UnreadableCatalogsError, for_sqlstate

@@ -9,7 +9,6 @@ from psycopg import sql
 
 from scripts.chain import Step
 from scripts.database import Database
-from scripts.survey import BEGIN_READ_ONLY
 
 _ENTRIES = 5  # of the diary: enough to see the last run
 
@@ -89,8 +88,8 @@ def read(database: Database, steps: Sequence[Step], tables: Iterable[str]) -> Su
     """Look around the chain's tables; two messages at most, no lock but ACCESS SHARE on the diary."""
     names = f"{sql.Literal(sorted(set(tables))).as_string()}::text[]"
     looks = [_UNWRITABLE, _ELSEWHERE.format(tables=names), _INVALID.format(tables=names), _HAS_DIARY]
-    unwritable, elsewhere, invalid, has_diary = _ask(database, looks)
-    diary, applied = _ask(database, [_DIARY, _APPLIED]) if has_diary else ([], [])
+    unwritable, elsewhere, invalid, has_diary = database.ask(looks)
+    diary, applied = database.ask([_DIARY, _APPLIED]) if has_diary else ([], [])
     checksums = {step.stem: step.checksum for step in steps}
     return Surroundings(
         unwritable=_names(unwritable),
@@ -103,8 +102,3 @@ def read(database: Database, steps: Sequence[Step], tables: Iterable[str]) -> Su
 
 def _names(rows: Sequence[tuple[str | None, ...]]) -> tuple[str, ...]:
     return tuple(str(name) for (name,) in rows)
-
-
-def _ask(database: Database, queries: Sequence[str]) -> list[list[tuple[str | None, ...]]]:
-    _, _, *answers, _ = database.run([BEGIN_READ_ONLY, f"SELECT {database.transaction_settings}", *queries, "COMMIT"])
-    return answers

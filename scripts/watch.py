@@ -86,7 +86,7 @@ def at_work(database: Database, locks: Iterable[int], tables: Iterable[str]) -> 
     """Say which other sessions have one of these advisory locks, or build something on one of these tables."""
     of_tables = ", ".join(f"to_regclass({sql.Literal(table).as_string()})" for table in tables)
     query = _AT_WORK.format(locks=", ".join(map(str, locks)), tables=of_tables)
-    _, _, rows, _ = database.run(["BEGIN READ ONLY", f"SELECT {database.transaction_settings}", query, "COMMIT"])
+    [rows] = database.ask([query])
     return [str(who) for (who,) in rows]
 
 
@@ -143,7 +143,7 @@ class Watch:
         if self._second is None:
             self._second = self._open_second()
         pid = sql.Literal(self._pid).as_string()
-        waits, progress = self._second.run([_WAITS.format(pid=pid), _PROGRESS.format(pid=pid)])
+        waits, progress = self._second.ask([_WAITS.format(pid=pid), _PROGRESS.format(pid=pid)])
         self._tell([(str(wanted), str(holder)) for wanted, holder in waits])
         for (line,) in progress:
             CONSOLE.progress(f"building  {line}")

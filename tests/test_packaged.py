@@ -15,7 +15,7 @@ from scripts import embedded
 from scripts.database import Database
 from scripts.settings import Settings, parse_target
 
-COMPILING = {"jit": "on", "jit_above_cost": "0", "jit_inline_above_cost": "0", "jit_optimize_above_cost": "0"}
+COMPILING = {"jit": "on", "jit_above_cost": "0"}
 LOOKING = ("doctor", "plan", "status", "verify")
 
 ON_PACKAGED = pytest.mark.parametrize("db", ["packaged_cluster"], indirect=True, ids=["packaged"])

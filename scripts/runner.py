@@ -272,7 +272,7 @@ class Online:
         self._turn: Database | None = None
         if patience_s is not None:
             # The role's own limits are meant for queries. Through a pooler a SET would stay with another's session.
-            database.run(["SET jit = off", _AS_BUILT, _UNLIMITED.format(lock_timeout_ms=round(patience_s * 1000))])
+            database.run(["SET jit = off", _UNLIMITED.format(lock_timeout_ms=round(patience_s * 1000)), _AS_BUILT])
 
     def __enter__(self) -> Online:
         return self

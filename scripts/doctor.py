@@ -26,12 +26,12 @@ from psycopg import pq, sql
 from scripts import chain, embedded, errors, findings, locks, plan, survey
 from scripts.chain import ROOT
 from scripts.console import CONSOLE, as_message
-from scripts.database import Database
+from scripts.database import BEGIN_READ_ONLY, Database
 from scripts.findings import Finding, Host, Limit, Place, Session, Way
 from scripts.plan import Plan
 from scripts.runner import STAY, needing_room
 from scripts.settings import Settings, Target, completed, load
-from scripts.survey import BEGIN_READ_ONLY, Survey
+from scripts.survey import Survey
 from scripts.work import Work, announce, target_of
 
 _T = TypeVar("_T")
@@ -252,9 +252,9 @@ WHERE evtenabled IN ('O', 'A') AND evtowner::regrole::text <> 'supabase_admin' O
 def _ask(database: Database, tables: Collection[str]) -> Session:
     """Ask in one message, its first queries before our own settings hold."""
     names = sql.Literal(sorted(tables)).as_string()
-    _, limits, [(role, name, replication_role, tls)], _, absent, places, event_triggers, _ = database.run(
+    _, _, limits, [(role, name, replication_role, tls)], _, absent, places, event_triggers, _ = database.run(
         [
-            BEGIN_READ_ONLY,
+            *BEGIN_READ_ONLY,
             _LIMITS,
             _SESSION,
             f"SELECT {database.transaction_settings}",
@@ -282,9 +282,9 @@ def _ask(database: Database, tables: Collection[str]) -> Session:
 def _crowded(database: Database, open_second: Callable[[], Database]) -> errors.RecipeError | None:
     """Try for a second connection while a transaction is open on the first: a pooler lends its server's to either."""
     try:
-        database.run([BEGIN_READ_ONLY, STAY])
+        database.run([*BEGIN_READ_ONLY, STAY])
         with needing_room(), open_second() as second:
-            second.run(["SELECT"])
+            second.ask([])
         database.run(["COMMIT"])
     except errors.CrowdedError as error:
         return error

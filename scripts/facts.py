@@ -16,7 +16,6 @@ from scripts import chain
 from scripts.database import Database
 
 _FACTS = chain.ROOT / "db" / "facts.sql"
-_BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"
 
 _RESOLVE = """
 SELECT set_config('budget_engine.names', {names}, true),
@@ -55,15 +54,12 @@ def read(database: Database, tables: Collection[str], names: Collection[str]) ->
     tables, names: those that the items are about.
     """
     recreate = chain.load_recreate().verification
-    _, _, recreation, _, _, rows, _ = database.run(
+    recreation, _, _, rows = database.ask(
         [
-            _BEGIN,
-            f"SELECT {database.transaction_settings}, set_config('jit', 'off', true)",
             recreate,
             _RESOLVE.format(names=_json(names), tables=_json(tables)),
             "SELECT set_config('search_path', 'pg_catalog', true)",
             _FACTS.read_text(encoding="utf-8").rstrip().removesuffix(";"),
-            "COMMIT",
         ]
     )
     found: dict[tuple[str, str], list[tuple[str, str]]] = {}

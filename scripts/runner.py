@@ -21,7 +21,7 @@ from psycopg.errors import Diagnostic
 
 from scripts import errors, turn
 from scripts.chain import Step, tables, version
-from scripts.database import Database
+from scripts.database import BEGIN, BEGIN_READ_ONLY, MISGUIDING, Database
 from scripts.errors import StatementError
 from scripts.plan import Plan
 from scripts.survey import Item, items_of, items_query
@@ -105,11 +105,10 @@ $diary$"""
 # Not now(): in a message of many transactions that is the time at which the message came, for all of them.
 _STARTED = "set_config('budget_engine.started_at', extract(epoch FROM clock_timestamp())::text, true)"
 
-_BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
-
 # For the session that builds, and for the transaction that holds the turn meanwhile (transaction_timeout is new in 17).
 _UNLIMITED = """SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN '{lock_timeout_ms}' ELSE '0' END, false)
 FROM pg_settings WHERE name IN ('statement_timeout', 'transaction_timeout', 'lock_timeout')"""
+_AS_BUILT = f"SELECT set_config(name, boot_val, false) FROM pg_settings WHERE {MISGUIDING}"
 STAY = """SELECT set_config(name, '0', true)
 FROM pg_settings WHERE name IN ('idle_in_transaction_session_timeout', 'transaction_timeout')"""
 
@@ -143,7 +142,7 @@ def script(steps: Sequence[Step], chain: Sequence[Step], transaction_settings: s
         Statement(step, part, text)
         for step in steps
         for part, text in (
-            (Part.FRAME, _BEGIN),
+            *((Part.FRAME, text) for text in BEGIN),
             (Part.FRAME, f"SELECT {transaction_settings}, {_STARTED}"),
             (Part.GUARD, _guard(chain)),
             (Part.MIGRATION, step.atomic),
@@ -208,7 +207,7 @@ def _rehearsal(steps: Sequence[Step], chain: Sequence[Step], database: Database)
     )
     first, last = steps[0], steps[-1]
     return [
-        Statement(first, Part.FRAME, _BEGIN),
+        *(Statement(first, Part.FRAME, text) for text in BEGIN),
         Statement(first, Part.FRAME, f"SELECT {database.transaction_settings}"),
         Statement(first, Part.GUARD, _guard(chain)),
         *(
@@ -272,7 +271,7 @@ class Online:
         self._turn: Database | None = None
         if patience_s is not None:
             # The role's own limits are meant for queries. Through a pooler a SET would stay with another's session.
-            database.run([_UNLIMITED.format(lock_timeout_ms=round(patience_s * 1000))])
+            database.run(["SET jit = off", _UNLIMITED.format(lock_timeout_ms=round(patience_s * 1000)), _AS_BUILT])
 
     def __enter__(self) -> Online:
         return self
@@ -303,7 +302,7 @@ class Online:
             self._run_alone(step, statement)
         if not self.refused.issuperset(statements):
             diary = _diary(step, "online", f"{time.monotonic() - started} s")
-            self.database.run([_BEGIN, f"SELECT {self.database.transaction_settings}", diary, "COMMIT"])
+            self.database.run([*BEGIN, f"SELECT {self.database.transaction_settings}", diary, "COMMIT"])
         return bool(statements)
 
     def _take_turn(self) -> None:
@@ -317,10 +316,10 @@ class Online:
         with self._tried() as turn_taken, needing_room():
             second = self._open_second() if turn_taken else None
             if second is not None:
-                second.run(["SELECT"])
+                second.ask([])
         if second is not None:
             with needing_room():  # its transaction stays open, without a snapshot that a build would wait for
-                *_, rows = second.run([_BEGIN + " READ ONLY", STAY, f"SELECT {turn_taken}"])
+                *_, rows = second.run([*BEGIN_READ_ONLY, STAY, f"SELECT {turn_taken}"])
             if rows == [("t",)]:
                 self._turn = second
                 return
@@ -333,7 +332,7 @@ class Online:
         ours = tables(self.chain)
         settings = f"SELECT {self.database.transaction_settings}"
         looks = [f"SELECT {turn.taken(turn.BUILD, ours)}", turn.numbers(ours)]
-        *_, free, numbers = self.database.run([_BEGIN + " READ ONLY", settings, STAY, *looks])
+        *_, free, numbers = self.database.run([*BEGIN_READ_ONLY, settings, STAY, *looks])
         try:
             yield turn.taken_by_number(turn.BUILD, numbers) if free == [("t",)] else None
         finally:
@@ -345,8 +344,7 @@ class Online:
         A look may be torn: an index that was INVALID when its snapshot was taken may be finished, and its builder gone,
         when it comes to read the locks. The second look's snapshot is newer than that.
         """
-        settings = f"SELECT {self.database.transaction_settings}"
-        _, _, *answers, _ = self.database.run([_BEGIN, settings, *step.online, *step.online, "COMMIT"])
+        answers = self.database.ask([*step.online, *step.online])
         statements = [statement for rows in answers for (statement,) in rows if statement is not None]
         return [statement for statement, times in Counter(statements).items() if times == 2]
 

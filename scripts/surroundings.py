@@ -10,7 +10,6 @@ from psycopg import sql
 from scripts import turn
 from scripts.chain import Step
 from scripts.database import Database
-from scripts.survey import BEGIN_READ_ONLY
 
 _ENTRIES = 5  # of the diary: enough to see the last run
 _NAMED = 5  # of the relations elsewhere: there may be hundreds of tenants
@@ -95,10 +94,10 @@ def read(database: Database, steps: Sequence[Step], tables: Iterable[str]) -> Su
     tables = sorted(set(tables))
     names = f"{sql.Literal(tables).as_string()}::text[]"
     looks = [_UNWRITABLE, _ELSEWHERE.format(tables=names, limit=_NAMED), _INVALID.format(tables=names), _HAS_DIARY]
-    unwritable, elsewhere, invalid, has_diary = _ask(database, looks)
+    unwritable, elsewhere, invalid, has_diary = database.ask(looks)
     ours = f"schema_name IN (SELECT n.nspname::text FROM pg_namespace AS n WHERE {turn.own(tables)})"
     about_us = [_DIARY.format(ours=ours), _APPLIED.format(ours=ours)]
-    diary, applied = _ask(database, about_us) if has_diary else ([], [])
+    diary, applied = database.ask(about_us) if has_diary else ([], [])
     checksums = {step.stem: step.checksum for step in steps}
     return Surroundings(
         unwritable=_names(unwritable),
@@ -112,8 +111,3 @@ def read(database: Database, steps: Sequence[Step], tables: Iterable[str]) -> Su
 
 def _names(rows: Sequence[tuple[str | None, ...]]) -> tuple[str, ...]:
     return tuple(str(name) for (name,) in rows)
-
-
-def _ask(database: Database, queries: Sequence[str]) -> list[list[tuple[str | None, ...]]]:
-    _, _, *answers, _ = database.run([BEGIN_READ_ONLY, f"SELECT {database.transaction_settings}", *queries, "COMMIT"])
-    return answers

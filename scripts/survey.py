@@ -124,8 +124,6 @@ class Survey:
     items: tuple[Item, ...]
 
 
-BEGIN_READ_ONLY = "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"
-
 _SERVER = """
 SELECT current_setting('server_version'), current_user, current_database(), current_schema(),
        CASE WHEN pg_is_in_recovery() THEN 'the server is a standby'
@@ -209,14 +207,8 @@ def read(database: Database, steps: Sequence[Step]) -> Survey:
 
 
 def _read(database: Database, steps: Sequence[Step]) -> Survey:
-    settings = f"SELECT {database.transaction_settings}, {_WITHOUT_JIT}"
-    names = sql.Literal(tables(steps)).as_string()
-    about = _SERVER.format(tables=names)
-    _, _, server, rows, _ = database.run([BEGIN_READ_ONLY, settings, about, items_query(steps), "COMMIT"])
+    server, rows = database.ask([_SERVER.format(tables=sql.Literal(tables(steps)).as_string()), items_query(steps)])
     return Survey(_server(server[0], database), items_of(rows, steps))
-
-
-_WITHOUT_JIT = "set_config('jit', 'off', true)"  # compiling so large a query would take longer than running it
 
 
 def items_query(steps: Sequence[Step]) -> str:
@@ -285,11 +277,9 @@ def orphans(database: Database, items: Sequence[Item], *, timeout: str = "0") ->
 
 
 def _count_orphans(database: Database, item: Item, query: str, timeout: str) -> Orphans:
-    settings = f"SELECT {database.transaction_settings}, set_config('statement_timeout', '{timeout}', true)"
+    limit = f"set_config('statement_timeout', '{timeout}', true)"
     try:
-        _, _, [(count,)], _ = database.run(
-            [BEGIN_READ_ONLY, settings, f"SELECT count(*) FROM ({query}) AS orphan", "COMMIT"]
-        )
+        [[(count,)]] = database.ask([f"SELECT count(*) FROM ({query}) AS orphan"], limit)
     except StatementError as error:
         return Orphans(item.table, query, None, str(error))
     return Orphans(item.table, query, int(count or 0))
@@ -306,8 +296,7 @@ def rows_of(database: Database, tables: Sequence[str]) -> dict[str, int | None]:
         for position, table in enumerate(tables)
     )
     # Where row-level security hides rows from us, an error is better than a table that looks empty.
-    settings = f"SELECT {database.transaction_settings}, set_config('row_security', 'off', true)"
-    _, _, rows, _ = database.run([BEGIN_READ_ONLY, settings, query, "COMMIT"])
+    [rows] = database.ask([query], "set_config('row_security', 'off', true)")
     return {
         tables[int(position or 0)]: int(estimate or 0) if exists == "t" else None for position, exists, estimate in rows
     }

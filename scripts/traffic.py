@@ -12,7 +12,7 @@ from psycopg import sql
 
 from scripts.database import Database, Rows
 from scripts.errors import StatementError
-from scripts.survey import BEGIN_READ_ONLY, Item
+from scripts.survey import Item
 from scripts.watch import SESSION
 
 
@@ -146,8 +146,7 @@ _COUNTING = {"lock_timeout": "1ms", "statement_timeout": "5s", "row_security": "
 
 
 def _ask(database: Database, query: str, *settings: str) -> Rows:
-    ours = ", ".join([database.transaction_settings, *settings])
-    _, _, rows, _ = database.run([BEGIN_READ_ONLY, f"SELECT {ours}", query, "COMMIT"])
+    [rows] = database.ask([query], *settings)
     return rows
 
 

@@ -84,8 +84,7 @@ ORDER BY a.xact_start, a.pid"""
 def at_work(database: Database, tables: Sequence[str]) -> list[str]:
     """Say which other sessions have a turn that keeps us from ours, or build something on one of these tables."""
     of_tables = ", ".join(f"to_regclass({sql.Literal(table).as_string()})" for table in tables)
-    query = _AT_WORK.format(tables=of_tables, turn=turn.refused(tables))
-    _, _, rows, _ = database.run(["BEGIN READ ONLY", f"SELECT {database.transaction_settings}", query, "COMMIT"])
+    [rows] = database.ask([_AT_WORK.format(tables=of_tables, turn=turn.refused(tables))])
     return [str(who) for (who,) in rows]
 
 
@@ -142,7 +141,7 @@ class Watch:
         if self._second is None:
             self._second = self._open_second()
         pid = sql.Literal(self._pid).as_string()
-        waits, progress = self._second.run([_WAITS.format(pid=pid), _PROGRESS.format(pid=pid)])
+        waits, progress = self._second.ask([_WAITS.format(pid=pid), _PROGRESS.format(pid=pid)])
         self._tell([(str(wanted), str(holder)) for wanted, holder in waits])
         for (line,) in progress:
             CONSOLE.progress(f"building  {line}")

@@ -24,7 +24,7 @@ from urllib.parse import quote
 import psycopg
 import pytest
 import warm
-from versions import MAJOR, locate
+from versions import MAJOR, PACKAGED, locate, packaged
 
 from scripts import embedded, turn
 from scripts.chain import ROOT
@@ -166,15 +166,17 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> No
 
 
 @contextmanager
-def private_server(*, major: int = MAJOR, durable: bool = False, **settings: str) -> Iterator[embedded.Cluster]:
+def private_server(
+    *, major: int = MAJOR, binaries: Path | None = None, durable: bool = False, **settings: str
+) -> Iterator[embedded.Cluster]:
     """Run a server of our own, which is gone with its data afterwards.
 
-    major: its version; durable: whether it is to survive a power cut; settings: of the embedded server's own, which
-    come with its start.
+    major: its version; binaries: a packaged server's, instead; durable: whether it is to survive a power cut; settings:
+    of the embedded server's own, which come with its start.
     """
     home = Path(tempfile.mkdtemp(prefix="budget-engine-tests-"))
     home.chmod(0o755)  # as root the server runs as another user, who must be able to reach its data
-    cluster = locate(home, major)
+    cluster = embedded.locate(home, int(binaries.parent.name), binaries) if binaries else locate(home, major)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setitem(embedded.SETTINGS, name, value)
@@ -213,10 +215,31 @@ def cluster() -> Iterator[embedded.Cluster]:
         yield cluster
 
 
+@pytest.fixture(scope="session")
+def packaged_cluster() -> Iterator[embedded.Cluster]:
+    """A packaged server of this test process: it can compile queries (JIT), and counts which it did compile."""
+    binaries = packaged()
+    if binaries is None:
+        pytest.skip(f"no packaged PostgreSQL in {PACKAGED}")
+    with private_server(binaries=binaries) as cluster:
+        with psycopg.connect(cluster.url, autocommit=True) as connection:
+            if connection.execute("SELECT pg_jit_available()").fetchone() == (False,):
+                pytest.skip(f"the PostgreSQL in {binaries.parent} has no JIT")
+            connection.execute("ALTER SYSTEM SET shared_preload_libraries = pg_stat_statements")
+        embedded.stop(cluster)
+        embedded.start(cluster)
+        _administer(cluster, "CREATE EXTENSION pg_stat_statements")
+        yield cluster
+
+
+# For tests of locks: a server as most users have it holds them no longer, or otherwise, than our own.
+PACKAGED_TOO = pytest.mark.parametrize("db", ["cluster", "packaged_cluster"], indirect=True, ids=["", "packaged"])
+
+
 @pytest.fixture
-def db(cluster: embedded.Cluster) -> Iterator[Db]:
-    """An empty database, dropped after the test."""
-    with database(cluster) as db:
+def db(request: pytest.FixtureRequest) -> Iterator[Db]:
+    """An empty database, dropped after the test; parametrized: on the server that a fixture of that name gives."""
+    with database(request.getfixturevalue(getattr(request, "param", "cluster"))) as db:
         yield db
 
 

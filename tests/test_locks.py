@@ -15,7 +15,18 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import MIGRATIONS, THE_TURN, VERIFICATIONS, Db, Run, clean_environment, ended, private_server, until
+from conftest import (
+    MIGRATIONS,
+    PACKAGED_TOO,
+    THE_TURN,
+    VERIFICATIONS,
+    Db,
+    Run,
+    clean_environment,
+    ended,
+    private_server,
+    until,
+)
 from proxy import Proxy, containing, on_nth, socket_of
 from states import with_uuid
 
@@ -97,6 +108,7 @@ HAVE_THE_TURN = f"SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND 
 # ── nothing to do ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@PACKAGED_TOO
 @pytest.mark.usefixtures("quiet")
 def test_finished_database_is_neither_locked_nor_written(db: Db) -> None:
     assert db.invoke("setup").code == 0
@@ -113,6 +125,7 @@ def test_finished_database_is_neither_locked_nor_written(db: Db) -> None:
     assert [part for _, part in diary(db)] == ["atomic"] * 6
 
 
+@PACKAGED_TOO
 def test_every_strong_lock_of_a_run_that_finds_nothing(db: Db) -> None:
     """The advisory lock aside, a DO block whose promise holds has taken ACCESS SHARE at most."""
     assert db.invoke("setup").code == 0
@@ -154,6 +167,7 @@ CONFLICTS = {
 }
 
 
+@PACKAGED_TOO
 @pytest.mark.parametrize(("missing", "lock", "label"), CONFLICTS.values(), ids=CONFLICTS)
 def test_conflicting_lock_is_given_up_and_its_holder_named(db: Db, missing: str, lock: str, label: str) -> None:
     db.migrate(*ATOMIC_STEMS)

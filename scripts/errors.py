@@ -117,7 +117,7 @@ class NoPackageError(StepFailedError):
     """Invoke runs in an environment that is not the project's."""
 
     says = "a package cannot be loaded: {why}"
-    usual_remedy = "Run the task through python3 scripts/inv, which installs all that is needed."
+    usual_remedy = "Run the task (again) through python3 scripts/inv, which installs all that is needed."
 
 
 class CheckoutError(StepFailedError):

@@ -1,7 +1,7 @@
 """The locks: what each thing that a plan does takes, on which table, and what it reads. Computed without a connection.
 
 Lock modes and what they conflict with: PostgreSQL manual, "Explicit Locking", table 13.2. Which statement takes which:
-the reference page of each. tests/test_plan_task.py compares with the locks that the steps' transactions really hold.
+the reference page of each. tests/test_views.py compares with the locks that the steps' transactions really hold.
 """
 
 from __future__ import annotations

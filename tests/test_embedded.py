@@ -318,6 +318,23 @@ def test_initdb_killed_half_way_is_done_again(folder: Path, cluster: Cluster) ->
     assert not unfinished.exists()
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="Git is not installed")
+def test_git_sees_nothing_of_the_server_but_in_a_folder_that_was_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = folder / "theirs"
+    theirs.mkdir()
+    for given, seen in ((".postgres", ""), ("deep/in/it", ""), ("theirs", "*")):
+        monkeypatch.setenv(embedded.DATA_VARIABLE, str(folder / given))
+        start(locate(folder))
+        stop(locate(folder))
+        status = ["git", "-C", str(folder), "-c", "safe.directory=*", "status", "--porcelain", "-uall"]
+        subprocess.run(["git", "init", "-q", str(folder)], check=True)
+        found = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+        assert bool(found) == bool(seen), found
+    assert not (theirs / ".gitignore").exists()
+
+
 def test_folder_that_holds_something_else_is_left_alone(cluster: Cluster) -> None:
     start(cluster)
     stop(cluster)

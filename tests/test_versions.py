@@ -91,6 +91,15 @@ def test_first_use_installs_and_says_so(tmp_path: Path, capsys: pytest.CaptureFi
     assert versions.installed(lock, tmp_path) != first
 
 
+def test_settings_that_lead_pip_elsewhere_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tmp_path / "pip.conf"
+    settings.write_text(f"[install]\ndry-run = 1\nroot = {tmp_path / 'elsewhere'}\npython = /nowhere\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(settings))
+    monkeypatch.setenv("PIP_NO_BINARY", ":all:")
+    assert versions.installed(lock_of(tmp_path), tmp_path).exists()
+    assert not (tmp_path / "elsewhere").exists()
+
+
 @pytest.mark.parametrize("whole", [True, False], ids=["another hash", "half an archive"])
 def test_what_cannot_be_installed_leaves_nothing(tmp_path: Path, whole: bool) -> None:
     lock = lock_of(tmp_path, whole=whole)

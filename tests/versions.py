@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -72,8 +73,7 @@ def _install(lock: Path, made: Path, folder: Path) -> None:
 
 def _run(*command: str) -> None:
     """Run it, without what would lead pip elsewhere; what it wrote is shown where it fails."""
-    strays = ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT")
-    environment = {name: value for name, value in os.environ.items() if name not in strays} | {"PIP_USER": "0"}
+    environment = runpy.run_path(str(ROOT / "scripts/inv"))["pip_environment"](sys.executable)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise pytest.UsageError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")

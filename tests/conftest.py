@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from urllib.parse import quote
 import psycopg
 import pytest
 import warm
-from versions import MAJOR, locate
+from versions import MAJOR, concern, locate
 
 from scripts import embedded
 from scripts.chain import ROOT
@@ -226,16 +225,40 @@ def db(cluster: embedded.Cluster) -> Iterator[Db]:
         yield db
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--of-the-version", action="store_true", help="leave out what meets no server of TEST_POSTGRES")
+
+
 def pytest_configure() -> None:
     """Have the chosen version's binaries before the test processes start, which would all install them."""
     locate(ROOT)
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many processes keep the processors busy: a third of the tests' time is waiting."""
+    processors = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return processors * 3 // 2
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the slow ones, for which nobody shall wait at the end; mark what the version is nothing to."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    if config.getoption("--of-the-version"):
+        reason = "they meet no PostgreSQL of the chosen version: --of-the-version"
+        for item in items:
+            if not concern(item):
+                item.add_marker(pytest.mark.skip(reason))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say what was left out, and why: pytest -q would hide it behind a letter. And what the tests ran on."""
-    skipped = terminalreporter.stats.get("skipped", [])
-    left_out = Counter((report.location[0], report.longrepr[2].removeprefix("Skipped: ")) for report in skipped)
-    for (file, reason), tests in left_out.items():
-        terminalreporter.write_line(f"left out: {tests} tests of {file} ({reason})")
+    left_out: dict[str, list[str]] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        left_out.setdefault(report.longrepr[2].removeprefix("Skipped: "), []).append(report.location[0])
+    for reason, tests in left_out.items():
+        files = set(tests)
+        where = f"{len(files)} files" if len(files) > 1 else files.pop()
+        terminalreporter.write_line(f"left out: {len(tests)} tests of {where} ({reason})")
     version = run([str(locate(ROOT).binaries / "postgres"), "--version"], clean_environment())
-    terminalreporter.write_line(f"{version.out.strip()}, Python {platform.python_version()}")
+    where = "in memory" if str(MEMORY) == DATA else "on disk"
+    terminalreporter.write_line(f"{version.out.strip()}, its data {where} ({DATA}); Python {platform.python_version()}")

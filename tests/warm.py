@@ -135,6 +135,15 @@ def _become(asker: int, *streams: int) -> None:
     sys.path[0] = str(ROOT)
 
 
+def _leave(code: object) -> None:
+    """End at once a command that ended well, all being written: to take its modules apart is two thirds of its cost."""
+    if isinstance(code, int):
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
     for module in ("invoke.main", "scripts.doctor", "scripts.flow", "scripts.views"):
@@ -142,4 +151,9 @@ if __name__ == "__main__":
     gc.freeze()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _serve(socket.socket(fileno=int(sys.argv[1])))
-    runpy.run_module("invoke", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module("invoke", run_name="__main__", alter_sys=True)
+        atexit.register(_leave, 0)
+    except SystemExit as end:
+        atexit.register(_leave, end.code)
+        raise

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import psutil  # type: ignore[import-untyped]
 import psycopg
 import pytest
 import warm
@@ -36,7 +37,7 @@ os.environ.pop(embedded.DATA_VARIABLE, None)
 MIGRATIONS = ROOT / "db" / "migrations"
 VERIFICATIONS = ROOT / "db" / "verify"
 # Making a database takes a tenth of the time in memory, if there is room: a container's /dev/shm often has 64 MB.
-MEMORY, NEEDED = Path("/dev/shm"), 4 << 30
+MEMORY, NEEDED = Path("/dev/shm"), 2 << 30
 # FAULT_SEED repeats a sample of faults; the processes of one pytest -n have to draw the same one.
 SEED = os.environ.get("FAULT_SEED") or os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(random.randrange(10**6))
 
@@ -160,14 +161,16 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> No
         time.sleep(0.01)
 
 
-def _place_of_data() -> str:
+def place_of_data() -> str:
     """Choose the folder for the servers' data; whoever sets TMPDIR has chosen."""
-    chosen = "TMPDIR" in os.environ or not os.access(MEMORY, os.W_OK | os.X_OK)
-    return tempfile.gettempdir() if chosen or shutil.disk_usage(MEMORY).free < NEEDED else str(MEMORY)
+    if "TMPDIR" in os.environ or not os.access(MEMORY, os.W_OK | os.X_OK):
+        return tempfile.gettempdir()
+    room = min(shutil.disk_usage(MEMORY).free, psutil.virtual_memory().available)
+    return str(MEMORY) if room >= NEEDED else tempfile.gettempdir()
 
 
 # The first process chooses for all; the name is theirs, not the user's.
-DATA = os.environ.setdefault("TEST_DATA", _place_of_data())
+DATA = os.environ.setdefault("TEST_DATA", place_of_data())
 
 
 @contextmanager

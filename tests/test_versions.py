@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import conftest
 import pytest
 import versions
 from conftest import DATA, MEMORY, Db, clean_environment, private_server, run
@@ -52,6 +53,20 @@ def test_no_server_of_ours_lies_with_the_users_data(db: Db) -> None:
     """Run with BUDGET_ENGINE_POSTGRES set, too."""
     assert db.cluster.data.is_relative_to(DATA)
     assert DATA in (tempfile.gettempdir(), str(MEMORY))
+
+
+def test_data_lies_in_memory_where_there_is_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setattr(conftest, "NEEDED", 1)
+    monkeypatch.setattr(conftest, "MEMORY", tmp_path / "none")
+    assert conftest.place_of_data() == tempfile.gettempdir()
+    monkeypatch.setattr(conftest, "MEMORY", tmp_path)
+    assert conftest.place_of_data() == str(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert conftest.place_of_data() == tempfile.gettempdir()
+    monkeypatch.delenv("TMPDIR")
+    monkeypatch.setattr(conftest, "NEEDED", 1 << 60)
+    assert conftest.place_of_data() == tempfile.gettempdir()
 
 
 def server() -> None:

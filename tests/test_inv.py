@@ -409,6 +409,7 @@ def test_ctrl_c_is_one_line(fresh: Checkout) -> None:
     assert not (fresh.venv / ".inv-stamp").exists()
 
 
+@pytest.mark.slow
 def test_users_own_environment_is_completed_not_replaced(fresh: Checkout) -> None:
     subprocess.run([sys.executable, "-m", "venv", fresh.venv], check=True)
     theirs = fresh.venv / "theirs"

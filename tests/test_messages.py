@@ -580,6 +580,7 @@ LOCALES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locale", LOCALES, ids=["ascii", "C", "latin-1"])
 def test_locale_that_lacks_our_characters(db: Db, locale: dict[str, str]) -> None:
     for words in ("--list", "--help test", "--help fix", "setup", "verify"):

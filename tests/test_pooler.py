@@ -145,6 +145,7 @@ def test_twenty_at_once_from_nothing(db: Db, pooler: Pooler) -> None:
     assert diary(db) == [(stem, "atomic") for stem in NEEDED_FROM_NOTHING]
 
 
+@pytest.mark.slow
 def test_twenty_at_once_with_indexes_to_build(db: Db, pooler: Pooler) -> None:
     db.execute(by_hand() + MANY_ROWS)
     before = many_rows(db)

@@ -607,6 +607,7 @@ def test_every_item_is_known_and_has_its_breakages(ready: Db) -> None:
     assert all(item.table in CREATOR for item in items.values())
 
 
+@pytest.mark.slow
 def test_each_item_differs_when_it_is_broken_and_nothing_else_does(ready: Db) -> None:
     wrong: dict[str, tuple[object, object]] = {}
     with verifying(ready) as (connection, look):
@@ -629,6 +630,7 @@ def _without_equals(these: Differences, others: Differences) -> Differences:
     return {name: how for name, how in these.items() if others.get(name, ()) != how}
 
 
+@pytest.mark.slow
 def test_setup_mends_what_mended_by_says_is_mended(ready: Db) -> None:
     with verifying(ready) as (connection, look):
         mendable = [broken for broken in breakages(promised(look())) if broken.differs and broken.mended]
@@ -674,6 +676,7 @@ def _meet(one: Breakage, other: Breakage) -> bool:
     return bool(touched(one) & touched(other)) or (whole and same_table)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ready", ["supabase"], indirect=True)
 def test_setup_refuses_what_is_in_the_way(ready: Db, monkeypatch: pytest.MonkeyPatch) -> None:
     """One breakage of each kind, and all that may hang on turn_id; that the plan refuses the others was seen above."""

@@ -466,6 +466,7 @@ def test_rehearsal_of_what_cannot_be_and_of_what_is_done(db: Db, state: str | No
     assert db.invoke("rehearse").code == code
 
 
+@pytest.mark.slow
 def test_rehearsal_never_waits_while_it_holds_up_others(db: Db) -> None:
     """It has slots when prompt_snapshots is not to be had: a reader of slots waits a moment, not LOCK_TIMEOUT."""
     db.execute(by_hand())

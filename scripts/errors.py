@@ -133,6 +133,13 @@ class SystemRefusesError(StepFailedError):
     usual_remedy = "Mend that, then run the task again: what was committed stands."
 
 
+class LostOutputError(StepFailedError):
+    """What the task had to say could not be written."""
+
+    says = "{place} could not be written: {why}"
+    usual_remedy = "Make room, or write it elsewhere, then run the task again: what was committed stands."
+
+
 class UnforeseenError(StepFailedError):
     """A mistake of this project's."""
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from scripts import chain, document, errors, locks, plan, remedies, report, runner, surroundings, survey, traffic
 from scripts.chain import Step
@@ -193,5 +192,4 @@ def _write_failure(task: str, form: str, error: errors.RecipeError) -> None:
 def _append_summary(markdown: str) -> None:
     """Add to the job's page, where GitHub Actions says which file that is."""
     if path := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(path).open("a", encoding="utf-8") as summary:
-            summary.write(CONSOLE.mask(markdown))
+        CONSOLE.append(path, markdown)

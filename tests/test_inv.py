@@ -77,7 +77,8 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     wheels = folder / "wheels"
     (folder / "scripts").mkdir(parents=True)
     wheels.mkdir()
-    shutil.copy(PROJECT / "scripts/inv", folder / "scripts")
+    for name in ("inv", "__init__.py", "console.py", "errors.py"):  # what it needs before tasks.py is loaded
+        shutil.copy(PROJECT / "scripts" / name, folder / "scripts")
     offline = f'--no-index\n--find-links "{wheels.as_uri()}"\n'.replace('"', "")
     (folder / "requirements.txt").write_text(offline + _wheel(wheels, "invoke", STAND_IN))
     (folder / "requirements-dev.txt").write_text(offline + _wheel(wheels, "devtool", ""))

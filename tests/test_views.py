@@ -95,6 +95,25 @@ def test_status_knows_supabase_with_and_without_profiles(db: Db) -> None:
     assert {step["state"] for step in seen["steps"]} == {"done", "half done"}, "the admins' policies are pending"
 
 
+def standing(db: Db) -> dict[str, bool]:
+    """Return of each item whether it stands."""
+    return {item["item"]: item["stands"] for step in asked(db, "verify")["steps"] for item in step["items"]}
+
+
+@pytest.mark.parametrize("world", ["plain", "Supabase", "Supabase with profiles"])
+def test_as_much_is_promised_before_as_after_and_nothing_stands_on_an_empty_database(db: Db, world: str) -> None:
+    if world != "plain":
+        supabase.install(db)
+    if world == "Supabase with profiles":
+        supabase.add_profiles(db)
+    before = standing(db)
+    assert not any(before.values())
+    assert db.invoke("setup").code == 0
+    after = standing(db)
+    assert all(after.values())
+    assert set(after) == set(before)
+
+
 def test_status_names_roles_that_may_write_turns_but_not_turn_metrics(ready: Db) -> None:
     role = f"app_{ready.name}"
     ready.execute(f"CREATE ROLE {role} LOGIN; GRANT SELECT, INSERT ON turns TO {role}")

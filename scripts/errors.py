@@ -448,7 +448,7 @@ class MissingError(RecipeError):
 
     exit_code = 5
     says = "something promised is missing"
-    usual_remedy = "Run invoke setup."
+    usual_remedy = "Run invoke setup: it brings that, or says which rows refuse it."
 
 
 class InTheWayError(RecipeError):
@@ -607,7 +607,7 @@ LIMITS_OF_THE_ROLE = """\
 Online work takes as long as it takes, but the role brings a statement_timeout, lock_timeout or transaction_timeout
 along, which cannot be lifted through a transaction pooler: name the server itself in DATABASE_URL (the direct URL, not
 the pooler's), and run the task again; it finishes what is left."""
-MEND_THE_ROWS = "Mend those rows, then run the task again; no row was deleted or changed."
+MEND_THE_ROWS = "Mend those rows, then run invoke setup; no row was deleted or changed."
 
 
 def for_sqlstate(sqlstate: str | None) -> type[RecipeError]:

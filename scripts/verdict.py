@@ -47,20 +47,24 @@ def _no_schema(server: Server) -> Iterator[errors.RecipeError]:
 
 
 def judge(
-    found: Plan, remedies: Mapping[str, Commands], *, rows: Sequence[str] = (), remedy: str = "", listed: bool = False
+    found: Plan,
+    remedies: Mapping[str, Commands],
+    orphans: Sequence[Orphans],
+    *,
+    tried: bool = False,
+    listed: bool = False,
 ) -> None:
     """Raise where something that the plan's steps promise does not stand.
 
-    remedies: the commands that clear what is in the way; rows: those that refuse what is missing, in words; listed: the
-    report has said already what that is.
+    remedies: the commands that clear what is in the way; orphans: the rows that refuse what is missing; tried: setup
+    did what it could; listed: the report has said already what is missing.
     """
     if found.in_the_way:
         raise _obstacle(found, remedies)
     if found.missing:
-        raise errors.MissingError(
-            where="\n".join([*([] if listed else map(report.difference, outermost(found.missing))), *rows]),
-            remedy=remedy,
-        )
+        lines = [] if listed else map(report.difference, outermost(found.missing))
+        helps = errors.MEND_THE_ROWS if tried or orphans else ""
+        raise errors.MissingError(where="\n".join([*lines, *map(str, orphans)]), remedy=helps)
 
 
 def refused_by_rows(orphans: Sequence[Orphans]) -> errors.MissingError:

@@ -182,7 +182,8 @@ def _break_table(item: Item, items: Items) -> Iterator[Breakage]:
     pointing = _pointing_to(item.table, items)
     missing: Differences = {other.name: (None, other.cure_without_table) for other in within}
     missing |= WITH_THE_TABLE.get(item.table, {})
-    missing |= {name: (None, CORE) for name in items if name == f"{item.table} row-level security" and item.stem == CORE}
+    if item.stem == CORE:
+        missing |= {name: (None, CORE) for name in items if name == f"{item.table} row-level security"}
     yield Breakage(item, "dropped", f"DROP TABLE {item.table} CASCADE", missing | _lost(pointing))
 
     def leads_to(place: str) -> Differences:

@@ -621,13 +621,85 @@ def test_tables_behind_the_first_schema(db: Db) -> None:
     assert "would go to app" in " ".join(done.out.split())
 
 
-def test_event_trigger(db: Db) -> None:
-    db.execute("""
-        CREATE FUNCTION look() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END';
-        CREATE EVENT TRIGGER look ON ddl_command_start EXECUTE FUNCTION look()""")
-    assert amiss(db.invoke("doctor"), 0) == {"triggers": NOTE}
+LOOK = "CREATE FUNCTION look() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END';"
+# How an event trigger is made, and whether it can fire on what is due: all, or a column alone.
+EVENT_TRIGGERS = {
+    "any command": ("CREATE EVENT TRIGGER t ON ddl_command_start EXECUTE FUNCTION look()", True, True),
+    "tables": ("CREATE EVENT TRIGGER t ON ddl_command_end WHEN TAG IN ('CREATE TABLE', 'DROP TABLE')"
+               " EXECUTE FUNCTION look()", True, True),
+    "functions": ("CREATE EVENT TRIGGER t ON ddl_command_end WHEN TAG IN ('CREATE FUNCTION') EXECUTE FUNCTION look()",
+                  True, False),
+    "extensions": ("CREATE EVENT TRIGGER t ON ddl_command_end WHEN TAG IN ('CREATE EXTENSION') EXECUTE FUNCTION look()",
+                   False, False),
+    "dropped": ("CREATE EVENT TRIGGER t ON sql_drop EXECUTE FUNCTION look()", False, False),
+    "rewritten": ("CREATE EVENT TRIGGER t ON table_rewrite EXECUTE FUNCTION look()", False, False),
+    "disabled": ("CREATE EVENT TRIGGER t ON ddl_command_start EXECUTE FUNCTION look();"
+                 " ALTER EVENT TRIGGER t DISABLE", False, False),
+    "of a replica": ("CREATE EVENT TRIGGER t ON ddl_command_start EXECUTE FUNCTION look();"
+                     " ALTER EVENT TRIGGER t ENABLE REPLICA", False, False),
+    "always": ("CREATE EVENT TRIGGER t ON ddl_command_start EXECUTE FUNCTION look();"
+               " ALTER EVENT TRIGGER t ENABLE ALWAYS", True, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("made", "all_due", "column_due"), EVENT_TRIGGERS.values(), ids=EVENT_TRIGGERS)
+def test_event_trigger_is_named_where_it_can_fire(db: Db, made: str, all_due: bool, column_due: bool) -> None:
+    db.execute(LOOK + made)
+    assert amiss(db.invoke("doctor"), 0) == ({"triggers": NOTE} if all_due else {})
     assert db.invoke("setup").code == 0
     assert amiss(db.invoke("doctor"), 0) == {}
+    db.execute("ALTER TABLE prompt_snapshots DROP COLUMN budget_report; DROP SCHEMA budget_engine CASCADE")
+    assert amiss(db.invoke("doctor"), 0) == ({"triggers": NOTE} if column_due else {})
+
+
+def test_event_triggers_of_replicas_fire_in_one(db: Db) -> None:
+    db.execute(LOOK + "CREATE EVENT TRIGGER t ON ddl_command_start EXECUTE FUNCTION look()")
+    db.execute(f"ALTER DATABASE {db.name} SET session_replication_role = replica")
+    assert amiss(db.invoke("doctor"), 0) == {"limits": NOTE}
+    db.execute(f"ALTER EVENT TRIGGER t ENABLE REPLICA; ALTER DATABASE {db.name} SET session_replication_role = local")
+    assert amiss(db.invoke("doctor"), 0) == {}
+
+
+def test_every_command_that_setup_sends_is_known_to_the_doctor(db: Db) -> None:
+    """By the server's own account of them."""
+    db.execute(states.with_uuid() + """
+        CREATE TABLE sent (tag text, event text);
+        CREATE FUNCTION note() RETURNS event_trigger LANGUAGE plpgsql
+          AS 'BEGIN INSERT INTO public.sent VALUES (tg_tag, tg_event); END';
+        CREATE EVENT TRIGGER started ON ddl_command_start EXECUTE FUNCTION note();
+        CREATE EVENT TRIGGER dropped ON sql_drop EXECUTE FUNCTION note();
+        CREATE EVENT TRIGGER rewritten ON table_rewrite EXECUTE FUNCTION note()""")
+    with database(db.cluster, db.name) as copy:
+        assert db.invoke("setup").code == 0
+        sent = db.rows("SELECT DISTINCT tag, event FROM sent")
+        copy.execute("DROP EVENT TRIGGER started; DROP EVENT TRIGGER dropped; DROP EVENT TRIGGER rewritten")
+        for number, (tag, event) in enumerate(sent):
+            copy.execute(f"CREATE EVENT TRIGGER t_{number} ON {event} WHEN TAG IN ('{tag}') EXECUTE FUNCTION note()")
+        done = copy.invoke("doctor")
+    assert {("CREATE TABLE", "ddl_command_start"), ("ALTER TABLE", "ddl_command_start")} <= set(sent)
+    named = re.findall(r"t_\d+", done.out)
+    assert [kind for number, kind in enumerate(sent) if f"t_{number}" not in named] == []
+
+
+# What the search_path is, and which of its names lead nowhere.
+PATHS = {
+    "as Supabase's roles have it": (r'"\$user", public, extensions', "extensions"),
+    "as it is everywhere": ('"$user", public', ""),
+    "quoted": ('public, "no, such ""one", "Public"', 'Public no, such "one'),
+    "twice, in capitals": ("PUBLIC,  nowhere ,NOWHERE,public", "nowhere"),
+    "temporary": ("public, pg_temp", ""),
+}
+
+
+@pytest.mark.parametrize(("path", "absent"), PATHS.values(), ids=PATHS)
+def test_schemas_of_the_path_that_are_not_there(db: Db, path: str, absent: str) -> None:
+    with db.connect() as connection:
+        connection.execute("SELECT set_config('search_path', %s, false)", [path])
+        connection.execute(f"ALTER DATABASE {db.name} SET search_path FROM CURRENT".encode())
+        assert connection.execute("SELECT current_setting('search_path')").fetchall() == [(path,)]
+    assert db.value("SELECT current_setting('search_path')") == path
+    done = db.invoke("doctor")
+    assert " ".join(re.findall(r": (.+) does not exist, or is closed", done.out)) == absent, done
 
 
 def test_room_for_a_second_connection(db: Db) -> None:

@@ -105,6 +105,13 @@ class NoSchemaError(StepFailedError):
     usual_remedy = "Create it (CREATE SCHEMA …), or name another one in DATABASE_URL (?schema=…)."
 
 
+class SystemSchemaError(NoSchemaError):
+    """New tables would go to a schema of PostgreSQL's own, or would be gone with the session."""
+
+    says = "new tables would go to {schema}, the first schema of the search_path ({search_path}), and may not be there"
+    usual_remedy = "Name the schema that is meant in DATABASE_URL (?schema=public), or first in the role's search_path."
+
+
 class OptionError(StepFailedError):
     """An option was given without the one that it belongs to."""
 

@@ -270,6 +270,7 @@ def server(server: Server, ports: Sequence[str]) -> Finding:
 
 _TOPICS: dict[type[errors.RecipeError], str] = {
     errors.NoSchemaError: "schema",
+    errors.SystemSchemaError: "schema",
     errors.ReadOnlyError: "writes",
     errors.RightError: "rights",
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from psycopg import sql
 
-from scripts.chain import Step
+from scripts.chain import RECREATE, Step
 from scripts.database import Database, Rows
 from scripts.errors import LockTimeoutError, StatementError, UnreadableCatalogsError, for_sqlstate
 
@@ -40,6 +40,11 @@ class Item:
     def is_place(self) -> bool:
         """Whether it is a table or a column, which others hang on, and no key, index, comment or the like."""
         return " " not in self.name
+
+    @property
+    def is_new_table(self) -> bool:
+        """Whether it is a table that a step would create."""
+        return self.name == self.table and self.actual is None and self.mended_by is not None
 
     @property
     def stands(self) -> bool:
@@ -119,16 +124,20 @@ SELECT current_setting('server_version'), current_user, current_database(), curr
        CASE WHEN pg_is_in_recovery() THEN 'the server is a standby'
             WHEN current_setting('default_transaction_read_only')::boolean THEN 'default_transaction_read_only is on'
        END,
-       current_setting('search_path'), pg_backend_pid()"""
+       regexp_replace(current_setting('search_path'), ', pg_temp$', ''), pg_backend_pid()"""  # see transaction_settings
 
 # An item is led by the name of its table: the right to mend it is CREATE where the table is missing, else ownership.
+# A column that is to be added, or a table or key to be made, may be kept from it by what the catalogs show: then that
+# is in the way.
 _ITEMS = """
-SELECT stem, item, expected, actual, mended_by,
+SELECT stem, item, expected,
+       CASE WHEN kept_by.what IS NULL THEN actual ELSE coalesce(actual, 'missing') || ', and ' || kept_by.what END,
+       CASE WHEN kept_by.what IS NULL THEN mended_by END,
        CASE WHEN actual IS NOT DISTINCT FROM expected OR mended_by IS NULL THEN NULL
             WHEN item LIKE '% place' AND NOT has_database_privilege(current_database(), 'CREATE')
               THEN 'CREATE on database ' || current_database()
             WHEN (home.oid IS NULL OR item LIKE '% index %' OR item LIKE '% function %' OR item LIKE '% place')
-                 AND NOT has_schema_privilege(place.oid, 'CREATE')
+                 AND NOT has_schema_privilege(place.oid, 'CREATE') AND place.nspname !~ '^pg_'
               THEN 'CREATE on schema ' || place.nspname
             WHEN (item LIKE '% function %' OR item LIKE '% place')
                  AND NOT has_schema_privilege(home.relowner, place.oid, 'CREATE')
@@ -137,6 +146,8 @@ SELECT stem, item, expected, actual, mended_by,
                           place.nspname, home.relowner::regrole, home.relname)
             WHEN NOT pg_has_role(home.relowner, 'USAGE')
               THEN format('ownership of table %s (it belongs to %s)', home.relname, home.relowner::regrole)
+            WHEN heirs.of_others IS NOT NULL
+              THEN 'ownership of ' || heirs.of_others
             WHEN NOT pg_has_role(routine.proowner, 'USAGE')
               THEN format('ownership of function %s (it belongs to %s)',
                           routine.oid::regprocedure, routine.proowner::regrole)
@@ -146,7 +157,13 @@ SELECT stem, item, expected, actual, mended_by,
               THEN 'USAGE on schema auth'
             ELSE led_to.lacking END
 FROM (
+  SELECT *, count(*) FILTER (WHERE is_added) OVER (PARTITION BY split_part(item, '.', 1)) AS wanted
+  FROM (
+    SELECT *, item ~ '^[a-z_]+[.][a-z_]+$' AND mended_by <> {recreate} AND NOT starts_with(expected, coalesce(actual, '?')) AS is_added
+    FROM (
 {items}
+    ) AS listed
+  ) AS sorted
 ) AS promise
 LEFT JOIN pg_class AS home
        ON home.oid = to_regclass(coalesce(substring(item FROM '^(.*) (?:place|dependant)$'),
@@ -163,18 +180,45 @@ LEFT JOIN LATERAL (  -- by foreign keys: the item's own, or those of the table t
                 THEN format('USAGE on schema %s', target.relnamespace::regnamespace) END,
            CASE WHEN NOT has_table_privilege(target.oid, 'REFERENCES')
                 THEN format('REFERENCES on table %s (it belongs to %s)', led.name, target.relowner::regrole) END), ''),
-         E'\\n')
-  FROM (SELECT substring(expected FROM 'REFERENCES ([a-z_]+)[(]')
+         E'\\n'),
+         string_agg(format('%s is UNLOGGED', led.name), ', ') FILTER (
+           WHERE target.relpersistence = 'u' AND actual IS NULL AND home.relpersistence IS DISTINCT FROM 'u'
+             AND (home.oid IS NOT NULL OR relation IS NOT NULL))
+  FROM (SELECT substring(expected FROM 'REFERENCES ([a-z_]+)[(]'), NULL
         UNION
-        SELECT parent FROM (VALUES {parents}) AS made (relation, parent)
-        WHERE relation = item AND actual IS NULL) AS led (name)
+        SELECT parent, relation FROM (VALUES {parents}) AS made (relation, parent)
+        WHERE relation = item AND actual IS NULL) AS led (name, relation)
   JOIN pg_class AS target
     ON target.oid = CASE led.name WHEN 'auth.users' THEN (  -- to_regclass() would want USAGE on its schema
                            SELECT a.attrelid FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid
                            WHERE c.relnamespace = auth.oid AND c.relname = 'users'
                              AND a.attname = 'id' AND a.atttypid = 'uuid'::regtype)
                          ELSE to_regclass(led.name) END
-) AS led_to (lacking) ON true
+) AS led_to (lacking, unlogged) ON true
+LEFT JOIN LATERAL (  -- tables that inherit: a column is added to them, too
+  WITH RECURSIVE family (oid) AS (
+    SELECT home.oid WHERE is_added UNION SELECT inhrelid FROM family JOIN pg_inherits ON inhparent = family.oid)
+  SELECT max(relnatts),
+         string_agg(format('%s has it as %s', family.oid::regclass, format_type(atttypid, atttypmod)), ', ')
+           FILTER (WHERE atttypid <> to_regtype(split_part(expected, ' ', 1))),
+         string_agg(format('table %s (it belongs to %s)', family.oid::regclass, relowner::regrole), ', ')
+           FILTER (WHERE NOT pg_has_role(relowner, 'USAGE'))
+  FROM family JOIN pg_class USING (oid)
+  LEFT JOIN pg_attribute ON attrelid = family.oid AND attname = split_part(item, '.', 2) AND NOT attisdropped AND actual IS NULL
+) AS heirs (columns, otherwise, of_others) ON true
+LEFT JOIN LATERAL (
+  SELECT coalesce(
+    led_to.unlogged,
+    CASE WHEN is_added AND home.reloftype <> 0 THEN format('%s is a table OF %s', home.relname, home.reloftype::regtype)
+         WHEN heirs.columns + wanted > 1600
+           THEN format('a table has 1600 columns at most (dropped ones count: here %s)', heirs.columns)
+         WHEN is_added AND home.relname = 'slots' AND home.relreplident = 'n' AND EXISTS (
+                SELECT FROM pg_publication_tables JOIN pg_publication USING (pubname)
+                WHERE pubupdate AND schemaname = place.nspname AND tablename = home.relname)
+           THEN 'published without a replica identity no row of slots can be updated' END,
+    heirs.otherwise)
+  WHERE mended_by IS NOT NULL
+) AS kept_by (what) ON true
 ORDER BY chain_position, item_position"""
 
 
@@ -203,7 +247,7 @@ def items_query(steps: Sequence[Step]) -> str:
     """Write the query for all that the steps promise, to be sent in any transaction."""
     parents = [(table, parent) for step in steps for table in step.tables for parent in step.parents(table)]
     pairs = ", ".join(f"({_literal(table)}, {_literal(parent)})" for table, parent in dict.fromkeys(parents))
-    return _ITEMS.format(items=_union(steps), parents=pairs)
+    return _ITEMS.format(items=_union(steps), parents=pairs, recreate=_literal(RECREATE))
 
 
 def items_of(rows: Rows, steps: Sequence[Step]) -> tuple[Item, ...]:

@@ -181,7 +181,7 @@ def _ending_of(look: _Look) -> Iterator[None]:
 def _judge(look: _Look, *, listed: bool) -> None:
     """Find out how a task ends to which anything missing matters; listed: the report has said already what is."""
     with _ending_of(look):
-        refuse_no_schema(look.found.server)
+        refuse_no_schema(look.found.server, look.plan)
         judge(look.plan, look.ways, survey.orphans(look.database, look.plan.missing), listed=listed)
 
 

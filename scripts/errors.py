@@ -112,6 +112,15 @@ class SystemSchemaError(NoSchemaError):
     usual_remedy = "Name the schema that is meant in DATABASE_URL (?schema=public), or first in the role's search_path."
 
 
+class HiddenTableError(UnsupportedError):
+    """A pooler's other client left a temporary table of our name in the session: no name can lead past it."""
+
+    says = "the session has temporary tables of these names: {tables}"
+    usual_remedy = """\
+Another client of the pooler made them, and no table of these names can be made beside them: name the server itself in
+DATABASE_URL (the direct URL), or run the task again when that client has dropped them."""
+
+
 class OptionError(StepFailedError):
     """An option was given without the one that it belongs to."""
 

@@ -135,10 +135,12 @@ def _as_dropped(rename: str) -> str:
 
 def _in_place(item: Item, found: Facts) -> Commands | None:
     """Return the commands that leave the item's table where it is; None: the table has to go."""
+    return _set_free(item, found) if _kept_by(item) else _mended(item, found)
+
+
+def _mended(item: Item, found: Facts) -> Commands | None:
     kind, name = _parts(item)
     stands = found.all(item.table, "stands")
-    if kept_by := _kept_by(item):
-        return _set_free(item, kept_by, found)
     if kind in ("table", "column", "key") and stands:
         if _is_no_table(item.table, found):
             return _rename(item.table, item.table, found)
@@ -170,8 +172,9 @@ def _unlogged(item: Item) -> list[str]:
     return re.findall(r"(\w+) is UNLOGGED", _kept_by(item))
 
 
-def _set_free(item: Item, kept_by: str, found: Facts) -> Commands | None:
+def _set_free(item: Item, found: Facts) -> Commands | None:
     """Return the commands after which the item can be made; None: its table has to go."""
+    kept_by = _kept_by(item)
     if unlogged := _unlogged(item):
         return tuple(_logged(unlogged, found))
     if " OF " in kept_by:

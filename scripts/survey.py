@@ -131,8 +131,9 @@ SELECT current_setting('server_version'), current_user, current_database(), curr
 # is in the way.
 _ITEMS = """
 SELECT stem, item, expected,
-       CASE WHEN kept_by.what IS NULL THEN actual ELSE coalesce(actual, 'missing') || ', and ' || kept_by.what END,
-       CASE WHEN kept_by.what IS NULL THEN mended_by END,
+       CASE WHEN expected = 'table' AND home.relpersistence = 't' THEN 'temporary table'
+            ELSE coalesce(coalesce(actual, 'missing') || ', and ' || coalesce(unlogged, told[1]), actual) END,
+       CASE WHEN coalesce(unlogged, told[1]) IS NULL THEN mended_by END,
        CASE WHEN actual IS NOT DISTINCT FROM expected OR mended_by IS NULL THEN NULL
             WHEN item LIKE '% place' AND NOT has_database_privilege(current_database(), 'CREATE')
               THEN 'CREATE on database ' || current_database()
@@ -146,8 +147,8 @@ SELECT stem, item, expected,
                           place.nspname, home.relowner::regrole, home.relname)
             WHEN NOT pg_has_role(home.relowner, 'USAGE')
               THEN format('ownership of table %s (it belongs to %s)', home.relname, home.relowner::regrole)
-            WHEN heirs.of_others IS NOT NULL
-              THEN 'ownership of ' || heirs.of_others
+            WHEN told[2] IS NOT NULL
+              THEN 'ownership of ' || told[2]
             WHEN NOT pg_has_role(routine.proowner, 'USAGE')
               THEN format('ownership of function %s (it belongs to %s)',
                           routine.oid::regprocedure, routine.proowner::regrole)
@@ -159,7 +160,8 @@ SELECT stem, item, expected,
 FROM (
   SELECT *, count(*) FILTER (WHERE is_added) OVER (PARTITION BY split_part(item, '.', 1)) AS wanted
   FROM (
-    SELECT *, item ~ '^[a-z_]+[.][a-z_]+$' AND mended_by <> {recreate} AND NOT starts_with(expected, coalesce(actual, '?')) AS is_added
+    SELECT *, item ~ '^[a-z_]+[.][a-z_]+$' AND to_regclass(split_part(item, '.', 1)) IS NOT NULL
+              AND mended_by <> {recreate} AND NOT starts_with(expected, coalesce(actual, '?')) AS is_added
     FROM (
 {items}
     ) AS listed
@@ -182,8 +184,8 @@ LEFT JOIN LATERAL (  -- by foreign keys: the item's own, or those of the table t
                 THEN format('REFERENCES on table %s (it belongs to %s)', led.name, target.relowner::regrole) END), ''),
          E'\\n'),
          string_agg(format('%s is UNLOGGED', led.name), ', ') FILTER (
-           WHERE target.relpersistence = 'u' AND actual IS NULL AND home.relpersistence IS DISTINCT FROM 'u'
-             AND (home.oid IS NOT NULL OR relation IS NOT NULL))
+           WHERE target.relpersistence = 'u' AND home.relpersistence IS DISTINCT FROM 'u'
+             AND actual IS NULL AND mended_by IS NOT NULL AND (home.oid IS NOT NULL OR relation IS NOT NULL))
   FROM (SELECT substring(expected FROM 'REFERENCES ([a-z_]+)[(]'), NULL
         UNION
         SELECT parent, relation FROM (VALUES {parents}) AS made (relation, parent)
@@ -195,30 +197,27 @@ LEFT JOIN LATERAL (  -- by foreign keys: the item's own, or those of the table t
                              AND a.attname = 'id' AND a.atttypid = 'uuid'::regtype)
                          ELSE to_regclass(led.name) END
 ) AS led_to (lacking, unlogged) ON true
-LEFT JOIN LATERAL (  -- tables that inherit: a column is added to them, too
-  WITH RECURSIVE family (oid) AS (
-    SELECT home.oid WHERE is_added UNION SELECT inhrelid FROM family JOIN pg_inherits ON inhparent = family.oid)
-  SELECT max(relnatts),
-         string_agg(format('%s has it as %s', family.oid::regclass, format_type(atttypid, atttypmod)), ', ')
-           FILTER (WHERE atttypid <> to_regtype(split_part(expected, ' ', 1))),
-         string_agg(format('table %s (it belongs to %s)', family.oid::regclass, relowner::regrole), ', ')
-           FILTER (WHERE NOT pg_has_role(relowner, 'USAGE'))
-  FROM family JOIN pg_class USING (oid)
-  LEFT JOIN pg_attribute ON attrelid = family.oid AND attname = split_part(item, '.', 2) AND NOT attisdropped AND actual IS NULL
-) AS heirs (columns, otherwise, of_others) ON true
-LEFT JOIN LATERAL (
-  SELECT coalesce(
-    led_to.unlogged,
-    CASE WHEN is_added AND home.reloftype <> 0 THEN format('%s is a table OF %s', home.relname, home.reloftype::regtype)
-         WHEN heirs.columns + wanted > 1600
-           THEN format('a table has 1600 columns at most (dropped ones count: here %s)', heirs.columns)
-         WHEN is_added AND home.relname = 'slots' AND home.relreplident = 'n' AND EXISTS (
-                SELECT FROM pg_publication_tables JOIN pg_publication USING (pubname)
-                WHERE pubupdate AND schemaname = place.nspname AND tablename = home.relname)
-           THEN 'published without a replica identity no row of slots can be updated' END,
-    heirs.otherwise)
-  WHERE mended_by IS NOT NULL
-) AS kept_by (what) ON true
+LEFT JOIN LATERAL (  -- what keeps a column from being added to its table and those that inherit, and those of others
+  SELECT CASE WHEN is_added THEN (
+    WITH RECURSIVE family (oid) AS (
+      SELECT home.oid UNION SELECT inhrelid FROM family JOIN pg_inherits ON inhparent = family.oid)
+    SELECT ARRAY[
+      CASE WHEN home.reloftype <> 0 THEN format('%s is a table OF %s', home.relname, home.reloftype::regtype)
+           WHEN max(relnatts) + wanted > 1600
+             THEN format('a table has 1600 columns at most (dropped ones count: here %s)', max(relnatts))
+           WHEN home.relname = 'slots' AND home.relreplident = 'n' AND EXISTS (
+                  SELECT FROM pg_publication AS p LEFT JOIN pg_publication_rel ON prpubid = p.oid
+                  WHERE pubupdate AND (puballtables OR prrelid = home.oid))
+             THEN 'published without a replica identity no row of slots can be updated'
+           ELSE string_agg(format('%s has it as %s', family.oid::regclass, format_type(atttypid, atttypmod)), ', ')
+                  FILTER (WHERE atttypid <> to_regtype(split_part(expected, ' ', 1))) END,
+      string_agg(format('table %s (it belongs to %s)', family.oid::regclass, relowner::regrole), ', ')
+        FILTER (WHERE NOT pg_has_role(relowner, 'USAGE'))]
+    FROM family JOIN pg_class USING (oid)
+    LEFT JOIN pg_attribute
+           ON attrelid = family.oid AND attname = split_part(item, '.', 2) AND NOT attisdropped AND actual IS NULL
+  ) END OFFSET 0
+) AS added (told) ON true
 ORDER BY chain_position, item_position"""
 
 

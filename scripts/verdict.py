@@ -47,6 +47,8 @@ def _no_schema(server: Server, todo: Plan) -> Iterator[errors.RecipeError]:
         yield errors.NoSchemaError(search_path=server.search_path)
     elif re.match("pg_|information_schema$", server.schema) and any(item.is_new_table for item in todo.missing):
         yield errors.SystemSchemaError(schema=server.schema, search_path=server.search_path)
+    if hidden := [item.table for item in todo.in_the_way if item.actual == "temporary table"]:
+        yield errors.HiddenTableError(tables=", ".join(hidden))
 
 
 def judge(

@@ -108,8 +108,8 @@ def filled(table: str, columns: int = 1600) -> str:
     """Write what uses up the columns of a table; all but the last ones that were added are dropped again."""
     return f"""
         DO $$ BEGIN
-          EXECUTE (SELECT format('ALTER TABLE {table} %s', string_agg('ADD c' || i || ' int', ',')) FROM generate_series(
-            1, {columns} - (SELECT relnatts FROM pg_class WHERE oid = '{table}'::regclass)) AS i);
+          EXECUTE (SELECT format('ALTER TABLE {table} %s', string_agg('ADD c' || i || ' int', ','))
+                   FROM pg_class, generate_series(1, {columns} - relnatts) AS i WHERE oid = '{table}'::regclass);
           EXECUTE (SELECT format('ALTER TABLE {table} %s', string_agg(format('DROP %I', attname), ','))
                    FROM pg_attribute WHERE attrelid = '{table}'::regclass AND attname ~ '^c[0-9]+$');
         END $$;"""

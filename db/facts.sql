@@ -12,6 +12,15 @@ WITH RECURSIVE standing (name, oid, home) AS (
 ), kinds (relkind, kind) AS (
   VALUES ('r'::"char", 'TABLE'), ('p', 'TABLE'), ('v', 'VIEW'), ('m', 'MATERIALIZED VIEW'), ('f', 'FOREIGN TABLE'),
          ('S', 'SEQUENCE'), ('i', 'INDEX'), ('I', 'INDEX'), ('c', 'TYPE')
+), heirs (name, root, oid) AS (  -- tables that inherit
+  SELECT name, oid, oid FROM standing UNION SELECT name, root, inhrelid FROM heirs JOIN pg_inherits ON inhparent = heirs.oid
+), unlogged (name, level, oid) AS (  -- and what they lead to: the first ones cannot be logged before
+  SELECT name, 0, oid FROM standing JOIN pg_class USING (oid) WHERE relpersistence = 'u'
+  UNION
+  SELECT name, level + 1, confrelid
+  FROM unlogged JOIN pg_constraint ON conrelid = unlogged.oid AND contype = 'f' AND confrelid <> conrelid
+  JOIN pg_class ON pg_class.oid = confrelid AND relpersistence = 'u'
+  WHERE level < 32
 ), columns (name, relid, attnum) AS (
   SELECT standing.name || '.' || attname, attrelid, attnum
   FROM standing JOIN pg_attribute ON attrelid = oid
@@ -100,6 +109,21 @@ WITH RECURSIVE standing (name, oid, home) AS (
          format(CASE WHEN relispartition THEN 'ALTER TABLE %1$s ATTACH PARTITION %2$s %3$s;' ELSE 'ALTER TABLE %2$s INHERIT %1$s;' END,
                 inhparent::regclass, inhrelid::regclass, pg_get_expr(relpartbound, pg_class.oid))
   FROM standing JOIN pg_class USING (oid) JOIN pg_inherits ON inhrelid = pg_class.oid
+  UNION ALL
+  SELECT -max(level), name, 'unlogged', format('ALTER TABLE %s SET LOGGED;', oid::regclass), NULL FROM unlogged GROUP BY name, oid
+  UNION ALL
+  SELECT 0, name, 'of type', format('ALTER TABLE %s NOT OF;', oid::regclass), reloftype::regtype::text
+  FROM standing JOIN pg_class USING (oid) WHERE reloftype <> 0
+  UNION ALL
+  SELECT 0, name, 'without identity', format('ALTER TABLE %s REPLICA IDENTITY DEFAULT;', oid::regclass), NULL
+  FROM standing JOIN pg_class USING (oid) WHERE relreplident = 'n'
+  UNION ALL -- columns of tables that inherit: how each is renamed, and is no longer to be filled
+  SELECT 0, format('%s.%s', heirs.name, attname), 'heir', remove, restore
+  FROM heirs JOIN pg_attribute ON attrelid = heirs.oid AND heirs.oid <> root AND NOT attisdropped AND attname IN (SELECT name FROM names)
+  CROSS JOIN LATERAL (
+    SELECT format('ALTER TABLE %s RENAME COLUMN %I', heirs.oid::regclass, attname),
+           CASE WHEN attnotnull AND NOT atthasdef THEN format('ALTER TABLE %s ALTER COLUMN', heirs.oid::regclass) END
+    WHERE attinhcount = 0) AS renamed (remove, restore)
   UNION ALL
   SELECT 0, standing.name, 'led to', remove, restore
   FROM standing JOIN constraints ON target = standing.oid WHERE kind = 'f' AND relid <> target
@@ -245,7 +269,7 @@ WITH RECURSIVE standing (name, oid, home) AS (
   SELECT 0, '', 'taken', name, NULL
   FROM (SELECT relname FROM pg_class UNION SELECT typname FROM pg_type UNION SELECT conname FROM pg_constraint UNION SELECT proname FROM pg_proc
         UNION SELECT tgname FROM pg_trigger UNION SELECT nspname FROM pg_namespace
-        UNION SELECT attname FROM pg_attribute WHERE attrelid IN (SELECT oid FROM standing)) AS taken (name)
+        UNION SELECT attname FROM pg_attribute WHERE attrelid IN (SELECT oid FROM heirs)) AS taken (name)
   WHERE name ~ '^attic|^uk_|_old|_pkey|turn_id_uuid'
 )
 SELECT subject, what, value, other FROM facts ORDER BY position, value;

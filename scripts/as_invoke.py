@@ -12,6 +12,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import scripts.console  # noqa: E402, F401 - Invoke prints its version and help before it has loaded tasks.py
+
+del sys.path[0]
 
 
 def distrust(lost: ImportError) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO, cast
 
 from scripts import errors
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _NARROWEST_TABLE = 60  # columns: the names of the steps take half of them
 PEOPLE = "table"  # the format that people read; the others are for machines
@@ -28,6 +33,7 @@ class Console:
         self.target = ""  # what is being worked on, once that is known
         self.quiet = False  # whether only documents, questions and errors are wanted
         self.format = PEOPLE
+        self.lost: list[errors.RecipeError] = []  # what could not be written, until that is said
         self._progress = ""  # the line that the next one is to replace
 
     @property
@@ -39,7 +45,7 @@ class Console:
         """Show on a terminal, and nowhere else, how far something is; the next line takes its place, "" none."""
         if line != self._progress and self._for_people.isatty() and not self.quiet:
             width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be taken back
-            print(f"\r\x1b[K{self.mask(line)[:width]}", end="", flush=True, file=self._for_people)
+            self._print(self._for_people, f"\r\x1b[K{self.mask(line)[:width]}", end="")
             self._progress = line
 
     def say(self, *lines: str) -> None:
@@ -84,24 +90,38 @@ class Console:
         """Print a JSON document, its texts masked one by one: null, which is no text, may be somebody's password."""
         self._print(sys.stdout, json.dumps(_masked(document, self.mask), indent=2, ensure_ascii=False))
 
-    def _print(self, stream: TextIO, *lines: str) -> None:
+    def append(self, file: str, document: str) -> None:
+        """Add what was asked for to a file; where that fails, the end of the task says so."""
         try:
-            for line in lines:
-                print(line, flush=True, file=stream)
-        except OSError:  # whoever read has seen enough, or the disk is full; the work goes on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            with Path(file).open("a", encoding="utf-8") as opened:
+                opened.write(self.mask(document))
+        except OSError as error:
+            self.lost.append(errors.LostOutputError(place=file, why=error.strerror))
+
+    @staticmethod
+    def _print(stream: TextIO, *lines: str, end: str = "\n") -> None:
+        for line in lines:
+            print(line, end=end, flush=True, file=stream)
 
     def confirms(self, question: str) -> bool | None:
         """Ask the person at the terminal, where no is the default; None: there is no terminal."""
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             return None
-        print(self.mask(question), "[y/N] ", end="", flush=True)  # input() would write it to stderr
+        self._print(sys.stdout, f"{self.mask(question)} [y/N] ", end="")  # input() would write it to stderr
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     def complain(self, error: errors.RecipeError) -> None:
         """Print what is wrong, what it concerns, and what helps."""
         self.progress("")
         self.aside(*error.lines("" if isinstance(error, errors.StoppedError) else self.target))
+
+    def ended(self, code: int) -> int:
+        """Say what could not be written, if anything; return the exit code, which that makes 1 if it was 0."""
+        lost = self.lost[:1]
+        for error in lost:
+            self.complain(error)
+        self.lost.clear()
+        return code or (lost[0].exit_code if lost else 0)
 
     def aside(self, *lines: str) -> None:
         """Print to stderr."""
@@ -114,14 +134,50 @@ def _margin(line: str) -> int:
     return labels.end() if labels else 0
 
 
+class _Output(io.FileIO):
+    """stdout or stderr, which end no work: what cannot be written is lost, and said unless nobody reads any more."""
+
+    def write(self, text: ReadableBuffer, /) -> int:
+        """Write it, or what the system takes of it."""
+        try:
+            while (written := cast("int | None", super().write(text))) is None:  # somebody made it non-blocking
+                select.select([], [self], [])
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                CONSOLE.lost.append(errors.LostOutputError(place=_OUTPUTS[self.fileno()], why=error.strerror))
+            with Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), self.fileno())
+            return memoryview(text).nbytes
+        return written
+
+
+_OUTPUTS = {1: "stdout", 2: "stderr"}
+
+
 def _make_usable() -> None:
-    """Let neither a stream that was closed, nor a character that the locale does not know, end a task."""
+    """Let no stream end a task, nor Invoke's own listing: closed, unread, on a full disk, of a narrow locale."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - for as long as we live
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+            if stream in (sys.__stdout__, sys.__stderr__):  # and not a test's
+                setattr(sys, name, _lasting(stream))
+
+
+def _lasting(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    buffer = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
+    at_once = stream.line_buffering or stream.write_through
+    return io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=at_once)
+
+
+@atexit.register
+def _end() -> None:
+    """Say what was lost of Invoke's own words: it is too late for an exception."""
+    sys.stdout.flush()
+    if code := CONSOLE.ended(0):
+        os._exit(code)
 
 
 _make_usable()
@@ -141,15 +197,19 @@ def _masked(value: object, mask: Callable[[str], str]) -> object:
 @contextmanager
 def reported() -> Iterator[None]:
     """Turn whatever ends a task, Ctrl-C too, into a message and an exit code."""
+    code = 0
+    cause: BaseException | None = None
     try:
         yield
+    except SystemExit as end:  # the doctor's
+        code = int(end.code or 0)
     except (Exception, KeyboardInterrupt) as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed once more it would end the message
         ending, cause = as_message(error), error
-    else:
-        return
-    CONSOLE.complain(ending)
-    raise SystemExit(ending.exit_code) from cause
+        CONSOLE.complain(ending)
+        code = ending.exit_code
+    if code := CONSOLE.ended(code):
+        raise SystemExit(code) from cause
 
 
 def as_message(error: BaseException) -> errors.RecipeError:

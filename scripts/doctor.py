@@ -6,12 +6,13 @@ Each thing is asked for by itself, so that what fails does not hide the rest; wh
 from __future__ import annotations
 
 import errno
+import json
 import os
 import platform
 import re
 import socket
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -27,9 +28,9 @@ from scripts import chain, embedded, errors, findings, locks, plan, survey
 from scripts.chain import ROOT
 from scripts.console import CONSOLE, as_message
 from scripts.database import BEGIN_READ_ONLY, Database
-from scripts.findings import Finding, Host, Limit, Place, Session, Way
+from scripts.findings import EventTrigger, Finding, Host, Limit, Place, Session, Way
 from scripts.plan import Plan
-from scripts.runner import STAY, needing_room
+from scripts.runner import DIARY, STAY, needing_room
 from scripts.settings import Settings, Target, completed, load
 from scripts.survey import Survey
 from scripts.work import Work, announce, target_of
@@ -199,7 +200,7 @@ def _session(where: Target, given: Settings, ports: list[str]) -> Iterator[Findi
                 yield from findings.schemas(server, session)
                 yield from findings.chain(server, found.items, todo)
                 yield from findings.limits(server, session, given.lock_timeout_ms)
-                yield from findings.event_triggers(session, todo)
+                yield from findings.event_triggers(session, todo, _commands(todo, steps))
                 second = partial(Database, where, given, answer_s=given.connect_timeout_s)
                 yield findings.connections(_crowded(work.database, second), todo)
                 yield from () if todo.in_the_way else _rows(work, todo, session)
@@ -207,6 +208,13 @@ def _session(where: Target, given: Settings, ports: list[str]) -> Iterator[Findi
         yield findings.problem("login", error, known=where.display)
     except errors.StatementError as error:
         yield findings.problem("session", as_message(error))
+
+
+def _commands(todo: Plan, steps: Sequence[chain.Step]) -> str:
+    """Return the SQL of what is due: a command that is not in there is not sent."""
+    atomic = [step.atomic for step in steps if step.stem in todo.atomic]
+    online = [query for step in steps if step.stem in todo.online for query in step.online]
+    return "\n".join([*atomic, *online, DIARY])
 
 
 def _rows(work: Work, todo: Plan, session: Session) -> Iterator[Finding]:
@@ -232,10 +240,13 @@ _SESSION = """
 SELECT current_user, current_database(), current_setting('session_replication_role'),
        (SELECT version || ', ' || cipher FROM pg_stat_ssl WHERE pid = pg_backend_pid() AND ssl)"""
 
-_ABSENT = """
-SELECT name FROM regexp_split_to_table(current_setting('search_path'), '[[:space:]]*,[[:space:]]*') AS path (written),
-     LATERAL (SELECT replace(regexp_replace(written, '^"|"$', '', 'g'), '""', '"')) AS plain (name)
-WHERE name <> ALL (current_schemas(false)) AND name NOT IN ('$user', '')"""
+# Supabase's roles have it as "\$user": meant is $user, which need not exist. Names without quotes are folded.
+_ABSENT = r"""
+SELECT DISTINCT name
+FROM regexp_matches(current_setting('search_path'), '"((?:[^"]|"")*)"|([^[:space:],"]+)', 'g') AS part,
+     LATERAL (SELECT coalesce(replace(part[1], '""', '"'), lower(part[2]))) AS plain (name)
+WHERE name::name <> ALL (current_schemas(false)) AND name NOT IN ('$user', '\$user', 'pg_temp', '')
+ORDER BY 1"""
 
 _PLACES = """
 SELECT relname, nspname, array_position(current_schemas(false), nspname)
@@ -243,10 +254,12 @@ FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
 WHERE relname = ANY ({tables}) AND relkind IN ('r', 'p', 'v', 'm', 'f') AND nspname !~ '^pg_'
 ORDER BY relname, nspname"""
 
-# Supabase's own do not refuse what a role of the user's does.
+# Those that fire in such a session. Supabase's own do not refuse what a role of the user's does.
 _EVENT_TRIGGERS = """
-SELECT evtname FROM pg_event_trigger
-WHERE evtenabled IN ('O', 'A') AND evtowner::regrole::text <> 'supabase_admin' ORDER BY 1"""
+SELECT evtname, evtevent, array_to_json(evttags) FROM pg_event_trigger
+WHERE evtenabled::text IN ('A', CASE current_setting('session_replication_role') WHEN 'replica' THEN 'R' ELSE 'O' END)
+  AND current_setting('event_triggers', true) IS DISTINCT FROM 'off'  -- new in 17
+  AND evtowner::regrole::text <> 'supabase_admin' ORDER BY 1"""
 
 
 def _ask(database: Database, tables: Collection[str]) -> Session:
@@ -275,7 +288,10 @@ def _ask(database: Database, tables: Collection[str]) -> Session:
         replication_role=str(replication_role),
         absent_schemas=tuple(str(schema) for (schema,) in absent),
         places=tuple(Place(str(table), str(schema), int(rank) if rank else None) for table, schema, rank in places),
-        event_triggers=tuple(str(trigger) for (trigger,) in event_triggers),
+        event_triggers=tuple(
+            EventTrigger(str(trigger), str(event), tuple(json.loads(tags or "[]")))
+            for trigger, event, tags in event_triggers
+        ),
     )
 
 

@@ -58,7 +58,7 @@ def read(database: Database, items: Sequence[Item]) -> Mapping[str, Commands]:
     """
     if not items:
         return {}
-    tables = {item.table for item in items} | {target for item in items if (target := _target(item))}
+    tables = {table for item in items for table in (item.table, _target(item), *_unlogged(item)) if table}
     words = {word for item in items for word in re.findall(r"\w+", f"{item.name} {_taken(item)}")}
     names = words.union(*(_names_to_be(item) for item in items))
     try:
@@ -135,6 +135,10 @@ def _as_dropped(rename: str) -> str:
 
 def _in_place(item: Item, found: Facts) -> Commands | None:
     """Return the commands that leave the item's table where it is; None: the table has to go."""
+    return _set_free(item, found) if _kept_by(item) else _mended(item, found)
+
+
+def _mended(item: Item, found: Facts) -> Commands | None:
     kind, name = _parts(item)
     stands = found.all(item.table, "stands")
     if kind in ("table", "column", "key") and stands:
@@ -156,6 +160,42 @@ def _in_place(item: Item, found: Facts) -> Commands | None:
     if kind == "policy":
         return tuple(_removed(found.all(item.name, "policy")))
     return _rename(item.table, name["name"], found) if kind == "name" else _recreate(found)
+
+
+def _kept_by(item: Item) -> str:
+    """Return what keeps a table, a column or a key from being made (see survey)."""
+    kept = re.fullmatch(r"(?:missing|uuid(?: NOT NULL)?), and (.*)", item.actual or "")
+    return kept[1] if kept else ""
+
+
+def _unlogged(item: Item) -> list[str]:
+    return re.findall(r"(\w+) is UNLOGGED", _kept_by(item))
+
+
+def _set_free(item: Item, found: Facts) -> Commands | None:
+    """Return the commands after which the item can be made; None: its table has to go."""
+    kept_by = _kept_by(item)
+    if unlogged := _unlogged(item):
+        return tuple(_logged(unlogged, found))
+    if " OF " in kept_by:
+        return tuple(line for free, of in found.all(item.table, "of type") for line in (free, f"-- it was OF {of}"))
+    if "replica identity" in kept_by:
+        return tuple(free for free, _ in found.all(item.table, "without identity"))
+    return tuple(_heirs_renamed(item.name, found)) or None
+
+
+def _logged(tables: Sequence[str], found: Facts) -> Iterator[str]:
+    yield "-- the table is rewritten, and nobody can use it meanwhile"
+    yield from dict.fromkeys(command for table in tables for command, _ in found.all(table, "unlogged"))
+
+
+def _heirs_renamed(name: str, found: Facts) -> Iterator[str]:
+    """Rename the columns that a column of this name cannot be one with."""
+    old = found.free(f"{name.partition('.')[2]}_old")
+    for rename, unfilled in found.all(name, "heir"):
+        yield f"{rename} TO {old};"
+        if unfilled:
+            yield f"{unfilled} {old} DROP NOT NULL;"
 
 
 def _target(item: Item) -> str:

@@ -63,7 +63,7 @@ END
 $verification$"""
 
 # Where another run got there first, the step's transaction wrote nothing, and the diary says nothing.
-_DIARY = """DO $diary$
+DIARY = """DO $diary$
 BEGIN
   IF {part} = 'atomic' AND pg_current_xact_id_if_assigned() IS NULL
      OR EXISTS (SELECT FROM pg_publication WHERE puballtables) THEN  -- its rows would stop subscribers without it
@@ -399,7 +399,7 @@ def _verification(step: Step, chain: Sequence[Step]) -> str:
 
 def _diary(step: Step, part: str, duration: str | None) -> str:
     values = {"stem": step.stem, "part": part, "duration": duration, "checksum": step.checksum, "version": version()}
-    return _DIARY.format(**{name: _literal(value) for name, value in values.items()})
+    return DIARY.format(**{name: _literal(value) for name, value in values.items()})
 
 
 def _literal(value: str | None) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from psycopg import sql
 
-from scripts.chain import Step, tables
+from scripts.chain import RECREATE, Step, tables
 from scripts.database import Database, Rows
 from scripts.errors import LockTimeoutError, StatementError, UnreadableCatalogsError, for_sqlstate
 
@@ -41,6 +41,11 @@ class Item:
     def is_place(self) -> bool:
         """Whether it is a table or a column, which others hang on, and no key, index, comment or the like."""
         return " " not in self.name
+
+    @property
+    def is_new_table(self) -> bool:
+        """Whether it is a table that a step would create."""
+        return self.name == self.table and self.actual is None and self.mended_by is not None
 
     @property
     def stands(self) -> bool:
@@ -129,22 +134,27 @@ SELECT current_setting('server_version'), current_user, current_database(), curr
        CASE WHEN pg_is_in_recovery() THEN 'the server is a standby'
             WHEN current_setting('default_transaction_read_only')::boolean THEN 'default_transaction_read_only is on'
        END,
-       current_setting('search_path'), pg_backend_pid(),
+       regexp_replace(current_setting('search_path'), ', pg_temp$', ''), pg_backend_pid(),
        (SELECT json_object_agg(nspname, found)
         FROM (SELECT nspname, json_agg(relname ORDER BY relname) AS found
               FROM unnest({tables}::text[]) AS ours (name)
               JOIN pg_class AS c ON c.oid = to_regclass(ours.name)
-              JOIN pg_namespace AS n ON n.oid = c.relnamespace
-              GROUP BY nspname) AS behind)"""
+              JOIN pg_namespace AS n ON n.oid = c.relnamespace AND nspname !~ '^pg_'
+              GROUP BY nspname) AS standing)"""
 
 # An item is led by the name of its table: the right to mend it is CREATE where the table is missing, else ownership.
+# A column that is to be added, or a table or key to be made, may be kept from it by what the catalogs show: then that
+# is in the way.
 _ITEMS = """
-SELECT stem, item, expected, actual, mended_by,
+SELECT stem, item, expected,
+       CASE WHEN expected = 'table' AND home.relpersistence = 't' THEN 'temporary table'
+            ELSE coalesce(coalesce(actual, 'missing') || ', and ' || coalesce(unlogged, told[1]), actual) END,
+       CASE WHEN coalesce(unlogged, told[1]) IS NULL THEN mended_by END,
        CASE WHEN actual IS NOT DISTINCT FROM expected OR mended_by IS NULL THEN NULL
             WHEN item LIKE '% place' AND NOT has_database_privilege(current_database(), 'CREATE')
               THEN 'CREATE on database ' || current_database()
             WHEN (home.oid IS NULL OR item LIKE '% index %' OR item LIKE '% function %' OR item LIKE '% place')
-                 AND NOT has_schema_privilege(place.oid, 'CREATE')
+                 AND NOT has_schema_privilege(place.oid, 'CREATE') AND place.nspname !~ '^pg_'
               THEN 'CREATE on schema ' || place.nspname
             WHEN (item LIKE '% function %' OR item LIKE '% place')
                  AND NOT has_schema_privilege(home.relowner, place.oid, 'CREATE')
@@ -153,6 +163,8 @@ SELECT stem, item, expected, actual, mended_by,
                           place.nspname, home.relowner::regrole, home.relname)
             WHEN NOT pg_has_role(home.relowner, 'USAGE')
               THEN format('ownership of table %s (it belongs to %s)', home.relname, home.relowner::regrole)
+            WHEN told[2] IS NOT NULL
+              THEN 'ownership of ' || told[2]
             WHEN NOT pg_has_role(routine.proowner, 'USAGE')
               THEN format('ownership of function %s (it belongs to %s)',
                           routine.oid::regprocedure, routine.proowner::regrole)
@@ -162,7 +174,14 @@ SELECT stem, item, expected, actual, mended_by,
               THEN 'USAGE on schema auth'
             ELSE led_to.lacking END
 FROM (
+  SELECT *, count(*) FILTER (WHERE is_added) OVER (PARTITION BY split_part(item, '.', 1)) AS wanted
+  FROM (
+    SELECT *, item ~ '^[a-z_]+[.][a-z_]+$' AND to_regclass(split_part(item, '.', 1)) IS NOT NULL
+              AND mended_by <> {recreate} AND NOT starts_with(expected, coalesce(actual, '?')) AS is_added
+    FROM (
 {items}
+    ) AS listed
+  ) AS sorted
 ) AS promise
 LEFT JOIN pg_class AS home
        ON home.oid = to_regclass(coalesce(substring(item FROM '^(.*) (?:place|dependant)$'),
@@ -179,18 +198,42 @@ LEFT JOIN LATERAL (  -- by foreign keys: the item's own, or those of the table t
                 THEN format('USAGE on schema %s', target.relnamespace::regnamespace) END,
            CASE WHEN NOT has_table_privilege(target.oid, 'REFERENCES')
                 THEN format('REFERENCES on table %s (it belongs to %s)', led.name, target.relowner::regrole) END), ''),
-         E'\\n')
-  FROM (SELECT substring(expected FROM 'REFERENCES ([a-z_]+)[(]')
+         E'\\n'),
+         string_agg(format('%s is UNLOGGED', led.name), ', ') FILTER (
+           WHERE target.relpersistence = 'u' AND home.relpersistence IS DISTINCT FROM 'u'
+             AND actual IS NULL AND mended_by IS NOT NULL AND (home.oid IS NOT NULL OR relation IS NOT NULL))
+  FROM (SELECT substring(expected FROM 'REFERENCES ([a-z_]+)[(]'), NULL
         UNION
-        SELECT parent FROM (VALUES {parents}) AS made (relation, parent)
-        WHERE relation = item AND actual IS NULL) AS led (name)
+        SELECT parent, relation FROM (VALUES {parents}) AS made (relation, parent)
+        WHERE relation = item AND actual IS NULL) AS led (name, relation)
   JOIN pg_class AS target
     ON target.oid = CASE led.name WHEN 'auth.users' THEN (  -- to_regclass() would want USAGE on its schema
                            SELECT a.attrelid FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid
                            WHERE c.relnamespace = auth.oid AND c.relname = 'users'
                              AND a.attname = 'id' AND a.atttypid = 'uuid'::regtype)
                          ELSE to_regclass(led.name) END
-) AS led_to (lacking) ON true
+) AS led_to (lacking, unlogged) ON true
+LEFT JOIN LATERAL (  -- what keeps a column from being added to its table and those that inherit, and those of others
+  SELECT CASE WHEN is_added THEN (
+    WITH RECURSIVE family (oid) AS (
+      SELECT home.oid UNION SELECT inhrelid FROM family JOIN pg_inherits ON inhparent = family.oid)
+    SELECT ARRAY[
+      CASE WHEN home.reloftype <> 0 THEN format('%s is a table OF %s', home.relname, home.reloftype::regtype)
+           WHEN max(relnatts) + wanted > 1600
+             THEN format('a table has 1600 columns at most (dropped ones count: here %s)', max(relnatts))
+           WHEN home.relname = 'slots' AND home.relreplident = 'n' AND EXISTS (
+                  SELECT FROM pg_publication AS p LEFT JOIN pg_publication_rel ON prpubid = p.oid
+                  WHERE pubupdate AND (puballtables OR prrelid = home.oid))
+             THEN 'published without a replica identity no row of slots can be updated'
+           ELSE string_agg(format('%s has it as %s', family.oid::regclass, format_type(atttypid, atttypmod)), ', ')
+                  FILTER (WHERE atttypid <> to_regtype(split_part(expected, ' ', 1))) END,
+      string_agg(format('table %s (it belongs to %s)', family.oid::regclass, relowner::regrole), ', ')
+        FILTER (WHERE NOT pg_has_role(relowner, 'USAGE'))]
+    FROM family JOIN pg_class USING (oid)
+    LEFT JOIN pg_attribute
+           ON attrelid = family.oid AND attname = split_part(item, '.', 2) AND NOT attisdropped AND actual IS NULL
+  ) END OFFSET 0
+) AS added (told) ON true
 ORDER BY chain_position, item_position"""
 
 
@@ -215,7 +258,7 @@ def items_query(steps: Sequence[Step]) -> str:
     """Write the query for all that the steps promise, to be sent in any transaction."""
     parents = [(table, parent) for step in steps for table in step.tables for parent in step.parents(table)]
     pairs = ", ".join(f"({_literal(table)}, {_literal(parent)})" for table, parent in dict.fromkeys(parents))
-    return _ITEMS.format(items=_union(steps), parents=pairs)
+    return _ITEMS.format(items=_union(steps), parents=pairs, recreate=_literal(RECREATE))
 
 
 def items_of(rows: Rows, steps: Sequence[Step]) -> tuple[Item, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from scripts import errors, report
@@ -22,7 +23,7 @@ def refuse_what_cannot_be(server: Server, todo: Plan, remedies: Mapping[str, Com
 
 def hindrances(server: Server, todo: Plan, remedies: Mapping[str, Commands]) -> Iterator[errors.RecipeError]:
     """Tell each reason for which the plan cannot be carried out as a whole; the first one is what a task ends with."""
-    yield from _no_schema(server)
+    yield from _no_schema(server, todo)
     if todo.in_the_way:
         yield _obstacle(todo, remedies)
     if absent := todo.mended_elsewhere:
@@ -35,32 +36,40 @@ def hindrances(server: Server, todo: Plan, remedies: Mapping[str, Commands]) -> 
         yield errors.RightError(role=server.role, where="\n".join(todo.lacking))
 
 
-def refuse_no_schema(server: Server) -> None:
+def refuse_no_schema(server: Server, todo: Plan) -> None:
     """Raise where there is no place for tables."""
-    for hindrance in _no_schema(server):
+    for hindrance in _no_schema(server, todo):
         raise hindrance
 
 
-def _no_schema(server: Server) -> Iterator[errors.RecipeError]:
+def _no_schema(server: Server, todo: Plan) -> Iterator[errors.RecipeError]:
     if server.schema is None:
         yield errors.NoSchemaError(search_path=server.search_path)
+    elif re.match("pg_|information_schema$", server.schema) and any(item.is_new_table for item in todo.missing):
+        yield errors.SystemSchemaError(schema=server.schema, search_path=server.search_path)
+    if hidden := [item.table for item in todo.in_the_way if item.actual == "temporary table"]:
+        yield errors.HiddenTableError(tables=", ".join(hidden))
 
 
 def judge(
-    found: Plan, remedies: Mapping[str, Commands], *, rows: Sequence[str] = (), remedy: str = "", listed: bool = False
+    found: Plan,
+    remedies: Mapping[str, Commands],
+    orphans: Sequence[Orphans],
+    *,
+    tried: bool = False,
+    listed: bool = False,
 ) -> None:
     """Raise where something that the plan's steps promise does not stand.
 
-    remedies: the commands that clear what is in the way; rows: those that refuse what is missing, in words; listed: the
-    report has said already what that is.
+    remedies: the commands that clear what is in the way; orphans: the rows that refuse what is missing; tried: setup
+    did what it could; listed: the report has said already what is missing.
     """
     if found.in_the_way:
         raise _obstacle(found, remedies)
     if found.missing:
-        raise errors.MissingError(
-            where="\n".join([*([] if listed else map(report.difference, outermost(found.missing))), *rows]),
-            remedy=remedy,
-        )
+        lines = [] if listed else map(report.difference, outermost(found.missing))
+        helps = errors.MEND_THE_ROWS if tried or orphans else ""
+        raise errors.MissingError(where="\n".join([*lines, *map(str, orphans)]), remedy=helps)
 
 
 def refused_by_rows(orphans: Sequence[Orphans]) -> errors.MissingError:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from scripts import chain, document, errors, locks, plan, remedies, report, runner, surroundings, survey, traffic
 from scripts.chain import Step
@@ -24,12 +23,9 @@ FORMATS = {"verify": (PEOPLE, "json", "junit", "github"), "status": (PEOPLE, "js
 def verify(*, form: str, quiet: bool, verbose: bool) -> None:
     """Compare every promise of the chain with what stands."""
     with _looking("verify", form, quiet=quiet) as look:
-        rows = list(map(str, survey.orphans(look.database, look.plan.missing)))
         if form == PEOPLE:
             _say_steps(look, verbose=verbose)
-        with _ending_of(look):
-            refuse_no_schema(look.found.server)
-            judge(look.plan, look.ways, rows=rows, listed=form == PEOPLE)
+        _judge(look, listed=form == PEOPLE)
         view = look.view()
         if form == "json":
             CONSOLE.emit_json(document.as_json(view))
@@ -48,8 +44,7 @@ def status(*, form: str, check: bool, quiet: bool, verbose: bool) -> None:
         _say_steps(look, verbose=verbose)
         CONSOLE.say(*report.around(around, look.found.server))
         if check:
-            with _ending_of(look):
-                judge(look.plan, look.ways, listed=True)
+            _judge(look, listed=True)
         if form == "json":
             CONSOLE.emit_json(document.as_json(look.view({"surroundings": asdict(around)})))
 
@@ -57,11 +52,26 @@ def status(*, form: str, check: bool, quiet: bool, verbose: bool) -> None:
 def what_setup_would_do(*, form: str, sql: bool, quiet: bool, verbose: bool) -> None:
     """Say what setup would do now, and what that means for whoever uses the tables; sql: print its SQL instead."""
     with _looking("plan", form, quiet=quiet, sql=sql) as look:
+        with _ending_of(look):
+            refuse_what_cannot_be(look.found.server, look.plan, look.ways)
         if sql:
-            settings = transaction_settings(look.where, look.given.lock_timeout_ms)
-            CONSOLE.emit(runner.as_sql(look.plan, look.steps, settings, look.where.search_path))
+            _say_sql(look)
         else:
             _say_plan(look, form, verbose=verbose)
+
+
+def _say_sql(look: _Look) -> None:
+    """Print what setup would send: nothing where it would refuse to."""
+    if look.error is None:
+        settings = transaction_settings(look.where, look.given.lock_timeout_ms)
+        CONSOLE.emit(runner.as_sql(look.plan, look.steps, settings, look.where.search_path))
+        _foresee_refusal_by_rows(look)
+
+
+def _foresee_refusal_by_rows(look: _Look) -> None:
+    orphans = survey.orphans(look.database, look.plan.missing, timeout=survey.BRIEFLY)
+    if orphans and look.error is None:
+        look.error = refused_by_rows(orphans)
 
 
 def _say_plan(look: _Look, form: str, *, verbose: bool) -> None:
@@ -72,7 +82,6 @@ def _say_plan(look: _Look, form: str, *, verbose: bool) -> None:
     building = any(change.effect is locks.Effect.BUILD for change in changes)
     bystanders = traffic.bystanders(look.database, locks.waits_for(changes), building=building)
     kept = [traffic.kept(look.database, item) for item in look.plan.missing if item.gives_way]
-    orphans = survey.orphans(look.database, look.plan.missing, timeout=survey.BRIEFLY)
     unseen = locks.left_to_the_rows(changes, look.plan)
     reshaped = locks.reshaped(changes)
     _say_steps(look, verbose=verbose)
@@ -80,10 +89,7 @@ def _say_plan(look: _Look, form: str, *, verbose: bool) -> None:
         CONSOLE.table(report.CHANGE_HEADER, report.change_cells(changes), report.changes(changes))
     CONSOLE.say(*report.sizes(standing.values()))
     CONSOLE.say(*report.consequences(look.given, reshaped, bystanders, kept, unseen))
-    with _ending_of(look):
-        refuse_what_cannot_be(look.found.server, look.plan, look.ways)
-        if orphans:
-            raise refused_by_rows(orphans)
+    _foresee_refusal_by_rows(look)
     if look.error is None:
         said = "setup would do this; nothing was changed" if look.plan.to_do else "nothing to do"
         CONSOLE.say(f"{said}; {CONSOLE.target}")
@@ -173,6 +179,13 @@ def _ending_of(look: _Look) -> Iterator[None]:
         look.error = error
 
 
+def _judge(look: _Look, *, listed: bool) -> None:
+    """Find out how a task ends to which anything missing matters; listed: the report has said already what is."""
+    with _ending_of(look):
+        refuse_no_schema(look.found.server, look.plan)
+        judge(look.plan, look.ways, survey.orphans(look.database, look.plan.missing), listed=listed)
+
+
 def _say_steps(look: _Look, *, verbose: bool) -> None:
     standing = look.found.items if verbose else ()
     lines = report.steps(report.step_rows(look.plan, standing))
@@ -194,5 +207,4 @@ def _write_failure(task: str, form: str, error: errors.RecipeError) -> None:
 def _append_summary(markdown: str) -> None:
     """Add to the job's page, where GitHub Actions says which file that is."""
     if path := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(path).open("a", encoding="utf-8") as summary:
-            summary.write(CONSOLE.mask(markdown))
+        CONSOLE.append(path, markdown)

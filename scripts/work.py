@@ -104,10 +104,10 @@ class Work:
         started_with = plan.of(self.wanted, before.items)
         after = self._go_on(before)
         left = plan.of(self.wanted, after.items)
-        did = "done" if started_with.to_do else "nothing to do"
+        did = "unfinished" if left.missing else "done" if started_with.to_do else "nothing to do"
         CONSOLE.say(f"{did}: {report.summary(plan.items_of(self.wanted, after.items))}; {CONSOLE.target}")
-        rows = list(map(str, survey.orphans(self.database, left.missing)))
-        judge(left, remedies.read(self.database, left.in_the_way), rows=rows, remedy=errors.MEND_THE_ROWS)
+        orphans = survey.orphans(self.database, left.missing)
+        judge(left, remedies.read(self.database, left.in_the_way), orphans, tried=True)
 
     def rehearse(self, found: survey.Survey) -> runner.Rehearsed:
         """Carry out all atomic parts that are due, and roll them back; ask again as often as LOCK_WAIT allows."""

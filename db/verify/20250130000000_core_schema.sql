@@ -3,7 +3,14 @@
 --   psql "$DATABASE_URL" -f db/verify/20250130000000_core_schema.sql     or: invoke verify
 --
 -- Reads the catalogs only.
-WITH menders (relation, taken_by, stem) AS (  -- of a table that is missing, or in the wrong form; what is no table or view is nobody's
+WITH supabase (here) AS (
+  SELECT EXISTS (SELECT FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid
+                 WHERE c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = 'auth')
+                   AND c.relname = 'users' AND a.attname = 'id' AND a.atttypid = 'uuid'::regtype)
+         AND EXISTS (SELECT FROM pg_proc WHERE proname = 'uid' AND pronargs = 0
+                       AND pronamespace = (SELECT oid FROM pg_namespace WHERE nspname = 'auth'))
+         AND to_regrole('service_role') IS NOT NULL AND to_regrole('authenticated') IS NOT NULL
+), menders (relation, taken_by, stem) AS (  -- of a table that is missing, or in the wrong form; what is no table or view is nobody's
   SELECT relation, taken.by,
          CASE WHEN oid IS NULL AND taken.by IS NULL THEN '20250130000000_core_schema'
               WHEN relkind IN ('r', 'p', 'v', 'm', 'f') THEN '20250130000002_recreate_core_schema' END
@@ -117,11 +124,11 @@ WITH menders (relation, taken_by, stem) AS (  -- of a table that is missing, or 
   ) AS standing (definition)
   WHERE to_regclass('entry_points') IS NULL AND standing.definition <> promised.definition
   UNION ALL
-  -- Supabase: of the core tables, those that the chain created (they bear its policy) keep their row-level security
-  SELECT relname || ' row-level security', 'on', CASE WHEN relrowsecurity THEN 'on' ELSE 'off' END, '20250130000000_core_schema'
-  FROM pg_class JOIN pg_policy ON polrelid = pg_class.oid AND polname = relname || '_service_role'
-  WHERE pg_class.oid IN (to_regclass('worlds'), to_regclass('rulesets'), to_regclass('entry_points'),
-                         to_regclass('prompt_segments'), to_regclass('games'), to_regclass('turns'))
+  -- Supabase: of the core tables, those that the chain creates (they bear its policy) have, and keep, row-level security
+  SELECT relation || ' row-level security', 'on', CASE WHEN relrowsecurity THEN 'on' WHEN pg_class.oid IS NOT NULL THEN 'off' END, '20250130000000_core_schema'
+  FROM menders LEFT JOIN pg_class ON pg_class.oid = to_regclass(relation)
+  WHERE EXISTS (SELECT FROM pg_policy WHERE polrelid = pg_class.oid AND polname = relation || '_service_role')
+     OR menders.stem = '20250130000000_core_schema' AND (SELECT here FROM supabase)
 )
 SELECT item, expected, actual, CASE WHEN actual IS DISTINCT FROM expected THEN mended_by END AS mended_by
 FROM promises;

@@ -45,11 +45,6 @@ WITH supabase (here) AS (
     ) AS documented (relation, columns)
   CROSS JOIN LATERAL string_to_table(documented.columns, ', ') AS spec
   UNION ALL
-  -- a foreign key that comes with the table; of a table that stands it is its owner's affair
-  SELECT 'prompt_snapshots foreign key (game_id)', 'FOREIGN KEY (game_id) REFERENCES games(id) ON DELETE SET NULL', NULL,
-         '20250213_prompt_snapshots'
-  WHERE to_regclass('prompt_snapshots') IS NULL
-  UNION ALL
   -- primary and unique keys, by their columns, whatever their names
   SELECT format('%s (%s)', documented.relation, array_to_string(documented.columns, ', ')),
          documented.kind,

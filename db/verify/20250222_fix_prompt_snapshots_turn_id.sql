@@ -13,7 +13,9 @@ WITH promises (item, expected, actual, mended_by) AS (
         WHERE attrelid = to_regclass('prompt_snapshots') AND attname = 'turn_id' AND NOT attisdropped) AS standing (form)
   UNION ALL
   -- what hangs on a uuid turn_id, besides its documented index, its default and its NOT NULL
-  SELECT 'prompt_snapshots.turn_id dependants', 'none', coalesce(string_agg(DISTINCT dependant, ', '), 'none'), NULL::text
+  SELECT 'prompt_snapshots.turn_id dependants', 'none',
+         CASE WHEN to_regclass('prompt_snapshots') IS NOT NULL THEN coalesce(string_agg(DISTINCT dependant, ', '), 'none') END,
+         CASE WHEN to_regclass('prompt_snapshots') IS NULL THEN '20250213_prompt_snapshots' END
   FROM pg_attribute
   CROSS JOIN LATERAL (
     SELECT pg_describe_object(classid, objid, objsubid)

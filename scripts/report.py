@@ -58,8 +58,7 @@ def server(server: Server, items: Sequence[Item]) -> list[str]:
 def behind(server: Server) -> list[str]:
     """Say what is found in a later schema of the search_path than the one where new tables go."""
     return [
-        f"{', '.join(tables)}: what stands is said of schema {schema}; {server.schema}, where new tables go, has none "
-        f"(search_path {server.search_path}; ?schema=NAME in DATABASE_URL says which one is meant)"
+        f"{', '.join(tables)}: what stands is said of schema {schema}; {server.schema}, where new tables go, has none"
         for schema, tables in server.behind.items()
     ]
 

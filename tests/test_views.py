@@ -204,7 +204,7 @@ def test_each_answer_says_which_tables_it_is_about(ready: Db) -> None:
             assert done.code == 0, done
             assert last.endswith(f"; {there} {meant}"), done
             assert f"(search_path {path})" in done.out.splitlines()[0]
-            assert ("new ones would go to empty" in done.out) == ("," in path), done
+            assert ("; empty, where new tables go, has none" in done.out) == ("," in path), done
     seen = document(
         ready.invoke("verify", "--format", "json", env={"DATABASE_URL": f"{ready.url}&search_path=empty,public"})
     )

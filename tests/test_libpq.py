@@ -29,7 +29,8 @@ from scripts.embedded import Cluster
 PASSWORD = "QX@ZJ/QX"
 # The recipes look into pg_temp last: see transaction_settings.
 QUERY = """SELECT current_user, current_database(), current_setting('cluster_name'),
-regexp_replace(current_setting('search_path'), ', pg_temp$', ''), current_setting('extra_float_digits'), current_setting('application_name')"""
+regexp_replace(current_setting('search_path'), ', pg_temp$', ''), current_setting('extra_float_digits'),
+current_setting('application_name')"""
 
 # The connection that every task opens, in a process of its own: libpq reads the environment of the process.
 PROBE = f"""

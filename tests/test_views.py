@@ -208,7 +208,7 @@ def test_each_answer_says_which_tables_it_is_about(ready: Db) -> None:
     seen = document(
         ready.invoke("verify", "--format", "json", env={"DATABASE_URL": f"{ready.url}&search_path=empty,public"})
     )
-    assert (seen["server"]["schema"], seen["server"]["homes"]) == ("empty", ["public"])
+    assert (seen["server"]["schema"], list(seen["server"]["tables"])) == ("empty", ["public"])
 
 
 def test_status_names_files_that_are_not_those_that_were_applied(ready: Db) -> None:

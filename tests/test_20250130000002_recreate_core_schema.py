@@ -654,7 +654,8 @@ def test_on_a_terminal_it_asks_once(db: Db, answer: str, code: int) -> None:
     before = db.dump(data=True)
     done = on_terminal(db, *ASKING, answer=answer)
     assert done.code == code, done
-    assert done.out.count("[y/N]") == 1
+    # A signal that arrives while Python flushes the question makes it write the question once more as it exits.
+    assert done.out.count("[y/N]") == 1 or (code == 130 and done.out.count("[y/N]") == 2)
     for word in (db.name, "core_attic", "turns (about 9 rows)", "prompt_snapshots", "turn_metrics"):
         assert word in done.out, done
     assert nothing_of_the_core_differs(db) if code == 0 else db.dump(data=True) == before

@@ -6,7 +6,7 @@ What `invoke plan` shows, `plan --sql` prints, `rehearse` runs and setup sends i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -55,10 +55,6 @@ class Action:
         build = self.effect is Effect.BUILD
         return {table: {*lock.conflicts_with, *(WRITERS if build else ())} for table, lock in self.locks.items()}
 
-    def updates(self, table: str) -> bool:
-        """Whether it gives rows of this table other values."""
-        return re.search(rf"\bUPDATE {table}\b", self.statement.flat) is not None
-
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -87,11 +83,13 @@ class StepPlan:
 class Plan:
     """What a task has to do, in the chain's order.
 
-    checks: every check of the chain, what goes along with a replaced column counted as missing.
+    checks: every check of the chain, what goes along with a replaced column counted as missing; passed: how many passed
+    when this was planned.
     """
 
     steps: tuple[StepPlan, ...]
     checks: tuple[Check, ...] = field(repr=False)
+    passed: int
 
     @property
     def transactions(self) -> list[StepPlan]:
@@ -120,8 +118,8 @@ class Plan:
             right for step in self.steps for check in step.reasons for right in (check.lacking or "").splitlines()
         ]
         hidden = {check.table for check in self.checks if check.rows_hidden}
-        unseen = [_unseen(table) for action in self.actions for table in hidden if action.updates(table)]
-        return tuple(dict.fromkeys([*rights, *unseen]))
+        rights += [right for action in self.actions for right in _to_see_rows(action.statement, hidden)]
+        return tuple(dict.fromkeys(filter(None, rights)))
 
     @property
     def missing(self) -> tuple[Check, ...]:
@@ -143,13 +141,15 @@ class Plan:
     @property
     def reshaped(self) -> list[str]:
         """The tables whose columns change: prepared SELECT * of them fail once (0A000)."""
-        adding = (check for step in self.steps for check in step.reasons if check.kind is Kind.COLUMN and check.found)
+        adding = (c for step in self.transactions for c in step.reasons if c.kind is Kind.COLUMN and c.found)
         return list(dict.fromkeys(check.table for check in adding))
 
 
-def _unseen(table: str) -> str:
-    """Say what the role lacks to see the rows that are updated."""
-    return f"BYPASSRLS (or ALTER TABLE {table} NO FORCE ROW LEVEL SECURITY meanwhile: it may hide rows)"
+def _to_see_rows(statement: Statement, hidden: Iterable[str]) -> Iterator[str]:
+    """Name what it takes to see the rows that a statement updates, of tables that hide theirs."""
+    for table in hidden:
+        if re.search(rf"\bUPDATE {table}\b", statement.flat):
+            yield f"BYPASSRLS (or ALTER TABLE {table} NO FORCE ROW LEVEL SECURITY meanwhile: it may hide rows)"
 
 
 def make(chain: Chain, wanted: Sequence[Step], checks: Sequence[Check]) -> Plan:
@@ -167,6 +167,7 @@ def make(chain: Chain, wanted: Sequence[Step], checks: Sequence[Check]) -> Plan:
     return Plan(
         tuple(_plan_step(step, seen, due, new_tables, blocked) for step in wanted),
         tuple(seen),
+        passed=sum(check.passed for check in checks),
     )
 
 
@@ -245,9 +246,9 @@ def _plan_step(step: Step, checks: Sequence[Check], due: _Due, new_tables: set[s
         State.CONFLICT
         if conflicts
         else (State.PARTIAL if begun else State.PENDING)
-        if any(check.required for check in fixed_here)
+        if transaction or concurrent or any(check.required for check in fixed_here)
         else State.NOT_NEEDED
-        if any(check.required for check in elsewhere)
+        if any(check.required for check in elsewhere) and not begun
         else State.DONE
     )
     told = tuple(check for check in own if not check.required and check.fixed_by is None)
@@ -298,12 +299,13 @@ def _sent(statement: Statement, checks: Sequence[Check], *, concurrent: bool) ->
 
 
 def left_to_the_rows(plan: Plan) -> list[str]:
-    """Return what is required and rows may refuse, uncounted: those of a foreign key that is NOT VALID can be."""
+    """Name what rows may refuse, and nobody has counted: those of a foreign key that is NOT VALID can be."""
     return [
-        action.statement.flat
+        check.title
         for action in plan.concurrent
         for check in action.checks
-        if check.required and ((check.kind is Kind.FOREIGN_KEY and not check.unfinished) or check.kind is Kind.KEY)
+        if check.required
+        and ((check.kind is Kind.FOREIGN_KEY and not check.unfinished) or check.kind is Kind.KEY)
     ]
 
 

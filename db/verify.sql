@@ -132,9 +132,9 @@ WITH path (schema, position) AS (
                         AND polname <> ALL (SELECT table_name || p.suffix FROM policies AS p WHERE table_name = ANY (p.tables)))
   ) AS listed
 ), actual (kind, table_name, name, form) AS (
-  SELECT 'table', table_name, '', CASE WHEN relpersistence = 't' THEN 'temporary table' WHEN relispartition THEN 'partition' ELSE json '{"r": "table",
-    "p": "partitioned table", "v": "view", "m": "materialized view", "f": "foreign table", "S": "sequence", "c": "type", "i": "index", "I": "index"}'
-    ->> relkind::text END FROM tables JOIN pg_class ON pg_class.oid = relation
+  SELECT 'table', table_name, '', CASE WHEN relispartition THEN 'partition' ELSE json '{"r": "table", "p": "partitioned table", "v": "view",
+    "m": "materialized view", "f": "foreign table", "S": "sequence", "c": "type", "i": "index", "I": "index"}' ->> relkind::text END
+  FROM tables JOIN pg_class ON pg_class.oid = relation
   UNION ALL SELECT 'table', table_name, '', 'type' FROM tables JOIN pg_type ON typname = table_name AND typnamespace = home WHERE relation IS NULL
   UNION ALL SELECT 'column', table_name, attname, concat_ws(' ', format_type(atttypid, atttypmod), CASE WHEN attnotnull THEN 'NOT NULL' END,
            (SELECT 'NOT VALID' FROM pg_constraint WHERE conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'n' AND NOT convalidated),
@@ -227,7 +227,7 @@ WITH path (schema, position) AS (
                           ELSE format('missing, and its name %s is taken by %s', relname, coalesce('an index on ' || indrelid::regclass, 'no index')) END
                    FROM pg_class LEFT JOIN pg_index ON indexrelid = pg_class.oid
                    WHERE relname = expected.index_name AND relnamespace = tables.home
-                     AND (indrelid IS DISTINCT FROM tables.relation OR expected.addable))) AS actual
+                     AND (indrelid = tables.relation IS NOT TRUE OR expected.addable))) AS actual
   FROM expected JOIN tables USING (table_name)
   LEFT JOIN actual ON actual.kind = expected.kind AND actual.table_name = expected.table_name
    AND actual.name = CASE expected.kind WHEN 'key' THEN (SELECT string_agg(part, ', ' ORDER BY part) FROM string_to_table(expected.name, ', ') AS part)

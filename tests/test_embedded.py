@@ -20,12 +20,11 @@ from typing import Any
 
 import psycopg
 import pytest
+from budget_engine.errors import UnreachableError
+from budget_engine.postgres import embedded
+from budget_engine.postgres.embedded import Cluster, running, start, stop
 from conftest import clean_environment, run
 from versions import MAJOR, locate, new_in
-
-from scripts import embedded
-from scripts.embedded import Cluster, running, start, stop
-from scripts.errors import UnreachableError
 
 PROJECT = Path(__file__).resolve().parent.parent
 ROOT_CASE = os.geteuid() == 0
@@ -35,7 +34,7 @@ SOMEBODY = pwd.getpwnam("nobody").pw_uid  # any user that is not the one who run
 STARTER = """
 import sys
 from pathlib import Path
-from scripts import embedded
+from budget_engine.postgres import embedded
 try:
     cluster = embedded.locate(Path(sys.argv[1]), int(sys.argv[3]), Path(sys.argv[2]))
     embedded.start(cluster)
@@ -123,10 +122,10 @@ def test_who_starts_it_says_so_and_how_to_stop_it(folder: Path) -> None:
     chosen = {"DATABASE_URL": "embedded", embedded.DATA_VARIABLE: str(folder / ".postgres")}
     first, second = (run(command, clean_environment() | chosen) for _ in range(2))
     assert (first.code, second.code) == (0, 0), first
-    told = [line for line in first.out.splitlines() if "python3 scripts/inv db.stop" in line]
+    told = [line for line in first.out.splitlines() if "invoke db.stop" in line]
     assert len(told) == 1
     assert "db.stop" not in second.out
-    assert first.out.splitlines()[-1].startswith("done: ")
+    assert first.out.splitlines()[-1].startswith("done  ")
     for done in (first, second):
         assert done.out.splitlines()[-1].endswith("; database postgres on the embedded server, schema public")
 
@@ -448,7 +447,7 @@ def test_ordinary_user_runs_it_as_himself(folder: Path) -> None:
     checkout = folder / "checkout"
     checkout.mkdir(mode=0o700)
     os.chown(checkout, SOMEBODY, SOMEBODY)
-    environment = {"PATH": os.defpath, "PYTHONPATH": str(folder / "packages"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {"PATH": os.defpath, "PYTHONPATH": f"{folder}/packages:{folder}/packages/scripts", "PYTHONDONTWRITEBYTECODE": "1"}
     how = {"user": SOMEBODY, "group": SOMEBODY, "extra_groups": [], "env": environment}
     out, err = _starter(checkout, binaries, executable=_python_for(SOMEBODY), **how).communicate(timeout=60)
     assert err == ""
@@ -509,9 +508,9 @@ if ROOT_CASE:
 
 
 def test_missing_package_asks_for_a_url(folder: Path) -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from scripts import embedded\n"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from budget_engine.postgres import embedded\n"
     code += "try: embedded.locate(Path.cwd())\nexcept embedded.errors.UnreachableError as error: print(error.remedy)"
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code, PROJECT], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code, PROJECT / "scripts"], capture_output=True, text=True, check=True)
     assert "DATABASE_URL" in done.stdout
 
 

@@ -1,0 +1,363 @@
+"""A session: one task against one database, from finding it to where the checks of the task's steps pass."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from functools import partial
+
+from budget_engine import errors, libpq
+from budget_engine.migration import conflicts, plan, recreate, runner, survey
+from budget_engine.migration.chain import ROOT, Chain, Step
+from budget_engine.migration.checks import Check, Kind, outermost
+from budget_engine.output import text
+from budget_engine.output.console import CONSOLE
+from budget_engine.postgres import blockers, embedded
+from budget_engine.postgres.connection import Connection, Rows
+from budget_engine.postgres.patience import Patience
+from budget_engine.settings import Settings, Target, completed, load, mask, parse_target
+
+POLL_S = 0.1  # first pause between two looks while another run is at work
+
+
+def announced(*, dry: bool = False) -> tuple[Settings, Target]:
+    """Find the database in use, start it where it is the embedded one, and say first of all which it is."""
+    given = load(ROOT, os.environ)
+    where, started = (completed(given.target, given.source), False) if given.target else _embedded_target(dry=dry)
+    announce(where, given)
+    if started:
+        CONSOLE.say(text.STARTED)
+    return given, where
+
+
+def announce(where: Target, given: Settings) -> None:
+    """Say, before anything else is said, which database this is about; have its secrets masked from now on."""
+    # What stands in the URL for all to see (user and password the same, say) is no secret, and masking it would garble
+    # every line that names the user.
+    plain = {where.conninfo.get("user"), where.conninfo.get("dbname"), "postgres", "postgresql", "public"}
+    CONSOLE.mask = partial(mask, secrets=[secret for secret in where.secrets if secret not in plain])
+    CONSOLE.first("\n".join([text.target(where, given), *text.notes(where, given)]))
+
+
+def _embedded_target(*, dry: bool) -> tuple[Target, bool]:
+    """Have the embedded server run; return it, and whether it had to be started."""
+    cluster = embedded.locate(ROOT)
+    if dry and not embedded.running(cluster):
+        raise errors.NotRunningError(looking="--dry", where=f"its data: {cluster.data}")
+    started = embedded.start(cluster)
+    return target_of(cluster), started
+
+
+def target_of(cluster: embedded.Cluster) -> Target:
+    """Return the embedded server as a target, and forget what leads libpq to the user's own servers (PGHOSTADDR)."""
+    libpq.forget_environment()
+    return parse_target(cluster.url)
+
+
+@dataclass
+class Session:
+    """One task against one database: looking, and carrying out plans until the checks of its steps pass.
+
+    early: whether the first look at who holds a lock comes before the wait for it is given up (see blockers.Watch).
+    """
+
+    connect: Callable[..., Connection]
+    given: Settings
+    where: Target
+    chain: Chain
+    wanted: Sequence[Step]
+    early: bool = True
+    with_recreate: bool = False
+    moves: Sequence[recreate.Move] = ()
+    connection: Connection = field(init=False)
+    _stack: ExitStack = field(default_factory=ExitStack)
+    _builder: runner.Builder | None = None
+    _at_work: str = ""
+
+    def __post_init__(self) -> None:
+        self.patience = Patience(self.given.lock_wait_s)
+        self._open_second = partial(
+            self.connect, answer_s=self.given.connect_timeout_s
+        )  # all that it is asked takes moments
+
+    def __enter__(self) -> Session:
+        self.connection = self._stack.enter_context(self.connect())
+        watch = blockers.Watch(self.connection, self._open_second, _tell, early=self.early)
+        self.connection.watch = self._stack.enter_context(closing(watch))
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def todo(self, found: survey.Survey) -> plan.Plan:
+        """Plan what this task has to do: first of all, where tables are to move, their move."""
+        if self.moves and self.chain.recreate:
+            return recreate.make(self.chain, self.chain.recreate, self.wanted, found.checks, self.moves)
+        return plan.make(self.chain, self.wanted, found.checks)
+
+    def look(
+        self, believes: Callable[[plan.Plan], bool] = lambda todo: not (todo.conflicts or todo.lacking or todo.drops)
+    ) -> survey.Survey:
+        """Survey; look again, until two looks agree, before believing what they say.
+
+        While another run commits, a survey may be torn: some functions see the newest catalogs, the joins beside them
+        see those of the moment at which the query began. So an index may seem left unfinished when its build has just
+        ended.
+        """
+        found = self._survey()
+        while not believes(self.todo(found)):
+            again = self._survey()
+            if again.checks == found.checks:
+                break
+            found = again
+        return found
+
+    def commands(self, todo: plan.Plan) -> dict[Check, tuple[str, ...]]:
+        """Return the commands that clear the conflicts, where the plan has any: those of its other steps, too."""
+        if not todo.conflicts:
+            return {}
+        try:
+            _, rows = self.connection.ask([survey.PIN, conflicts.query(todo.checks)])
+        except errors.StatementError as error:  # a view behind ACCESS EXCLUSIVE: the conflict can be told without it
+            if not issubclass(errors.for_sqlstate(error.sqlstate), errors.LockTimeoutError):
+                raise
+            return {}
+        return conflicts.commands(todo.checks, conflicts.facts(rows))
+
+    def recreating(self, moves: Sequence[recreate.Move], found: survey.Survey) -> None:
+        """Have these tables moved, and whatever creates something of them completed."""
+        self.moves = moves
+        self.wanted = recreate.wanted(self.wanted, self.chain, found.checks, moves)
+
+    def carry_out(self, before: survey.Survey) -> None:
+        """Do what is to be done, and say what passes then; raise where that is not all that is required."""
+        todo = self.todo(before).to_do
+        after = self._go_on(before)
+        refused = self._builder.refused if self._builder else {}
+        CONSOLE.say(*(text.line("refused", f"by the rows: {sql}\n{why}") for sql, why in refused.items()))
+        left = self.todo(after)
+        own = plan.checks_of(self.wanted, after.checks)
+        failing = bool(left.missing)
+        label, did = ("left", "") if failing else ("done", "" if todo else "nothing to do: ")
+        CONSOLE.say(text.line(label, f"{did}{text.summary(own)}; {CONSOLE.target}"))
+        refuse_what_is_missing(self, left, after, rows=self._refusing_rows(left), tried=True)
+
+    def rehearse(self, found: survey.Survey) -> runner.Rehearsed:
+        """Run all transactions that are due, and roll them back; ask again as often as LOCK_WAIT allows."""
+        self.patience.restart()
+        while True:
+            todo = self.todo(found)
+            try:
+                return runner.rehearse(self.connection, self.script(todo, found), _Progress(), _notice)
+            except errors.LockTimeoutError as hindrance:
+                _name(hindrance, blockers.bystanders(self.connection, waits_for(todo), building=False))
+                self._pause(hindrance, found)
+            if self.todo(again := self._survey()).transactions:
+                found = again
+
+    def script(self, todo: plan.Plan, found: survey.Survey) -> runner.Script:
+        """Return what writes the messages of a plan."""
+        return runner.Script(self.chain, todo, found, self.connection.transaction_settings)
+
+    def _refusing_rows(self, left: plan.Plan) -> list[str]:
+        return list(map(str, survey.orphans(self.connection, left.missing)))
+
+    def _go_on(self, found: survey.Survey) -> survey.Survey:
+        """Run all transactions, then the concurrent part, as often as it takes and LOCK_WAIT allows."""
+        self.patience.restart()
+        while (todo := self.todo(found)).to_do and not todo.conflicts:
+            hindrance = self._one_round(todo, found)
+            if hindrance is not None:
+                self._pause(hindrance, found)
+            after = self.look()
+            if after.checks != found.checks:
+                self.patience.restart()
+            elif hindrance is None:
+                return after  # what is left, the rows refuse
+            found = after
+        return found
+
+    def _survey(self) -> survey.Survey:
+        while True:
+            try:
+                found = survey.read(self.connection, self.chain, with_recreate=self.with_recreate)
+            except errors.LockTimeoutError as error:
+                _name(error, blockers.locking_readers_out(self.connection))
+                self._pause(error)
+            else:
+                host = self.connection.host if self.given.target else "the embedded server"
+                CONSOLE.target = text.place(found.server, host)
+                return found
+
+    def _who_is_at_work(self, found: survey.Survey) -> str:
+        if self.patience.tries == 0:  # asked once, at the first of many short pauses
+            tables = sorted({check.found for check in found.checks if check.found})
+            self._at_work = "\n".join(blockers.at_work(self.connection, found.turn.refused(), tables))
+        return self._at_work
+
+    def _one_round(self, todo: plan.Plan, found: survey.Survey) -> errors.RecipeError | None:
+        """Do what can be done now; return what kept the rest from being done, if waiting may help."""
+        try:
+            if todo.transactions:
+                runner.run_transactions(self.connection, self.script(todo, found), _Progress(), _notice)
+                self.moves = ()
+            else:
+                self._build(found).run(todo)
+        except (errors.LockTimeoutError, errors.CrowdedError) as hindrance:
+            return hindrance
+        return None
+
+    def _build(self, found: survey.Survey) -> runner.Builder:
+        if self._builder is None:
+            patience_s = None if found.server.pooled else self.given.lock_wait_s
+            builder = runner.Builder(self.connection, found, patience_s, _Progress(), self._open_second)
+            self._builder = self._stack.enter_context(builder)
+        return self._builder
+
+    def _pause(self, hindrance: errors.RecipeError, found: survey.Survey | None = None) -> None:
+        """Wait a while, and say so: each time where we stood in a queue, once where others are simply at work."""
+        queued = type(hindrance) in (errors.LockTimeoutError, errors.DeadlockError)
+        if isinstance(hindrance, errors.BusyError) and found:
+            hindrance.where = self._who_is_at_work(found)
+
+        def announce(pause_s: float, left_s: float) -> None:
+            if queued:
+                CONSOLE.say(text.retry(hindrance, pause_s, left_s))
+            elif self.patience.tries == 1:
+                CONSOLE.say(*text.wait(hindrance, left_s))
+
+        self.patience.pause(hindrance, self.given.lock_timeout_ms / 1000 if queued else POLL_S, announce)
+
+
+class _Progress:
+    """Says what was done, as it is done: a line for each transaction, and for each statement of the concurrent part."""
+
+    def __init__(self) -> None:
+        self._took_ms = 0.0
+        self._checks: list[Check] = []
+
+    def __call__(self, sent: runner.Sent, rows: Rows) -> None:
+        match sent.part:
+            case runner.Part.GUARD:
+                self._checks = []
+            case runner.Part.MIGRATION if sent.action:
+                self._checks += sent.action.checks
+            case runner.Part.CLOCK:
+                self._took_ms = float(rows[0][-1] or 0)
+            case runner.Part.COMMIT:
+                created = text.created(list(dict.fromkeys(self._checks)))
+                CONSOLE.say(text.step(sent.step.label, created, self._took_ms))
+            case runner.Part.CONCURRENT if sent.action and sent.sql == sent.action.sql[-1]:
+                CONSOLE.say(text.step(sent.step.label, f"{text.created(sent.action.checks)}, concurrently"))
+
+
+def _notice(step: Step, words: str) -> None:
+    CONSOLE.say(text.step(step.label, words))
+
+
+def _tell(line: str, *, lasting: bool) -> None:
+    """Say who holds what we wait for; show how far a build has come."""
+    if lasting:
+        CONSOLE.say(text.line("waiting", line))
+    else:
+        CONSOLE.progress(text.line("building", line) if line else "")
+
+
+def _name(hindrance: errors.RecipeError, seen: Sequence[blockers.Bystander]) -> None:
+    """Say who holds the lock: a wait of moments is over before the watch has looked."""
+    new = [f"{one.session} [{one.mode} on {one.table}]" for one in seen if one.who not in hindrance.where]
+    hindrance.where = "\n".join([hindrance.where, *new]).strip()
+
+
+def waits_for(todo: plan.Plan) -> dict[str, set[str]]:
+    """Return for each table the lock modes of others that a plan would wait for."""
+    wanted: dict[str, set[str]] = {}
+    for action in todo.actions:
+        for table, modes in action.waits_for.items():
+            wanted.setdefault(table, set()).update(modes)
+    return wanted
+
+
+# ── the verdict ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def refuse_what_cannot_be(session: Session, todo: plan.Plan, found: survey.Survey) -> None:
+    """Raise, before anything is changed, where the plan cannot be carried out as a whole."""
+    for hindrance in hindrances(todo, found.server, session.commands(todo)):
+        raise hindrance
+
+
+def hindrances(
+    todo: plan.Plan, server: survey.Server, commands: dict[Check, tuple[str, ...]]
+) -> list[errors.RecipeError]:
+    """Return each reason for which a plan cannot be carried out as a whole; the first one is what a task ends with."""
+    found: list[errors.RecipeError] = []
+    found += no_place(todo, server)
+    if todo.conflicts:
+        found.append(conflict(todo, commands))
+    if absent := todo.fixed_elsewhere:
+        required = [check for check in absent if check.required]
+        if required:
+            where = "\n".join(text.difference(check) for check in outermost(required))
+            found.append(errors.PrerequisiteError(step=required[0].step, where=where))
+    if todo.to_do and server.read_only:
+        pending = ", ".join(step.label for step in todo.steps if step.transaction or step.concurrent)
+        found.append(errors.ReadOnlyError(why=server.read_only, where=f"pending: {pending}"))
+    if todo.lacking:
+        found.append(errors.RightError(role=server.role, where="\n".join(todo.lacking)))
+    return found
+
+
+def no_place(todo: plan.Plan, server: survey.Server) -> list[errors.RecipeError]:
+    """Return why there is no place for tables, if there is none."""
+    if server.schema is None:
+        return [errors.NoSchemaError(search_path=server.search_path)]
+    if hidden := [check.table for check in todo.checks if check.is_temporary]:
+        return [errors.HiddenTableError(tables=", ".join(hidden))]
+    new = any(check.kind is Kind.TABLE and check.actual is None for check in todo.missing)
+    if new and re.match("pg_|information_schema$", server.schema):
+        return [errors.SystemSchemaError(schema=server.schema, search_path=server.search_path)]
+    return []
+
+
+def conflict(todo: plan.Plan, commands: dict[Check, tuple[str, ...]]) -> errors.ConflictError:
+    """Return the error that says the conflicts of a plan, and what clears them."""
+    checks = todo.conflicts
+    lines = text.conflicts(checks, commands)
+    count = sum(line.startswith("conflict") for line in lines)
+    ways = [
+        "Run the commands above, or all of them:",
+        'invoke verify --remedies | psql "$DATABASE_URL"',
+        "then the task again.",
+    ]
+    if not commands:
+        ways = ["Run invoke verify when the tables are not locked: it has the commands that help."]
+    if any(check.on_request for check in checks):
+        ways.append("Or invoke prereqs --recreate: it moves the old core tables, rows and all, and creates new ones.")
+    found = errors.ConflictError(count=f"{count} conflict{'s' * (count != 1)}", remedy="\n".join(ways))
+    found.before = lines
+    return found
+
+
+def refuse_what_is_missing(
+    session: Session,
+    left: plan.Plan,
+    found: survey.Survey,
+    *,
+    rows: Sequence[str] = (),
+    listed: bool = False,
+    tried: bool = False,
+) -> None:
+    """Raise where a required check of the plan's steps does not pass.
+
+    rows: those that refuse it, in words; listed: what is missing has been said; tried: setup did what it could.
+    """
+    if left.conflicts:
+        raise conflict(left, session.commands(left))
+    if left.missing:
+        differences = [] if listed else [text.difference(check) for check in outermost(left.missing)]
+        remedy = errors.CORRECT_THE_ROWS if rows or tried else ""
+        raise errors.MissingError(where="\n".join([*differences, *rows]), remedy=remedy)

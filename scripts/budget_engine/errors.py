@@ -492,7 +492,7 @@ class NotRunningError(UnreachableError):
 
 
 class MissingError(RecipeError):
-    """Something promised is still missing."""
+    """Something that is required is still missing."""
 
     exit_code = 5
     says = "something is still missing"
@@ -516,8 +516,8 @@ class ConflictError(RefusedError):
 class DependantsError(RefusedError):
     """Foreign keys of others' tables lead into the core tables that are to move."""
 
-    says = "tables of others lead into the old core tables"
-    usual_remedy = "Drop these foreign keys, or have their tables move along: --with-dependants. Nothing was changed."
+    says = "tables of others lead into the old core tables, and nothing was changed"
+    usual_remedy = "Drop these foreign keys, or have their tables move along: add --with-dependants."
 
 
 class NotConfirmedError(RefusedError):

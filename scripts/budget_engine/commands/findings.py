@@ -106,10 +106,10 @@ def packages(locked: Mapping[str, Sequence[str]], installed: Mapping[str, str], 
 
 
 def notes(source: str, given: Sequence[str]) -> Iterator[Finding]:
-    """Say what is odd in the files and in the URL; where it is corrected or ignored, that is done."""
-    for odd in given:
-        place = f" ({source})" if " in DATABASE_URL: " in odd else ""
-        yield note("settings", odd, f"Correct it there{place}, if it matters.")
+    """Say what is unusual in the files and in the URL; where it is corrected or ignored, that is done."""
+    for said in given:
+        place = f" ({source})" if " in DATABASE_URL: " in said else ""
+        yield note("settings", said, f"Correct it there{place}, if it matters.")
 
 
 def embedded_server(cluster: Cluster, health: Health, *, in_use: bool) -> Finding:
@@ -342,7 +342,7 @@ def limits(server: Server, facts: Facts, lock_timeout_ms: int) -> Iterator[Findi
     for why, found in biting.items():
         yield note("limits", f"{', '.join(map(str, found))}: {why}", _lift(found, server))
     if facts.replication_role == "replica":  # local is as origin
-        says = f"session_replication_role = replica: no trigger runs for rows that {server.role} writes"
+        says = f"session_replication_role = replica: slots that {server.role} inserts get no defaults"
         yield note("limits", says, f"{_alter(server)} SET session_replication_role = origin;")
     elif not biting:
         lifted = ", ".join(map(str, facts.limits))

@@ -121,11 +121,6 @@ class Check:
         return self.required and not self.passed and self.fixed_by is None
 
     @property
-    def is_temporary(self) -> bool:
-        """Whether it is a table of which only the session has one, a temporary one."""
-        return self.kind is Kind.TABLE and self.actual == "temporary table"
-
-    @property
     def replaces(self) -> bool:
         """Whether it is a column of another type, whose values its step keeps under another name."""
         return self.kind is Kind.COLUMN and self.actual is not None and self.fixed_by is not None
@@ -147,7 +142,7 @@ class Check:
 
     @property
     def title(self) -> str:
-        """What people call it: table.column, index idx_of_it, key table (one, two)."""
+        """What people call it: slots.must_keep, index idx_slots_type, key slots (type, name)."""
         match self.kind:
             case Kind.TABLE:
                 return self.table
@@ -188,18 +183,16 @@ class Check:
 
 
 def outermost(checks: Iterable[Check]) -> list[Check]:
-    """Leave out what goes without saying: parts of a table or column that is missing, a missing trigger's function."""
+    """Leave out what is part of a table or column that is missing or of another kind: one line says it all."""
     checks = list(checks)
     tables = {check.table for check in checks if check.kind is Kind.TABLE}
     columns = [check for check in checks if check.kind is Kind.COLUMN and (check.actual is None or check.replaces)]
-    triggered = {check.table for check in checks if check.kind is Kind.TRIGGER and check.actual is None}
-
-    def is_part(check: Check) -> bool:
-        if check.kind is Kind.FUNCTION and check.actual is None:
-            return check.table in triggered
-        return check.kind in (Kind.DEFAULT, Kind.COMMENT) and any(check.is_on(column) for column in columns)
-
-    return [c for c in checks if c.kind is Kind.TABLE or (c.table not in tables and not is_part(c))]
+    return [
+        check
+        for check in checks
+        if check.kind is Kind.TABLE
+        or (check.table not in tables and not any(check.is_on(column) for column in columns if column != check))
+    ]
 
 
 def that_count(checks: Iterable[Check]) -> list[Check]:

@@ -67,8 +67,7 @@ SELECT pg_catalog.current_setting('server_version'), current_user, pg_catalog.cu
 # Where tables are looked for is noted; then nothing of others is in reach.
 PIN = f"""
 SELECT pg_catalog.set_config('budget_engine.path',
-                             pg_catalog.array_to_json(pg_catalog.array_remove(pg_catalog.current_schemas(false),
-                               'pg_catalog'::pg_catalog.name))::pg_catalog.text, true),
+                             pg_catalog.array_to_json(pg_catalog.current_schemas(false))::pg_catalog.text, true),
        pg_catalog.{NOTHING_OF_OTHERS}"""
 
 # What it takes to fix a check: CREATE where a table is missing or the kind has a name of its own, else ownership.
@@ -178,9 +177,7 @@ def _check(row: Sequence[str | None], on_request: str) -> Check:
 def _server(row: Sequence[str | None], checks: Sequence[Check], connection: Connection) -> Server:
     version, role, name, path, read_only, search_path, pid = row
     pooled = pid != str(connection.backend_pid)
-    # The session's own temporary schema comes last (see transaction_settings); behind a pooler the next has another.
-    listed = [schema for schema in json.loads(str(path)) if schema != "pg_catalog"]
-    schemas = tuple(schema for schema in listed if schema == listed[0] or not schema.startswith("pg_temp_"))
+    schemas = tuple(schema for schema in json.loads(str(path)) if schema not in ("pg_catalog", "pg_temp"))
     existing = {check.home for check in checks if check.found}
     homes = tuple(schema for schema in schemas if schema in existing)
     return Server(str(version).split()[0], str(role), str(name), schemas, read_only, str(search_path), pooled, homes)

@@ -14,7 +14,7 @@ END $$;
 
 WITH path (schema, position) AS (
   SELECT oid, position FROM json_array_elements_text(current_setting('budget_engine.path')::json) WITH ORDINALITY AS listed (name, position)
-  JOIN pg_namespace ON nspname = listed.name
+  JOIN pg_namespace ON nspname = listed.name WHERE position = 1 OR oid <> pg_my_temp_schema()  -- a pooler's other clients leave temporary tables
 ), supabase (here) AS (  -- a row where auth.users (id uuid) exists
   SELECT EXISTS (SELECT FROM pg_proc WHERE pronamespace = auth.oid AND proname = 'uid' AND pronargs = 0)
          AND to_regrole('service_role') IS NOT NULL AND to_regrole('authenticated') IS NOT NULL
@@ -126,14 +126,15 @@ WITH path (schema, position) AS (
       OR EXISTS (SELECT FROM pg_policy WHERE polrelid = tables.relation AND polname = table_name || '_service_role'))
     UNION ALL SELECT step, 'policy', table_name, table_name || suffix, form, step <> 'core_schema', NULL, NULL
     FROM created JOIN tables USING (table_name) JOIN policies ON table_name = ANY (policies.tables) CROSS JOIN supabase LEFT JOIN profiles ON true
-    WHERE here AND (suffix = '_service_role' OR profiles.complete) AND (step <> 'core_schema' OR tables.relation IS NULL)
+    WHERE here AND (suffix = '_service_role' OR profiles.complete) AND (step <> 'core_schema' OR tables.relation IS NULL
+      OR EXISTS (SELECT FROM pg_policy WHERE polrelid = tables.relation AND polname = table_name || suffix))
       AND NOT EXISTS (SELECT FROM pg_policy WHERE polrelid = tables.relation AND polname <> 'Service role can manage ' || table_name  -- older files' own
                         AND polname <> ALL (SELECT table_name || p.suffix FROM policies AS p WHERE table_name = ANY (p.tables)))
   ) AS listed
 ), actual (kind, table_name, name, form) AS (
-  SELECT 'table', table_name, '', CASE WHEN relpersistence = 't' THEN 'temporary table' WHEN relispartition THEN 'partition' ELSE json '{"r": "table",
-    "p": "partitioned table", "v": "view", "m": "materialized view", "f": "foreign table", "S": "sequence", "c": "type", "i": "index", "I": "index"}'
-    ->> relkind::text END FROM tables JOIN pg_class ON pg_class.oid = relation
+  SELECT 'table', table_name, '', CASE WHEN relispartition THEN 'partition' ELSE json '{"r": "table", "p": "partitioned table", "v": "view",
+    "m": "materialized view", "f": "foreign table", "S": "sequence", "c": "type", "i": "index", "I": "index"}' ->> relkind::text END
+  FROM tables JOIN pg_class ON pg_class.oid = relation
   UNION ALL SELECT 'table', table_name, '', 'type' FROM tables JOIN pg_type ON typname = table_name AND typnamespace = home WHERE relation IS NULL
   UNION ALL SELECT 'column', table_name, attname, concat_ws(' ', format_type(atttypid, atttypmod), CASE WHEN attnotnull THEN 'NOT NULL' END,
            (SELECT 'NOT VALID' FROM pg_constraint WHERE conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'n' AND NOT convalidated),
@@ -163,7 +164,8 @@ WITH path (schema, position) AS (
     FROM pg_publication_rel JOIN pg_publication ON pg_publication.oid = prpubid WHERE prrelid = attrelid AND to_jsonb(pg_publication_rel) ->> 'prattrs' IS NULL
   ) AS hanging (what)
   GROUP BY table_name, attname
-  UNION ALL SELECT 'key', table_name, key.columns, CASE WHEN bool_or(indisprimary) THEN 'PRIMARY KEY' ELSE 'UNIQUE' END  -- columns in alphabetical order
+  -- by the columns, in alphabetical order
+  UNION ALL SELECT 'key', table_name, key.columns, CASE WHEN bool_or(indisprimary) THEN 'PRIMARY KEY' ELSE 'UNIQUE' END
   FROM tables JOIN pg_index ON indrelid = relation AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL AND indexprs IS NULL
   CROSS JOIN LATERAL (SELECT string_agg(attname, ', ' ORDER BY attname) FROM pg_attribute
                       WHERE attrelid = indrelid AND attnum = ANY ((indkey::int2[])[0:indnkeyatts - 1])) AS key (columns)
@@ -173,11 +175,12 @@ WITH path (schema, position) AS (
                                 format(' REFERENCES %s(', coalesce(target.table_name, confrelid::regclass::text))), '^FOREIGN KEY [(].*?[)] ', '')
   FROM tables JOIN pg_constraint ON conrelid = tables.relation AND contype = 'f'
   JOIN pg_attribute ON attrelid = conrelid AND conkey = ARRAY[attnum] LEFT JOIN tables AS target ON target.relation = confrelid
+  -- the name of a foreign key, borne by another constraint
   UNION ALL SELECT 'foreign key', table_name, columns.name, format('missing, and its name %s is taken by %s', conname, pg_get_constraintdef(pg_constraint.oid))
   FROM columns JOIN tables USING (table_name)
   JOIN pg_constraint ON conrelid = relation AND conname = format('%s_%s_fkey', table_name, columns.name)
   LEFT JOIN pg_attribute ON attrelid = conrelid AND attname = columns.name
-  WHERE (target IS NOT NULL OR columns.name = 'created_by')
+  WHERE target IS NOT NULL
     AND NOT EXISTS (SELECT FROM pg_constraint AS key WHERE key.conrelid = relation AND key.contype = 'f' AND key.conkey = ARRAY[attnum])
   UNION ALL SELECT 'index', table_name, relname, concat_ws(' ', CASE WHEN indisunique THEN 'UNIQUE' END,
            replace(regexp_replace(substring(pg_get_indexdef(indexrelid) FROM ' USING (.*)$'), ' WITH [(][^)]*[)]', ''),
@@ -216,7 +219,7 @@ WITH path (schema, position) AS (
   SELECT DISTINCT ON (expected.position) expected.*, tables.creator, tables.relation,
          -- of a table that exists, not what came with it; a core table is its application's but for what foreign keys lead to
          expected.step <> 'core_schema' AND (expected.addable OR expected.kind <> 'foreign key') OR tables.relation IS NULL
-         OR expected.kind IN ('row-level security', 'policy')
+         OR expected.kind = 'row-level security'
          OR (expected.kind, expected.name) IN (('table', ''), ('column', 'id'), ('key', 'id')) AND (expected.table_name IN ('games', 'turns')
             OR EXISTS (SELECT FROM columns JOIN tables AS child USING (table_name) WHERE target = expected.table_name AND child.relation IS NULL)) AS required,
          coalesce(CASE WHEN expected.kind = 'key' AND expected.form = 'UNIQUE' THEN left(actual.form, 0) || 'UNIQUE' ELSE actual.form END,
@@ -224,7 +227,7 @@ WITH path (schema, position) AS (
                           ELSE format('missing, and its name %s is taken by %s', relname, coalesce('an index on ' || indrelid::regclass, 'no index')) END
                    FROM pg_class LEFT JOIN pg_index ON indexrelid = pg_class.oid
                    WHERE relname = expected.index_name AND relnamespace = tables.home
-                     AND (indrelid IS DISTINCT FROM tables.relation OR expected.addable))) AS actual
+                     AND (indrelid = tables.relation IS NOT TRUE OR expected.addable))) AS actual
   FROM expected JOIN tables USING (table_name)
   LEFT JOIN actual ON actual.kind = expected.kind AND actual.table_name = expected.table_name
    AND actual.name = CASE expected.kind WHEN 'key' THEN (SELECT string_agg(part, ', ' ORDER BY part) FROM string_to_table(expected.name, ', ') AS part)

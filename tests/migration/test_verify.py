@@ -70,7 +70,7 @@ GAME_IDX = "key turns (game_id, idx)"
 def documented(check: Check) -> bool:
     """Whether it is told, but not required, of a table that exists."""
     if check.step != CORE:
-        return check.kind is Kind.FOREIGN_KEY and check.name in ("game_id", "created_by")
+        return check.title == "foreign key prompt_snapshots (game_id)"
     needed = check.table in ("games", "turns") and check.name in ("", "id") and check.kind in _OUTLINE
     return not needed and check.kind is not Kind.ROW_SECURITY
 
@@ -157,6 +157,8 @@ def _break_table(check: Check, checks: Checks) -> Iterator[Breakage]:
     within = [c for c in checks.values() if c.table == table and c.kind is not Kind.FUNCTION]  # a function stays
     pointing = _pointing_to(table, checks)
     missing: Differences = {c.title: (None, without_its_table(c)) for c in within}
+    if check.step == CORE and any(c.kind is Kind.POLICY for c in checks.values()):  # of a core table, if it is new
+        missing[f"policy {table}_service_role"] = (None, CORE)
     yield Breakage(check, "dropped", f"DROP TABLE {table} CASCADE", missing | _lost(pointing))
 
     def leads_to(place: str) -> Differences:
@@ -193,9 +195,9 @@ def _with_another(
     check: Check, kind: str, statement: str, within: Sequence[Check], pointing: Sequence[Check]
 ) -> Breakage:
     """Have something else bear the table's name."""
-    secured = [c for c in within if c.kind is Kind.ROW_SECURITY or (c.kind is Kind.POLICY and c.step == CORE)]
+    secured = [c for c in within if c.kind is Kind.ROW_SECURITY]
     differs = _lost([c for c in within if c not in secured], buildable=False) | _lost(pointing)
-    if check.step != CORE:  # of a core table, only while it has our policy
+    if check.step != CORE:  # of a core table, only while it bears our policy
         differs |= {c.title: ("off", c.step) for c in secured}
     differs[check.title] = kind, in_another_form(check)
     if not kind.endswith(("table", "view")):  # what is no table or view, recreate leaves where it is
@@ -324,10 +326,8 @@ def _break_key(check: Check, checks: Checks) -> Iterator[Breakage]:
     lost = _lost([check, *_pointing_to_key(check, checks)])
     yield Breakage(check, "dropped", drop, lost)
     invalid = f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{name}'::regclass"
-    lost_alone = _lost([check])
-    if check.title == GAME_IDX:  # the only one that is built concurrently
-        lost_alone = {GAME_IDX: ("UNIQUE INVALID", CORE)}
-    yield Breakage(check, "invalid", invalid, lost_alone)
+    unfinished: Differences = {GAME_IDX: ("UNIQUE INVALID", CORE)}  # the only one that can be built online
+    yield Breakage(check, "invalid", invalid, unfinished if check.title == GAME_IDX else _lost([check]))
     partial = f"CREATE UNIQUE INDEX other ON {table} ({columns}) WHERE created_at > '2000-01-01'"
     yield Breakage(check, "partial", f"{drop}; {partial}", lost)
     yield Breakage(check, "wider", f"{drop}; CREATE UNIQUE INDEX other_wider ON {table} ({columns}, created_at)", lost)
@@ -398,13 +398,12 @@ def _break_foreign_key(check: Check, checks: Checks) -> Iterator[Breakage]:
     set_null = "SET NULL" in check.expected
     action = check.expected.replace("SET NULL", "CASCADE") if set_null else f"{no_action} ON DELETE SET DEFAULT"
     yield _as_another(check, "other action", with_key(action), action)
-    elsewhere = re.sub(r"REFERENCES [\w.]+", "REFERENCES public.other", check.expected)
+    elsewhere = re.sub(r"REFERENCES \w+", "REFERENCES public.other", check.expected)
     other = f"CREATE TABLE other (id {type_} PRIMARY KEY)"
     yield _as_another(check, "elsewhere", f"{other}; {with_key(elsewhere)}", elsewhere)
     named = f"{drop}; {alter} ADD CONSTRAINT {name} CHECK ({check.name} IS NOT NULL) NOT VALID"
     taken = f"missing, and its name {name} is taken by CHECK (({check.name} IS NOT NULL)) NOT VALID"
-    of_ours = {check.title: (taken, in_another_form(check))} if "auth." not in check.expected else _lost([check])
-    yield Breakage(check, "its name taken", named, of_ours)
+    yield _as_another(check, "its name taken", named, taken)
     yield Breakage(check, "renamed", f"{alter} RENAME CONSTRAINT {name} TO other", {})
     second = f"{alter} ADD CONSTRAINT a_second_one {key} {{}}"
     yield Breakage(check, "the same again", second.format(check.expected), {})
@@ -431,7 +430,7 @@ def _break_policy(check: Check, _: Checks) -> Iterator[Breakage]:
     name, table = check.name, check.table
     role = check.expected.split()[2]
     drop = f"DROP POLICY {name} ON {table}"
-    yield Breakage(check, "dropped", drop, {} if check.step == CORE else _lost([check]))
+    yield Breakage(check, "dropped", drop, _lost([check]))
     for other in ("PUBLIC", "anon", f"anon, {role}"):
         sql = f"ALTER POLICY {name} ON {table} TO {other}"
         yield _as_another(check, f"to {other}", sql, check.expected.replace(f" TO {role}", f" TO {other}"))

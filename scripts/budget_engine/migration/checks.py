@@ -87,7 +87,8 @@ class Check:
     whether it must pass; found: the table as SQL writes it, or None; home: the schema where it is, or will be; lacking:
     the right that this role lacks to fix it; rows_hidden: whether row-level security hides rows of the table from it;
     being_built: whether another session builds on the table; on_request: the step that would fix it, but runs only
-    where it is asked for.
+    where it is asked for; blocked: what around the table keeps it from being created, as the commands that clear that
+    are called in db/conflicts.sql ("full": no column is left, no command helps but to move the table).
     """
 
     step: str
@@ -104,6 +105,7 @@ class Check:
     rows_hidden: bool = False
     being_built: bool = False
     on_request: str | None = None
+    blocked: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[Kind, str, str]:
@@ -121,14 +123,14 @@ class Check:
         return self.required and not self.passed and self.fixed_by is None
 
     @property
-    def is_temporary(self) -> bool:
-        """Whether it is a table of which only the session has one, a temporary one."""
-        return self.kind is Kind.TABLE and self.actual == "temporary table"
-
-    @property
     def replaces(self) -> bool:
         """Whether it is a column of another type, whose values its step keeps under another name."""
         return self.kind is Kind.COLUMN and self.actual is not None and self.fixed_by is not None
+
+    @property
+    def has_its_type(self) -> bool:
+        """Whether it is a column that exists and has the expected type, filled or not."""
+        return (self.actual or "").partition(" NOT NULL")[0] == self.expected.partition(" NOT NULL")[0]
 
     @property
     def unfinished(self) -> bool:
@@ -147,7 +149,7 @@ class Check:
 
     @property
     def title(self) -> str:
-        """What people call it: table.column, index idx_of_it, key table (one, two)."""
+        """What people call it: slots.must_keep, index idx_slots_type, key slots (type, name)."""
         match self.kind:
             case Kind.TABLE:
                 return self.table
@@ -188,18 +190,16 @@ class Check:
 
 
 def outermost(checks: Iterable[Check]) -> list[Check]:
-    """Leave out what goes without saying: parts of a table or column that is missing, a missing trigger's function."""
+    """Leave out what is part of a table or column that is missing or of another kind or type: one line says it all."""
     checks = list(checks)
     tables = {check.table for check in checks if check.kind is Kind.TABLE}
-    columns = [check for check in checks if check.kind is Kind.COLUMN and (check.actual is None or check.replaces)]
-    triggered = {check.table for check in checks if check.kind is Kind.TRIGGER and check.actual is None}
-
-    def is_part(check: Check) -> bool:
-        if check.kind is Kind.FUNCTION and check.actual is None:
-            return check.table in triggered
-        return check.kind in (Kind.DEFAULT, Kind.COMMENT) and any(check.is_on(column) for column in columns)
-
-    return [c for c in checks if c.kind is Kind.TABLE or (c.table not in tables and not is_part(c))]
+    columns = [check for check in checks if check.kind is Kind.COLUMN and not check.has_its_type]
+    return [
+        check
+        for check in checks
+        if check.kind is Kind.TABLE
+        or (check.table not in tables and not any(check.is_on(column) for column in columns if column != check))
+    ]
 
 
 def that_count(checks: Iterable[Check]) -> list[Check]:

@@ -55,10 +55,6 @@ class Action:
         build = self.effect is Effect.BUILD
         return {table: {*lock.conflicts_with, *(WRITERS if build else ())} for table, lock in self.locks.items()}
 
-    def updates(self, table: str) -> bool:
-        """Whether it gives rows of this table other values."""
-        return re.search(rf"\bUPDATE {table}\b", self.statement.flat) is not None
-
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -87,11 +83,13 @@ class StepPlan:
 class Plan:
     """What a task has to do, in the chain's order.
 
-    checks: every check of the chain, what goes along with a replaced column counted as missing.
+    checks: every check of the chain, what goes along with a replaced column counted as missing; passed: how many passed
+    when this was planned.
     """
 
     steps: tuple[StepPlan, ...]
     checks: tuple[Check, ...] = field(repr=False)
+    passed: int
 
     @property
     def transactions(self) -> list[StepPlan]:
@@ -109,11 +107,6 @@ class Plan:
         return [action for step in self.steps for action in step.transaction] + self.concurrent
 
     @property
-    def drops(self) -> bool:
-        """Whether it drops anything: an unfinished index, to build it again."""
-        return any(len(action.sql) > 1 for action in self.concurrent)
-
-    @property
     def conflicts(self) -> tuple[Check, ...]:
         """What no step fixes."""
         return tuple(check for step in self.steps for check in step.conflicts)
@@ -124,14 +117,8 @@ class Plan:
         rights = [
             right for step in self.steps for check in step.reasons for right in (check.lacking or "").splitlines()
         ]
-        unseen = [
-            _unseen(check.table)
-            for step in self.steps
-            for check in step.reasons  # rows are given the values of a column that is new
-            if check.rows_hidden and check.kind is Kind.COLUMN and check.actual is None
-            if any(action.updates(check.table) for action in step.transaction)
-        ]
-        return tuple(dict.fromkeys([*rights, *unseen]))
+        hidden = [_hidden(action) for action in self.actions]
+        return tuple(dict.fromkeys(right for right in (*rights, *hidden) if right))
 
     @property
     def missing(self) -> tuple[Check, ...]:
@@ -153,13 +140,16 @@ class Plan:
     @property
     def reshaped(self) -> list[str]:
         """The tables whose columns change: prepared SELECT * of them fail once (0A000)."""
-        adding = (c for step in self.transactions for c in step.reasons if c.kind is Kind.COLUMN and c.found)
+        adding = (check for step in self.steps for check in step.reasons if check.kind is Kind.COLUMN and check.found)
         return list(dict.fromkeys(check.table for check in adding))
 
 
-def _unseen(table: str) -> str:
-    """Say what the role lacks to see the rows that are updated."""
-    return f"BYPASSRLS (or ALTER TABLE {table} NO FORCE ROW LEVEL SECURITY meanwhile: it may hide rows)"
+def _hidden(action: Action) -> str | None:
+    """Say what it lacks to see the rows that it updates."""
+    for check in action.checks:
+        if check.rows_hidden and re.search(rf"\bUPDATE {check.table}\b", action.statement.flat):
+            return f"BYPASSRLS (or ALTER TABLE {check.table} NO FORCE ROW LEVEL SECURITY meanwhile: it may hide rows)"
+    return None
 
 
 def make(chain: Chain, wanted: Sequence[Step], checks: Sequence[Check]) -> Plan:
@@ -177,6 +167,7 @@ def make(chain: Chain, wanted: Sequence[Step], checks: Sequence[Check]) -> Plan:
     return Plan(
         tuple(_plan_step(step, seen, due, new_tables, blocked) for step in wanted),
         tuple(seen),
+        passed=sum(check.passed for check in checks),
     )
 
 
@@ -255,9 +246,9 @@ def _plan_step(step: Step, checks: Sequence[Check], due: _Due, new_tables: set[s
         State.CONFLICT
         if conflicts
         else (State.PARTIAL if begun else State.PENDING)
-        if transaction or concurrent or any(check.required for check in fixed_here)
+        if any(check.required for check in fixed_here)
         else State.NOT_NEEDED
-        if any(check.required for check in elsewhere) and not begun
+        if any(check.required for check in elsewhere)
         else State.DONE
     )
     told = tuple(check for check in own if not check.required and check.fixed_by is None)
@@ -308,12 +299,12 @@ def _sent(statement: Statement, checks: Sequence[Check], *, concurrent: bool) ->
 
 
 def left_to_the_rows(plan: Plan) -> list[str]:
-    """Name what is required and rows may refuse, uncounted: those of a foreign key that is NOT VALID can be."""
+    """Return what rows may refuse, which nobody has counted: those of a key that is NOT VALID can be."""
     return [
-        check.title
+        action.statement.flat
         for action in plan.concurrent
         for check in action.checks
-        if check.required and ((check.kind is Kind.FOREIGN_KEY and not check.unfinished) or check.kind is Kind.KEY)
+        if (check.kind is Kind.FOREIGN_KEY and not check.unfinished) or check.kind is Kind.KEY
     ]
 
 

@@ -12,7 +12,9 @@ from invoke.collection import Collection
 from invoke.context import Context
 from invoke.tasks import task
 
-from scripts.console import reported
+sys.path.insert(0, str(Path(__file__).parent / "scripts"))  # the package is not installed: it lies here
+
+from budget_engine.output.ending import reported
 
 if sys.platform != "win32":
     with reported():
@@ -46,12 +48,12 @@ def setup(c: Context) -> None:
     """Bring the database to the schema: prereqs, fix where needed, slots-flags, budget-report, turn-metrics, verify.
 
     What is done already is not done again. `invoke plan` says beforehand what it would do.
-    Exit codes: 0 all promises stand, 1 a step failed, 3 settings, 4 no connection, 5 rows refuse a key, 6 something
-    is in the way, 7 no lock to be had, 8 not permitted, 130 interrupted (README, "Exit codes").
+    Exit codes: 0 all checks pass, 1 a step failed, 3 settings, 4 no connection, 5 rows refuse a key, 6 a
+    conflict, 7 no lock to be had, 8 not permitted, 130 interrupted (README, "Exit codes").
     """
-    from scripts import flow
+    from budget_engine.commands import setup as commands
 
-    flow.run(None, dry=c.config.run.dry)
+    commands.run(None, dry=c.config.run.dry)
 
 
 @task(
@@ -68,9 +70,9 @@ def prereqs(c: Context, recreate: bool = False, with_dependants: bool = False, y
     --recreate is for core tables in an older form (turns.id is uuid, say); with --dry before the task's name it shows
     what would move.
     """
-    from scripts import flow
+    from budget_engine.commands import setup as commands
 
-    flow.prereqs(recreate=recreate, with_dependants=with_dependants, yes=yes, dry=c.config.run.dry)
+    commands.prereqs(recreate=recreate, with_dependants=with_dependants, yes=yes, dry=c.config.run.dry)
 
 
 @task
@@ -80,55 +82,65 @@ def fix(c: Context) -> None:
 
     They stay in the column turn_id_uuid, whose comment holds the SQL that undoes it.
     """
-    from scripts import flow
+    from budget_engine.commands import setup as commands
 
-    flow.run("fix", dry=c.config.run.dry)
+    commands.run("fix", dry=c.config.run.dry)
 
 
 @task(aliases=[Verbatim("slots_flags")])
 @reported()
 def slots_flags(c: Context) -> None:
     """Add slots.must_keep and slots.min_chars, with the defaults of the critical slots."""
-    from scripts import flow
+    from budget_engine.commands import setup as commands
 
-    flow.run("slots-flags", dry=c.config.run.dry)
+    commands.run("slots-flags", dry=c.config.run.dry)
 
 
 @task(aliases=[Verbatim("budget_report")])
 @reported()
 def budget_report(c: Context) -> None:
     """Add prompt_snapshots.budget_report."""
-    from scripts import flow
+    from budget_engine.commands import setup as commands
 
-    flow.run("budget-report", dry=c.config.run.dry)
+    commands.run("budget-report", dry=c.config.run.dry)
 
 
 @task(aliases=[Verbatim("turn_metrics")])
 @reported()
 def turn_metrics(c: Context) -> None:
     """Create the table turn_metrics."""
-    from scripts import flow
+    from budget_engine.commands import setup as commands
 
-    flow.run("turn-metrics", dry=c.config.run.dry)
-
-
-_FORMAT = "table (a terminal's width is respected, and NO_COLOR), or json (scripts/report.schema.json)"
-_VIEW = {"quiet": "print only what was asked for in another format, and errors", "verbose": "name what stands, too"}
+    commands.run("turn-metrics", dry=c.config.run.dry)
 
 
-@task(help={"format": _FORMAT + ", junit, github", **_VIEW})
+_FORMAT = (
+    "table (a terminal's width is respected, and NO_COLOR), or json (scripts/budget_engine/output/report.schema.json)"
+)
+_VIEW = {"quiet": "print only what was asked for in another format, and errors", "verbose": "name what passes, too"}
+
+
+@task(help={"format": _FORMAT + ", github", "remedies": "print only the SQL that clears conflicts, for psql", **_VIEW})
 @reported()
-def verify(_: Context, format: str = "table", quiet: bool = False, verbose: bool = False) -> None:  # noqa: A002
-    """Compare every promise with what stands; changes nothing.
+def verify(
+    _: Context,
+    format: str = "table",  # noqa: A002
+    remedies: bool = False,
+    quiet: bool = False,
+    verbose: bool = False,
+) -> None:
+    """Compare every check with what exists; changes nothing.
 
-    Exit codes: 0 all stand, 5 something is missing, 6 something is in the way.
+    Exit codes: 0 all pass, 5 something is missing, 6 a conflict.
     """
-    from scripts import views
+    from budget_engine.commands import inspect
 
-    views.verify(form=format, quiet=quiet, verbose=verbose)
+    inspect.verify(form=format, quiet=quiet, verbose=verbose, remedies=remedies)
 
 
-@task(help={"format": _FORMAT, "check": "for CI: exit 5 where anything is missing, 6 where it is in the way", **_VIEW})
+@task(
+    help={"format": _FORMAT, "check": "for CI: exit 5 where anything is missing, 6 where there is a conflict", **_VIEW}
+)
 @reported()
 def status(
     _: Context,
@@ -137,13 +149,13 @@ def status(
     quiet: bool = False,
     verbose: bool = False,
 ) -> None:
-    """Say how each step stands, what is odd around it, and what the diary says; changes nothing.
+    """Say how each step is, what is unusual around it, and what the history says; changes nothing.
 
-    Exit code 0 whatever stands, unless --check is given.
+    Exit code 0 whatever it finds, unless --check is given.
     """
-    from scripts import views
+    from budget_engine.commands import inspect
 
-    views.status(form=format, check=check, quiet=quiet, verbose=verbose)
+    inspect.status(form=format, check=check, quiet=quiet, verbose=verbose)
 
 
 @task(help={"format": _FORMAT, "sql": "print the SQL instead, as it would be sent, for psql", **_VIEW})
@@ -153,21 +165,21 @@ def plan(_: Context, format: str = "table", sql: bool = False, quiet: bool = Fal
 
     Exit code 0 where setup could do it, else the one that setup would end with.
     """
-    from scripts import views
+    from budget_engine.commands import inspect
 
-    views.what_setup_would_do(form=format, sql=sql, quiet=quiet, verbose=verbose)
+    inspect.what_setup_would_do(form=format, sql=sql, quiet=quiet, verbose=verbose)
 
 
 @task
 @reported()
 def rehearse(_: Context) -> None:
-    """Run every atomic part that setup would run, verified, in one transaction that is rolled back.
+    """Run every transaction that setup would run, verified, as one that is rolled back.
 
     It takes the real locks, for the time that it says, and asks for them as setup does. Exit codes are those of setup.
     """
-    from scripts import flow
+    from budget_engine.commands import setup as commands
 
-    flow.rehearse()
+    commands.rehearse()
 
 
 @task
@@ -177,7 +189,7 @@ def doctor(_: Context) -> None:
 
     Exit code 0 where setup could run, else the one that setup would end with. It starts no server.
     """
-    from scripts import doctor
+    from budget_engine.commands import doctor
 
     doctor.run()
 
@@ -186,36 +198,36 @@ def doctor(_: Context) -> None:
 @reported()
 def start(_: Context) -> None:
     """Start the embedded server (tasks that need it do so by themselves)."""
-    from scripts import at_hand
+    from budget_engine.commands import server
 
-    at_hand.start()
+    server.start()
 
 
 @task
 @reported()
 def stop(_: Context) -> None:
     """Stop the embedded server; its data stays."""
-    from scripts import at_hand
+    from budget_engine.commands import server
 
-    at_hand.stop()
+    server.stop()
 
 
 @task
 @reported()
 def url(_: Context) -> None:
     """Print the URL in use, its password masked."""
-    from scripts import at_hand
+    from budget_engine.commands import server
 
-    at_hand.url()
+    server.url()
 
 
 @task
 @reported()
 def psql(_: Context) -> None:
     """Open psql on the database in use."""
-    from scripts import at_hand
+    from budget_engine.commands import server
 
-    at_hand.psql()
+    server.psql()
 
 
 @task(

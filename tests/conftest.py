@@ -24,10 +24,11 @@ from urllib.parse import quote
 import psycopg
 import pytest
 import warm
+from budget_engine.migration import chain, survey
+from budget_engine.migration.chain import ROOT
+from budget_engine.migration.checks import Check
+from budget_engine.postgres import embedded
 from versions import MAJOR, locate
-
-from scripts import embedded
-from scripts.chain import ROOT
 
 # A suite that a script runs in the background is started with Ctrl-C ignored; all that it starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -35,7 +36,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.pop(embedded.DATA_VARIABLE, None)
 
 MIGRATIONS = ROOT / "db" / "migrations"
-VERIFICATIONS = ROOT / "db" / "verify"
 # FAULT_SEED repeats a sample of faults; the processes of one pytest -n have to draw the same one.
 SEED = os.environ.get("FAULT_SEED") or os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(random.randrange(10**6))
 
@@ -115,18 +115,32 @@ class Db:
             done = self.psql("-f", str(MIGRATIONS / f"{stem}.sql"))
             assert done.code == 0, f"{stem}: {done}"
 
-    def verification(self, stem: str) -> list[tuple[Any, ...]]:
-        """Return (item, expected, actual, mended_by) of one verification."""
-        return self.rows((VERIFICATIONS / f"{stem}.sql").read_text())
+    def checks(self) -> list[Check]:
+        """Return every check of db/verify.sql, as the survey reads them."""
+        everything = chain.load()
+        with self.connect(autocommit=False) as connection:
+            *asks, query = survey.statements(everything)
+            for ask in asks:
+                connection.execute(ask.encode())
+            rows = connection.execute(query.encode()).fetchall()
+        texts = [
+            tuple(
+                None if v is None else {True: "t", False: "f"}.get(v, v) if isinstance(v, bool) else str(v) for v in row
+            )
+            for row in rows
+        ]
+        return list(survey.checks_of(texts, everything, with_recreate=True))
 
     def differing(self) -> dict[str, tuple[str, str | None, str | None]]:
-        """Return item → (expected, actual, mended_by) of every promise of the chain that does not stand."""
-        stems = sorted(path.stem for path in VERIFICATIONS.glob("*.sql"))
-        items = [item for stem in stems for item in self.verification(stem)]
-        return {name: (expected, actual, by) for name, expected, actual, by in items if expected != actual}
+        """Return title → (expected, actual, fixed_by) of every required check that does not pass."""
+        return {c.title: (c.expected, c.actual, c.fixed_by) for c in self.checks() if c.required and not c.passed}
+
+    def failing(self, step: str) -> list[str]:
+        """Return the titles of the required checks of a step (its label) that do not pass."""
+        return [c.title for c in self.checks() if c.step == step and c.required and not c.passed]
 
     def dump(self, *, data: bool = False) -> str:
-        """Return the schema (and rows) as pg_dump writes it, the diary left out: equal dumps, equal databases."""
+        """Return the schema (and rows) as pg_dump writes it, the history left out: equal dumps, equal databases."""
         program = str(self.cluster.binaries / "pg_dump")
         words = [program, self.url, "--restrict-key=test", "--exclude-schema=budget_engine"]
         done = run(words if data else [*words, "--schema-only"], clean_environment())
@@ -226,7 +240,7 @@ def pytest_configure() -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say what was left out, and why: pytest -q would hide it behind a letter. And what the tests ran on."""
     skipped = terminalreporter.stats.get("skipped", [])
-    left_out = Counter((report.location[0], report.longrepr[2].removeprefix("Skipped: ")) for report in skipped)
+    left_out = Counter((text.location[0], text.longrepr[2].removeprefix("Skipped: ")) for report in skipped)
     for (file, reason), tests in left_out.items():
         terminalreporter.write_line(f"left out: {tests} tests of {file} ({reason})")
     version = run([str(locate(ROOT).binaries / "postgres"), "--version"], clean_environment())

@@ -21,9 +21,8 @@ from types import TracebackType
 from urllib.parse import quote
 
 import psycopg
+from budget_engine.postgres.embedded import Cluster
 from conftest import Db
-
-from scripts.embedded import Cluster
 
 PROGRAM = shutil.which("pgbouncer", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"]))
 # Debian lets only its own user read the one in use; the copy beside the documentation is the same.

@@ -13,9 +13,8 @@ import tempfile
 import termios
 from collections.abc import Mapping
 
+from budget_engine.migration.chain import ROOT
 from conftest import Db, Run, clean_environment
-
-from scripts.chain import ROOT
 
 
 def on_terminal(

@@ -15,6 +15,10 @@ from typing import Any
 import psycopg
 import pytest
 import supabase
+from budget_engine import errors
+from budget_engine.migration import chain, runner
+from budget_engine.postgres import embedded
+from budget_engine.settings import Settings, parse_target
 from conftest import MIGRATIONS, Db, Run, ended
 from proxy import Proxy, socket_of
 from states import (
@@ -28,10 +32,6 @@ from states import (
     snapshots,
 )
 from terminal import on_terminal
-
-from scripts import chain, embedded, errors, runner
-from scripts.database import Database
-from scripts.settings import Settings, parse_target
 
 STEM = "20250130000002_recreate_core_schema"
 CORE_SCHEMA = "20250130000000_core_schema"

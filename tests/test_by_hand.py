@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import psycopg
 import pytest
+from budget_engine.postgres import embedded
 from conftest import MIGRATIONS, Db, Run
 from states import (
     ANOTHER_FEATURE,
@@ -20,8 +21,6 @@ from states import (
     snapshots,
     with_uuid,
 )
-
-from scripts import embedded
 
 CORE_SCHEMA = "20250130000000_core_schema"
 SLOTS = "20250214_slots_templates"

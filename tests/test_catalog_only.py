@@ -7,10 +7,9 @@ from typing import Any
 
 import psycopg
 import pytest
+from budget_engine.migration import chain
 from conftest import Db
 from states import by_hand, with_uuid
-
-from scripts import chain
 
 STATES = {
     "uuid": with_uuid(),

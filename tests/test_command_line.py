@@ -18,12 +18,12 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from budget_engine.migration import chain
+from budget_engine.postgres import embedded
+from budget_engine.postgres.embedded import Cluster
 from conftest import MIGRATIONS, Db, Run, clean_environment
 from proxy import Message, Proxy, socket_of
 from states import NOT_TO_ALL
-
-from scripts import chain, embedded
-from scripts.embedded import Cluster
 
 PASSWORD = "pa%24%24 w0rd-S3cret!"  # as typed; %24 is $
 SPOKEN = (PASSWORD, "pa$$ w0rd-S3cret!", "pa%24%24%20w0rd-S3cret!", "S3cret")

@@ -22,15 +22,17 @@ import psycopg
 import pytest
 import states
 import supabase
+from budget_engine import errors
+from budget_engine.commands import findings
+from budget_engine.commands.findings import Finding, Host, Limit, Session, State, Way
+from budget_engine.migration import chain, plan
+from budget_engine.migration.survey import ONLINE, Item, Orphans, Server
+from budget_engine.postgres import embedded
+from budget_engine.postgres.embedded import Cluster, Health
+from budget_engine.settings import completed, parse_target
 from conftest import Db, Run, clean_environment, database, private_server, run
 from pooler import Pooler
 from terminal import on_terminal
-
-from scripts import chain, embedded, errors, findings, plan
-from scripts.embedded import Cluster, Health
-from scripts.findings import Finding, Host, Limit, Session, State, Way
-from scripts.settings import completed, parse_target
-from scripts.survey import ONLINE, Item, Orphans, Server
 
 OK, NOTE, PROBLEM = (state.value for state in State)
 STEMS = [step.stem for step in chain.load() if "fix" not in step.stem]

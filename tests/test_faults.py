@@ -12,12 +12,11 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from budget_engine.migration import chain
+from budget_engine.migration.runner import ADVISORY_LOCK
+from budget_engine.postgres.embedded import Cluster
 from conftest import MIGRATIONS, SEED, Db, Run, ended, until
 from proxy import COMMITTED, Message, Proxy, Watcher, containing, cut, on_nth, socket_of, unchanged
-
-from scripts import chain
-from scripts.embedded import Cluster
-from scripts.runner import ADVISORY_LOCK
 
 STEMS = [step.stem for step in chain.load()]
 NEEDED_FROM_NOTHING = [stem for stem in STEMS if "fix" not in stem]

@@ -20,12 +20,12 @@ from typing import Any
 
 import psycopg
 import pytest
+from budget_engine.migration import chain
+from budget_engine.migration.survey import ONLINE
+from budget_engine.postgres import embedded
 from conftest import SEED, Db, Run, ended, private_server, until
 from proxy import Message, Proxy, on_nth, socket_of
 from states import Contents, by_hand, contents, lost, with_uuid
-
-from scripts import chain, embedded
-from scripts.survey import ONLINE
 
 STEMS = [step.stem for step in chain.load()]
 POINTS_OF_ONE_WALK = 3

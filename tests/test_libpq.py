@@ -18,13 +18,12 @@ from string import Template
 import pooler as poolers
 import psycopg
 import pytest
+from budget_engine.postgres import embedded
+from budget_engine.postgres.embedded import Cluster
 from conftest import Db, Run, clean_environment, private_server, run
 from pooler import Pooler
 from proxy import Proxy, socket_of
 from versions import NEWEST
-
-from scripts import embedded
-from scripts.embedded import Cluster
 
 PASSWORD = "QX@ZJ/QX"
 QUERY = """SELECT current_user, current_database(), current_setting('cluster_name'), current_setting('search_path'),
@@ -33,10 +32,10 @@ current_setting('geqo'), current_setting('application_name')"""
 # The connection that every task opens, in a process of its own: libpq reads the environment of the process.
 PROBE = f"""
 import os, sys
-from scripts.chain import ROOT
-from scripts.console import reported
-from scripts.database import Database
-from scripts.settings import completed, load
+from budget_engine.migration.chain import ROOT
+from budget_engine.output.ending import reported
+from budget_engine.postgres.connection import Connection
+from budget_engine.settings import completed, load
 with reported():
     given = load(ROOT, os.environ)
     with Database(completed(given.target, given.source), given) as database:

@@ -15,12 +15,11 @@ from typing import Any
 
 import psycopg
 import pytest
+from budget_engine.migration import chain, runner
+from budget_engine.migration.chain import ROOT
 from conftest import MIGRATIONS, VERIFICATIONS, Db, Run, clean_environment, ended, private_server, until
 from proxy import Proxy, containing, on_nth, socket_of
 from states import with_uuid
-
-from scripts import chain, runner
-from scripts.chain import ROOT
 
 TASKS = ["setup", "prereqs", "fix", "slots-flags", "budget-report", "turn-metrics", "verify"]
 STEMS = [step.stem for step in chain.load()]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
+from budget_engine.errors import LockTimeoutError
+from budget_engine.postgres.patience import Patience
 from hypothesis import given
 from hypothesis import strategies as st
-
-from scripts.errors import LockTimeoutError
-from scripts.patience import Patience
 
 LIMITS = st.floats(0.01, 600)
 FIRSTS = st.floats(0.01, 5)

@@ -10,12 +10,11 @@ from typing import Any
 import pooler as poolers
 import psycopg
 import pytest
+from budget_engine.migration import chain
 from conftest import Db, Run, ended, until
 from pooler import Pooler
 from states import BIGINT, ORPHANS, by_hand, contents, lost, with_uuid
 from versions import new_in
-
-from scripts import chain
 
 pytestmark = [
     pytest.mark.skipif(poolers.PROGRAM is None, reason="pgbouncer is not on PATH"),

@@ -19,13 +19,11 @@ from string import Template
 from urllib.parse import quote, quote_plus, unquote
 
 import pytest
+from budget_engine import libpq
+from budget_engine.errors import RecipeError
+from budget_engine.settings import Settings, Target, completed, mask, parse_env_file, parse_target
 from conftest import SEED, Run, clean_environment, run
 from test_command_line import peer, refuse_password
-
-from scripts import libpq, report
-from scripts.database import Database
-from scripts.errors import RecipeError
-from scripts.settings import Settings, Target, completed, mask, parse_env_file, parse_target
 
 URLS, AT_ONCE = 10_000, 2_500
 PROCESSES = 36
@@ -167,7 +165,7 @@ def all_said(text: str, *, in_file: bool) -> Iterator[str]:
         yield repr(settings)
         assert settings.target is not None
         target = completed(settings.target, source)
-        yield from [repr(target), *report.target(target, settings), *echoes(target)]
+        yield from [repr(target), *text.target(target, settings), *echoes(target)]
         Database(target, settings).close()
     except RecipeError as error:
         yield from [*error.lines(), repr(error), *traceback.format_exception(error)]

@@ -19,12 +19,13 @@ from typing import Any
 
 import psycopg
 import pytest
+from budget_engine import errors
+from budget_engine.migration import chain
+from budget_engine.postgres import embedded
 from conftest import Db, Run, database, ended, private_server, until
 from proxy import COMMITTED, Proxy, containing, on_nth, socket_of
 from psycopg.errors import DiskFull
 from states import by_hand, contents, lost, with_uuid
-
-from scripts import chain, embedded, errors
 
 STEMS = [step.stem for step in chain.load()]
 MAX_CONNECTIONS = 8

@@ -9,12 +9,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from budget_engine import libpq
+from budget_engine.errors import SettingsError
+from budget_engine.settings import Settings, Target, completed, load, mask, parse_target
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-
-from scripts import libpq
-from scripts.errors import SettingsError
-from scripts.settings import Settings, Target, completed, load, mask, parse_target
 
 URL = "postgresql://app:s3cret@db.example.com:5432/game"
 PERCENT_NOTE = "corrected in DATABASE_URL: user or password hold characters that must be percent-encoded"

@@ -6,11 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from budget_engine.migration import chain
 from conftest import MIGRATIONS
 from pglast import ast, parse_sql
 from pglast.parser import scan
-
-from scripts import chain
 
 STEPS = (*chain.load(), chain.load_recreate())
 FILES = sorted(MIGRATIONS.parent.rglob("*.sql"))

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import psycopg
 import pytest
 import supabase
+from budget_engine.postgres import embedded
 from conftest import MIGRATIONS, Db
 from supabase import ADMIN, MIGRATOR, PLAYER
-
-from scripts import embedded
 
 _UUID = "'00000000-0000-4000-8000-{n:012}'"
 

@@ -18,12 +18,13 @@ from typing import Any
 import psycopg
 import pytest
 import supabase
+from budget_engine import errors
+from budget_engine.commands import setup
+from budget_engine.migration import chain, plan, survey
 from conftest import VERIFICATIONS, Db
 from psycopg import sql
 from states import COLUMNS
 from versions import MAJOR
-
-from scripts import chain, errors, flow, plan, survey
 
 STEMS = tuple(step.stem for step in chain.load())
 CORE, SLOTS_TEMPLATES, SNAPSHOTS, FIX, FLAGS, REPORT, METRICS = STEMS
@@ -691,7 +692,7 @@ def test_setup_refuses_what_is_in_the_way(ready: Db, monkeypatch: pytest.MonkeyP
             monkeypatch.setenv("DATABASE_URL", copied.url)
 
             with pytest.raises(errors.RecipeError) as ended:
-                flow.run(None)
+                setup.run(None)
             outcomes[broken.name] = ended.value.exit_code, fingerprint(copied) == before
     wrong = {name: outcome for name, outcome in outcomes.items() if outcome != (6, True)}
     assert not wrong, pformat(wrong, width=200)

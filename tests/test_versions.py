@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 import versions
+from budget_engine.migration.chain import ROOT
+from budget_engine.postgres.connection import OLDEST_VERSION
 from conftest import Db
-
-from scripts.chain import ROOT
-from scripts.database import OLDEST_VERSION
 
 
 def lock_of(folder: Path, *, whole: bool = True) -> Path:

@@ -15,12 +15,11 @@ import jsonschema
 import psycopg
 import pytest
 import supabase
+from budget_engine.migration import chain
 from conftest import Db, Run, ended, until
 from states import BIGINT, CORE, by_hand, snapshots, with_uuid
 from terminal import on_terminal
 from test_states import READY, UUID_READY
-
-from scripts import chain
 
 SCHEMA = json.loads((chain.ROOT / "scripts" / "report.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)

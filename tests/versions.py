@@ -14,9 +14,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
-
-from scripts import embedded
-from scripts.chain import ROOT
+from budget_engine.migration.chain import ROOT
+from budget_engine.postgres import embedded
 
 NEWEST = max(embedded.INSTALLATIONS)
 MAJOR = int(os.environ.get("TEST_POSTGRES") or NEWEST)

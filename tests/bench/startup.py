@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from budget_engine.postgres import embedded
 from conftest import Db, clean_environment, database, private_server
 from conftest import run as run_command
 from proxy import Proxy, socket_of
 
 from bench.figures import Report, bar_chart
 from bench.tools import FLOOR, OURS, Tool, all_tools
-from scripts import embedded
 
 FAR_S = 0.05  # there and back
 CASES = ("from nothing", "nothing to do")
@@ -49,7 +49,7 @@ class Figures:
 def run(rounds: int, only: Sequence[str] | None, report: Report) -> None:
     """Measure the tools (only: of the others, those whose names contain one of these), print tables, draw charts."""
     with private_server(durable=True) as cluster, tempfile.TemporaryDirectory() as workshop:
-        report.begin(cluster)
+        text.begin(cluster)
         everything = all_tools(cluster.binaries / "psql", Path(workshop))
         tools = [tool for tool in everything if only is None or _wanted(tool, only)]
         figures = _measure(cluster, [tool for tool in tools if tool.command], rounds)
@@ -126,14 +126,14 @@ def _environment(url: str) -> dict[str, str]:
 
 
 def _print(figures: Figures, tools: Sequence[Tool], rounds: int, report: Report) -> None:
-    report.say(f"Medians of {rounds} interleaved rounds, whole processes; ratio: to {FLOOR} in the same column.")
+    text.say(f"Medians of {rounds} interleaved rounds, whole processes; ratio: to {FLOOR} in the same column.")
     for case in CASES:
         columns = [head for place in PLACES for head in (place, "ratio")]
-        report.table(
+        text.table(
             [case, *columns, "round trips"],
             [[tool.name, *_cells(figures, tool, case)] for tool in tools],
         )
-    report.say(f"Peak memory of {OURS} from nothing: {figures.peak_bytes / 1e6:.0f} MB.")
+    text.say(f"Peak memory of {OURS} from nothing: {figures.peak_bytes / 1e6:.0f} MB.")
 
 
 def _cells(figures: Figures, tool: Tool, case: str) -> list[str]:
@@ -149,4 +149,4 @@ def _cells(figures: Figures, tool: Tool, case: str) -> list[str]:
 def _draw(figures: Figures, names: Sequence[str], report: Report) -> None:
     for file, place in zip(("startup-direct", "startup-far"), PLACES, strict=True):
         series = {case: [figures.median(name, case, place) for name in names] for case in CASES}
-        report.chart(file, bar_chart(f"The whole chain, server {place}", names, series, "s"))
+        text.chart(file, bar_chart(f"The whole chain, server {place}", names, series, "s"))

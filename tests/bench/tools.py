@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from budget_engine.migration import chain
 from conftest import MIGRATIONS
-
-from scripts import chain
 
 FLOOR = "bare psycopg"
 OURS = "invoke setup"

@@ -23,7 +23,7 @@ from dotenv.parser import Binding, parse_stream
 from dotenv.variables import parse_variables
 from psycopg.conninfo import conninfo_to_dict
 
-from scripts import errors, libpq
+from budget_engine import errors, libpq
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The database at hand: the tasks db.start, db.stop, db.url and db.psql."""
+"""The database in use: the tasks db.start, db.stop, db.url and db.psql."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import shutil
 
 from psycopg.conninfo import make_conninfo
 
-from scripts import embedded, libpq, report
-from scripts.chain import ROOT
-from scripts.console import CONSOLE
-from scripts.settings import completed, load
-from scripts.work import announced, target_of
+from budget_engine import libpq
+from budget_engine.commands.session import announced, target_of
+from budget_engine.migration.chain import ROOT
+from budget_engine.output import text
+from budget_engine.output.console import CONSOLE
+from budget_engine.postgres import embedded
+from budget_engine.settings import completed, load
 
 
 def start() -> None:
@@ -32,13 +34,14 @@ def url() -> None:
     given = load(ROOT, os.environ)
     where = completed(given.target, given.source) if given.target else target_of(embedded.locate(ROOT))
     CONSOLE.say(where.display)
-    CONSOLE.aside(f"from {report.sources(where, given)}")
+    CONSOLE.aside(f"from {text.sources(where, given)}")
 
 
 def psql() -> None:
     """Become a psql on the database in use."""
     CONSOLE.format = "psql"  # what it prints has stdout for itself
     given, where = announced()
+    CONSOLE.say()
     # What its libpq, an older one perhaps, adds by itself, is left to it.
     typed = (given.target or where).conninfo
     address = {name: value for name, value in where.conninfo.items() if name in libpq.ADDRESS}

@@ -22,9 +22,9 @@ from psycopg.conninfo import make_conninfo
 from psycopg.errors import Diagnostic, error_from_result
 from psycopg.waiting import Ready
 
-from scripts import errors, libpq
-from scripts.errors import StatementError
-from scripts.settings import Settings, Target, mask
+from budget_engine import errors, libpq
+from budget_engine.errors import StatementError
+from budget_engine.settings import Settings, Target, mask
 
 # What psycopg logs is for developers; users get our messages, and logging's last resort would print both.
 logging.getLogger("psycopg").addHandler(logging.NullHandler())
@@ -32,6 +32,7 @@ logging.getLogger("psycopg").addHandler(logging.NullHandler())
 _T = TypeVar("_T")
 Row = tuple[str | None, ...]
 Rows = list[Row]
+OnDone = Callable[[int, Rows], None]  # which statement is done, and its rows
 
 APPLICATION_NAME = "budget-engine-recipes"
 _STATEMENT_TIMEOUT = "60s"  # for catalog work, instead of what the role brings along for its queries
@@ -46,7 +47,7 @@ _REFUSALS: tuple[tuple[str, type[errors.RecipeError]], ...] = (
     ("password authentication failed|no password supplied|SASL authentication failed", errors.PasswordError),
     (r'role ".*" (does not exist|is not permitted to log in)|no such user|user not found', errors.LoginError),
     (r"pg_hba\.conf|authentication failed", errors.LoginError),
-    ('database ".*" does not exist|no such database', errors.NoDatabaseError),
+    ('database ".*" does not exist|no such database', errors.NoConnectionError),
     ("permission denied for database", errors.NotPermittedError),
     ("too many (clients|connections)|connection slots are reserved|no more connections", errors.FullServerError),
     ("the database system is", errors.NotReadyError),
@@ -81,7 +82,7 @@ class Watcher(Protocol):
         """Leave off: the message has been answered."""
 
 
-class Database:
+class Connection:
     """A connection to the target. Raises UnreachableError where there is none to be had.
 
     answer_s: how long an answer may take (seconds; None: for ever); then the connection counts as gone. A pooler lets
@@ -141,7 +142,7 @@ class Database:
         finally:
             self._connection.remove_notice_handler(handler)
 
-    def run(self, statements: Sequence[str], on_done: Callable[[int], None] = lambda index: None) -> list[Rows]:
+    def run(self, statements: Sequence[str], on_done: OnDone = lambda index, rows: None) -> list[Rows]:
         """Send the statements as one message; return the rows of each; tell on_done as each is done.
 
         Raises StatementError, after rolling back a transaction that the message left open; KeyboardInterrupt, after
@@ -165,7 +166,7 @@ class Database:
         finally:
             self.watch.end()
 
-    def _run(self, statements: Sequence[str], on_done: Callable[[int], None]) -> list[Rows]:
+    def _run(self, statements: Sequence[str], on_done: OnDone) -> list[Rows]:
         rows: list[Rows] = []
         failure: StatementError | None = None
         try:
@@ -173,13 +174,13 @@ class Database:
                 if result.status == pq.ExecStatus.FATAL_ERROR:
                     failure = _refused(len(rows), error_from_result(result))
                 else:
-                    on_done(len(rows))
                     rows.append(_rows(result))
+                    on_done(len(rows) - 1, rows[-1])
         except psycopg.OperationalError as error:  # the connection is gone
             failure = failure or _refused(len(rows), error)
         if failure is not None:
             if self._connection.pgconn.transaction_status == pq.TransactionStatus.INERROR:
-                self._run(["ROLLBACK"], lambda index: None)
+                self._run(["ROLLBACK"], lambda index, rows: None)
             raise failure
         return rows
 
@@ -215,7 +216,7 @@ class Database:
         """End the session."""
         self._connection.close()
 
-    def __enter__(self) -> Database:
+    def __enter__(self) -> Connection:
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -10,14 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from scripts import errors
-from scripts.chain import label
-from scripts.embedded import Cluster, Health
-from scripts.patience import LONGEST_PAUSE_S
-from scripts.plan import Plan
-from scripts.report import summary
-from scripts.survey import ONLINE, Item, Orphans, Server, outermost
-from scripts.verdict import hindrances, refused_by_rows
+from budget_engine import errors
+from budget_engine.commands.inspect import refused_by_rows
+from budget_engine.commands.session import hindrances
+from budget_engine.migration.checks import Check
+from budget_engine.migration.plan import Plan
+from budget_engine.migration.survey import Orphans, Server
+from budget_engine.output.text import summary
+from budget_engine.postgres.embedded import Cluster, Health
+from budget_engine.postgres.patience import LONGEST_PAUSE_S
 
 
 class State(Enum):
@@ -111,7 +112,7 @@ def notes(source: str, given: Sequence[str]) -> Iterator[Finding]:
 
 
 def embedded_server(cluster: Cluster, health: Health, *, in_use: bool) -> Finding:
-    """Say how the embedded server stands; that it does not run is no failure: setup starts it."""
+    """Say how the embedded server is; that it does not run is no failure: setup starts it."""
     place = f"data in {cluster.data}" if health.made else "no data yet"
     runs = f"running as process {health.pid}" if health.running else "not running"
     if not in_use:
@@ -205,7 +206,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Place:
-    """A schema in which a table stands; rank: the schema's in the search_path, from 1, or None: it is not in there."""
+    """A schema that has such a table; rank: the schema's in the search_path, from 1, or None: it is not in there."""
 
     table: str
     schema: str
@@ -213,7 +214,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Session:
+class Facts:
     """What a session of this role in this database begins with, and where the chain's names lead.
 
     tls: version and cipher, where the server that we are connected to says so; places: of each relation that bears the
@@ -233,17 +234,17 @@ class Session:
     event_triggers: tuple[str, ...]
 
 
-def tls(session: Session) -> Finding:
+def tls(facts: Facts) -> Finding:
     """Say whether the connection is encrypted, and whether the server had to show whose it is."""
-    how = (session.tls or "TLS") if session.is_encrypted else "no TLS"
-    if session.is_near:
+    how = (facts.tls or "TLS") if facts.is_encrypted else "no TLS"
+    if facts.is_near:
         return ok("tls", f"{how}; the server is on this machine")
-    if not session.is_encrypted:
-        says = f"no TLS (sslmode={session.sslmode}): passwords and rows can be read, and changed, on the way"
+    if not facts.is_encrypted:
+        says = f"no TLS (sslmode={facts.sslmode}): passwords and rows can be read, and changed, on the way"
         return note("tls", says, _VERIFY)
-    if session.sslmode in ("verify-ca", "verify-full"):
-        return ok("tls", f"{how}, certificate checked (sslmode={session.sslmode})")
-    return note("tls", f"{how}, but libpq need not check whose server it is (sslmode={session.sslmode})", _VERIFY)
+    if facts.sslmode in ("verify-ca", "verify-full"):
+        return ok("tls", f"{how}, certificate checked (sslmode={facts.sslmode})")
+    return note("tls", f"{how}, but libpq need not check whose server it is (sslmode={facts.sslmode})", _VERIFY)
 
 
 _VERIFY = """\
@@ -266,14 +267,14 @@ _TOPICS: dict[type[errors.RecipeError], str] = {
 }
 
 
-def chain(server: Server, items: Sequence[Item], todo: Plan) -> Iterator[Finding]:
+def chain(server: Server, checks: Sequence[Check], todo: Plan) -> Iterator[Finding]:
     """Say what setup would do, and what keeps it from that, in the order in which it would find out."""
-    if not todo.in_the_way:
-        steps = [label(step.stem) for step in todo.steps if step.atomic or step.online]
+    if not todo.conflicts:
+        steps = [step.label for step in todo.steps if step.transaction or step.concurrent]
         does = f"setup would run {', '.join(steps)}" if steps else "setup has nothing to do"
-        yield ok("chain", f"{summary(items)}; {does}")
-    for hindrance in hindrances(server, todo, {}):
-        yield problem(_TOPICS.get(type(hindrance), "chain"), _in_short(hindrance, todo))
+        yield ok("checks", f"{summary(checks)}; {does}")
+    for hindrance in hindrances(todo, server, {}):
+        yield problem(_TOPICS.get(type(hindrance), "checks"), _in_short(hindrance, todo))
     if server.read_only and not todo.to_do:
         yield note("writes", server.read_only, "Name another server in DATABASE_URL once there is something to do.")
     if not todo.lacking:
@@ -281,21 +282,21 @@ def chain(server: Server, items: Sequence[Item], todo: Plan) -> Iterator[Finding
 
 
 def _in_short(hindrance: errors.RecipeError, todo: Plan) -> errors.RecipeError:
-    if isinstance(hindrance, errors.ObstacleError):
-        tables = sorted({item.table for item in todo.in_the_way})
-        remedy = 'invoke verify shows what; README.md, "In the way", has the way out.'
-        return errors.ObstacleError(where=f"it concerns {', '.join(tables)}", remedy=remedy)
+    if isinstance(hindrance, errors.ConflictError):
+        tables = sorted({check.table for check in todo.conflicts})
+        remedy = "invoke verify shows what, and the commands that clear it."
+        return errors.ConflictError(what=hindrance.what, where=f"it concerns {', '.join(tables)}", remedy=remedy)
     return hindrance
 
 
-def schemas(server: Server, session: Session) -> Iterator[Finding]:
+def schemas(server: Server, facts: Facts) -> Iterator[Finding]:
     """Say where the chain's names lead, where that may not be what was meant."""
     path = f"search_path {server.search_path}"
-    absent = session.absent_schemas if server.schema else ()  # without any, that is an error of its own
+    absent = facts.absent_schemas if server.schema else ()  # without any, that is an error of its own
     says = [f"{path}: {name} does not exist, or is closed to {server.role}" for name in absent]
     where: dict[str, list[str]] = {}
-    for table in dict.fromkeys(place.table for place in session.places):
-        if says_of_it := _lead(table, server, session):
+    for table in dict.fromkeys(place.table for place in facts.places):
+        if says_of_it := _lead(table, server, facts):
             where.setdefault(says_of_it, []).append(table)
     says += [f"{', '.join(tables)}: {fact}" for fact, tables in where.items()]
     if says:
@@ -304,11 +305,9 @@ def schemas(server: Server, session: Session) -> Iterator[Finding]:
         yield ok("schema", f"{server.schema} ({path})")
 
 
-def _lead(table: str, server: Server, session: Session) -> str:
+def _lead(table: str, server: Server, facts: Facts) -> str:
     """Say where a table's name leads, if that may not be what was meant."""
-    places = sorted(
-        (place for place in session.places if place.table == table), key=lambda place: place.rank or math.inf
-    )
+    places = sorted((place for place in facts.places if place.table == table), key=lambda place: place.rank or math.inf)
     visible = [place.schema for place in places if place.rank]
     if not visible:
         return f"only in {' and '.join(place.schema for place in places)}, which is not in the search_path"
@@ -317,28 +316,26 @@ def _lead(table: str, server: Server, session: Session) -> str:
     return f"in {visible[0]}; new tables would go to {server.schema}" if visible[0] != server.schema else ""
 
 
-def limits(server: Server, session: Session, lock_timeout_ms: int) -> Iterator[Finding]:
+def limits(server: Server, facts: Facts, lock_timeout_ms: int) -> Iterator[Finding]:
     """Say which time limits, and other settings, that the role or the database bring along will bite."""
     biting: dict[str, list[Limit]] = {}
-    for limit in session.limits:
+    for limit in facts.limits:
         if why := _bite(limit, server, lock_timeout_ms):
             biting.setdefault(why, []).append(limit)
     for why, found in biting.items():
         yield note("limits", f"{', '.join(map(str, found))}: {why}", _lift(found, server))
-    if session.replication_role != "origin":
-        says = (
-            f"session_replication_role = {session.replication_role}: slots that {server.role} inserts get no defaults"
-        )
+    if facts.replication_role != "origin":
+        says = f"session_replication_role = {facts.replication_role}: slots that {server.role} inserts get no defaults"
         yield note("limits", says, f"{_alter(server)} SET session_replication_role = origin;")
     elif not biting:
-        lifted = ", ".join(map(str, session.limits))
+        lifted = ", ".join(map(str, facts.limits))
         yield ok("limits", f"{lifted}: setup works with its own" if lifted else "none that the role brings along")
 
 
 def _bite(limit: Limit, server: Server, lock_timeout_ms: int) -> str:
     if server.pooled:
         endless = limit.name in ("statement_timeout", "lock_timeout", "transaction_timeout")
-        return "ends online work that takes longer, and cannot be lifted through a pooler" if endless else ""
+        return "ends concurrent work that takes longer, and cannot be lifted through a pooler" if endless else ""
     if limit.name == "transaction_timeout" and limit.ms <= lock_timeout_ms:
         return "ends a step that queues for a lock as long as LOCK_TIMEOUT allows"
     if limit.name == "idle_session_timeout" and limit.ms <= LONGEST_PAUSE_S * 1000:
@@ -361,15 +358,15 @@ def _alter(server: Server) -> str:
     return "ALTER ROLE " + ('"' + server.role.replace('"', '""') + '"')
 
 
-def event_triggers(session: Session, todo: Plan) -> Iterator[Finding]:
+def event_triggers(facts: Facts, todo: Plan) -> Iterator[Finding]:
     """Name what may refuse a step from outside."""
-    if session.event_triggers and todo.to_do:
-        says = f"run at each DDL command, and may refuse it: {', '.join(session.event_triggers)}"
+    if facts.event_triggers and todo.to_do:
+        says = f"run at each DDL command, and may refuse it: {', '.join(facts.event_triggers)}"
         yield note("triggers", says, "Where one does: ALTER EVENT TRIGGER NAME DISABLE; and ENABLE; after setup.")
 
 
 def rows(orphans: Sequence[Orphans], unseen: Sequence[str]) -> Iterator[Finding]:
-    """Say which rows refuse what setup would do online; unseen: what it would ask of rows that nobody has looked at."""
+    """Say which rows refuse what setup would do concurrently; unseen: what it would ask of rows that nobody has looked at."""
     if counted := [found for found in orphans if found.count]:
         yield problem("rows", refused_by_rows(counted))
     unknown = [*(str(found) for found in orphans if not found.count), *unseen]
@@ -379,10 +376,8 @@ def rows(orphans: Sequence[Orphans], unseen: Sequence[str]) -> Iterator[Finding]
 
 
 def connections(crowded: errors.RecipeError | None, todo: Plan) -> Finding:
-    """Say whether there is room for the second connection that online work needs."""
+    """Say whether there is room for the second connection that concurrent work needs."""
     if crowded is None:
-        return ok("connections", "two at once, as online work needs")
-    # What is missing of a table that is to be made comes with it.
-    is_due = any((item.mended_by or "").endswith(ONLINE) for item in outermost(todo.missing))
+        return ok("connections", "two at once, as concurrent work needs")
     found = problem("connections", crowded)
-    return found if is_due else noted(found)
+    return found if todo.concurrent else noted(found)

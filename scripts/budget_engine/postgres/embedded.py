@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from scripts import errors
+from budget_engine import errors
 
 if sys.platform != "win32":
     import fcntl

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from scripts.errors import RecipeError
+from budget_engine.errors import RecipeError
 
 LONGEST_PAUSE_S = 5.0  # whoever is in the way may be gone by then
 

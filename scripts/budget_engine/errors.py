@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,15 +24,6 @@ class RecipeError(Exception):
         self.where, self.remedy = where, remedy or self.usual_remedy.format(**facts)
         super().__init__(self.what)
 
-    def lines(self) -> list[str]:
-        """Return the message, as it is printed."""
-        remedy = self.remedy.replace("\n", "\n              ")
-        return [
-            f"error: {self.what}",
-            *(f"  {line}" for line in self.where.splitlines()),
-            *([f"  what to do: {remedy}"] if remedy else []),
-        ]
-
 
 # ── 1: a step ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -39,13 +31,13 @@ class RecipeError(Exception):
 class StepFailedError(RecipeError):
     """A step failed, or its prerequisites are missing; the database is as before that step."""
 
-    usual_remedy = "Mend what the server names, then run the task again: it goes on from what stands."
+    usual_remedy = "Correct what the server names, then run the task again: it goes on from what exists."
 
 
-class BrokenPromiseError(StepFailedError):
+class BrokenStepError(StepFailedError):
     """Something undid a step's work while it ran, or a migration and its verification disagree."""
 
-    says = "the step ran, but what it promises does not stand"
+    says = "the step ran, but its checks do not pass"
     usual_remedy = "It was rolled back. Look for event triggers that undo such work; else report it, with these lines."
 
 
@@ -63,7 +55,7 @@ A limit (statement_timeout, transaction_timeout) or an administrator ended it: r
 is less busy; it finishes what is left."""
 
 
-class ConflictError(StepFailedError):
+class ConcurrentChangeError(StepFailedError):
     """Another transaction's work, or a standby's replay, came in between."""
 
     usual_remedy = "What came in between is done: run the task again (on a standby, or on its primary)."
@@ -80,7 +72,7 @@ URL), or run the task again. Without one: the server, or what it runs on a comma
 class NoRoomError(StepFailedError):
     """The server's disk is full."""
 
-    usual_remedy = "Make room on the server's disk, then run the task again: what was committed stands."
+    usual_remedy = "Make room on the server's disk, then run the task again: what was committed stays."
 
 
 class NoMemoryError(StepFailedError):
@@ -94,7 +86,7 @@ Run the task again when the server has less to do; for "out of shared memory" ha
 class PrerequisiteError(StepFailedError):
     """A step run alone lacks what another one brings."""
 
-    says = "{step} needs what stands nowhere yet"
+    says = "{step} needs what does not exist yet"
     usual_remedy = "Run invoke setup, or first the task that brings it (invoke prereqs)."
 
 
@@ -130,14 +122,14 @@ class SystemRefusesError(StepFailedError):
     """The operating system refuses something that nobody thought of."""
 
     says = "the operating system refuses: {why}"
-    usual_remedy = "Mend that, then run the task again: what was committed stands."
+    usual_remedy = "Correct that, then run the task again: what was committed stays."
 
 
 class UnforeseenError(StepFailedError):
     """A mistake of this project's."""
 
     says = "this should not happen: {why}"
-    usual_remedy = "Please report it, with these lines; what was committed stands, and invoke verify says what does."
+    usual_remedy = "Please report it, with these lines; what was committed stays, and invoke verify says what exists."
 
 
 class FormatError(StepFailedError):
@@ -304,7 +296,7 @@ class NotReadyError(UnreachableError):
 class EndedSessionError(UnreachableError):
     """An administrator ended the session, or the server goes down."""
 
-    usual_remedy = "Run the task again once nobody ends it: what was committed stands, and it goes on from there."
+    usual_remedy = "Run the task again once nobody ends it: what was committed stays, and it goes on from there."
 
 
 class IdleSessionError(UnreachableError):
@@ -361,14 +353,14 @@ class LostConnectionError(UnreachableError):
     """The connection broke, or a pooler gave up."""
 
     usual_remedy = """\
-Run the task again: what was committed stands, and it goes on from there. Where it comes back: is it PostgreSQL that
+Run the task again: what was committed stays, and it goes on from there. Where it comes back: is it PostgreSQL that
 answers at this host and port, is its server up, and has the pooler room?"""
 
 
 class CrowdedError(UnreachableError):
-    """The server, which took one connection, refuses the second one that online work needs."""
+    """The server, which took one connection, refuses the second one that concurrent work needs."""
 
-    says = "online work needs a second connection for a while"
+    says = "concurrent work needs a second connection for a while"
     usual_remedy = """\
 Run the task again when other sessions have ended (LOCK_WAIT sets how long to wait), or, where a pooler
 stands between, name the server itself in DATABASE_URL (the direct URL)."""
@@ -433,34 +425,35 @@ class NotRunningError(UnreachableError):
     usual_remedy = "Start it (invoke db.start), or run the task without {looking}."
 
 
-# ── 5, 6: promises ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 5, 6: checks ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class MissingError(RecipeError):
     """Something promised is still missing."""
 
     exit_code = 5
-    says = "something promised is missing"
+    says = "something is still missing"
     usual_remedy = "Run invoke setup."
 
 
-class InTheWayError(RecipeError):
-    """Something stands in the way that a step must not touch by itself."""
+class RefusedError(RecipeError):
+    """A step must not go on by itself."""
 
     exit_code = 6
-    usual_remedy = 'README.md, "In the way", has the command for each case; then run the task again.'
+    usual_remedy = "invoke verify prints the commands that clear it; then run the task again."
 
 
-class ObstacleError(InTheWayError):
-    """The survey found something in the way: nothing was changed."""
+class ConflictError(RefusedError):
+    """Something exists in another form, or under our name: nothing was changed."""
 
-    says = "something stands in the way, and no step may touch it"
+    says = "{count}, nothing was changed"
+    before: Sequence[str] = ()  # lines that say each, and what clears it
 
 
-class NotConfirmedError(InTheWayError):
+class NotConfirmedError(RefusedError):
     """The question was answered with no, or could not be asked."""
 
-    says = "not confirmed: the old core tables stay in the way, and nothing was changed"
+    says = "not confirmed: the old core tables stay where they are, and nothing was changed"
     usual_remedy = "Answer y, or, where there is no terminal to ask on, add --yes."
 
 
@@ -527,7 +520,7 @@ class StoppedError(RecipeError):
     """The user pressed Ctrl-C."""
 
     exit_code = 130
-    says = "interrupted; what is done stands, and the next run goes on from there"
+    says = "interrupted; what is done stays, and the next run goes on from there"
 
 
 @dataclass(eq=False)  # not frozen: contextlib sets the traceback of what passes through it
@@ -565,8 +558,8 @@ class StatementError(Exception):
 # PostgreSQL's names: manual, appendix A.
 _BY_SQLSTATE: dict[str | None, type[RecipeError]] = {
     "TB001": PrerequisiteError,  # ours, as the other TB…
-    "TB002": InTheWayError,
-    "TB003": BrokenPromiseError,
+    "TB002": RefusedError,
+    "TB003": BrokenStepError,
     "TB004": BusyError,
     "08001": NobodyThereError,  # sqlclient_unable_to_establish_sqlconnection
     "08006": LostConnectionError,  # connection_failure
@@ -578,7 +571,7 @@ _BY_SQLSTATE: dict[str | None, type[RecipeError]] = {
     "28P01": PasswordError,  # invalid_password
     "3D000": NoDatabaseError,  # invalid_catalog_name
     "3F000": NoSchemaError,  # invalid_schema_name
-    "40001": ConflictError,  # serialization_failure
+    "40001": ConcurrentChangeError,  # serialization_failure
     "40P01": DeadlockError,  # deadlock_detected
     "42501": NotPermittedError,  # insufficient_privilege
     "42P01": TableGoneError,  # undefined_table
@@ -593,14 +586,14 @@ _BY_SQLSTATE: dict[str | None, type[RecipeError]] = {
     "57P05": IdleSessionError,  # idle_session_timeout
     None: LostConnectionError,  # not the server's: the connection is gone
 }
-_HINTED = (PrerequisiteError, InTheWayError, StepFailedError)
+_HINTED = (PrerequisiteError, RefusedError, StepFailedError)
 
-# Remedies that the case decides: timeouts in an online part, through a pooler; rows that refuse what is promised.
+# Remedies that the case decides: timeouts in a concurrent part, through a pooler; rows that refuse what is expected.
 LIMITS_OF_THE_ROLE = """\
-Online work takes as long as it takes, but the role brings a statement_timeout, lock_timeout or transaction_timeout
+Concurrent work takes as long as it takes, but the role brings a statement_timeout, lock_timeout or transaction_timeout
 along, which cannot be lifted through a transaction pooler: name the server itself in DATABASE_URL (the direct URL, not
 the pooler's), and run the task again; it finishes what is left."""
-MEND_THE_ROWS = "Mend those rows, then run the task again; no row was deleted or changed."
+CORRECT_THE_ROWS = "Correct those rows, then run the task again; no row was deleted or changed."
 
 
 def for_sqlstate(sqlstate: str | None) -> type[RecipeError]:

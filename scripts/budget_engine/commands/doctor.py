@@ -23,16 +23,19 @@ from typing import TypeVar
 
 from psycopg import pq, sql
 
-from scripts import chain, embedded, errors, findings, locks, plan, survey
-from scripts.chain import ROOT
-from scripts.console import CONSOLE, as_message
-from scripts.database import Database
-from scripts.findings import Finding, Host, Limit, Place, Session, Way
-from scripts.plan import Plan
-from scripts.runner import STAY, needing_room
-from scripts.settings import Settings, Target, completed, load
-from scripts.survey import BEGIN_READ_ONLY, Survey
-from scripts.work import Work, announce, target_of
+from budget_engine import errors
+from budget_engine.commands import findings
+from budget_engine.commands.findings import Facts, Finding, Host, Limit, Place, Way
+from budget_engine.commands.session import Session, announce, target_of
+from budget_engine.migration import chain, plan, survey
+from budget_engine.migration.chain import ROOT
+from budget_engine.migration.runner import STAY, needing_room
+from budget_engine.migration.survey import BEGIN_READ_ONLY, Survey
+from budget_engine.output.console import CONSOLE
+from budget_engine.output.ending import as_message
+from budget_engine.postgres import embedded
+from budget_engine.postgres.connection import Connection
+from budget_engine.settings import Settings, Target, completed, load
 
 _T = TypeVar("_T")
 
@@ -184,44 +187,43 @@ def _failure(family: socket.AddressFamily, address: object, timeout_s: float) ->
 
 def _session(where: Target, given: Settings, ports: list[str]) -> Iterator[Finding]:
     """Log in, and look around once: what is locked now, setup would wait for, and we do not."""
-    steps = chain.load()
+    everything = chain.load()
     impatient = replace(given, lock_wait_s=0)
+    connect = partial(Connection, where, impatient)
     try:
-        with Work(partial(Database, where, impatient), impatient, steps, steps) as work:
-            found, unreadable = _look(work)
-            session = _ask(work.database, {item.table for item in found.items} if found else set())
-            yield findings.ok("login", f"role {session.role}, database {session.database}")
-            yield findings.tls(session)
+        with Session(connect, impatient, where, everything, everything.steps) as session:
+            found, unreadable = _look(session)
+            facts = _ask(session.connection, {check.table for check in found.checks} if found else set())
+            yield findings.ok("login", f"role {facts.role}, database {facts.database}")
+            yield findings.tls(facts)
             yield from unreadable
             if found:
-                todo, server = plan.of(steps, found.items), found.server
+                todo, server = session.todo(found), found.server
                 yield findings.server(server, ports)
-                yield from findings.schemas(server, session)
-                yield from findings.chain(server, found.items, todo)
-                yield from findings.limits(server, session, given.lock_timeout_ms)
-                yield from findings.event_triggers(session, todo)
-                second = partial(Database, where, given, answer_s=given.connect_timeout_s)
-                yield findings.connections(_crowded(work.database, second), todo)
-                yield from () if todo.in_the_way else _rows(work, todo, session)
+                yield from findings.schemas(server, facts)
+                yield from findings.chain(server, found.checks, todo)
+                yield from findings.limits(server, facts, given.lock_timeout_ms)
+                yield from findings.event_triggers(facts, todo)
+                second = partial(Connection, where, given, answer_s=given.connect_timeout_s)
+                yield findings.connections(_crowded(session.connection, second), todo)
+                yield from () if todo.conflicts else _rows(session, todo)
     except errors.RecipeError as error:
         yield findings.problem("login", error, known=where.display)
     except errors.StatementError as error:
         yield findings.problem("session", as_message(error))
 
 
-def _rows(work: Work, todo: Plan, session: Session) -> Iterator[Finding]:
-    """Count the rows that would refuse what is done online, as far as that can be known before."""
-    standing = {place.table for place in session.places if place.rank}
-    changes = locks.settled(locks.foreseen(todo, work.everything), standing)
-    orphans = survey.orphans(work.database, todo.missing, timeout=survey.BRIEFLY)
-    return findings.rows(orphans, locks.left_to_the_rows(changes, todo))
+def _rows(session: Session, todo: plan.Plan) -> Iterator[Finding]:
+    """Count the rows that would refuse what is done concurrently, as far as that can be known before."""
+    orphans = survey.orphans(session.connection, todo.missing, timeout=survey.BRIEFLY)
+    return findings.rows(orphans, plan.left_to_the_rows(todo))
 
 
-def _look(work: Work) -> tuple[Survey | None, list[Finding]]:
+def _look(session: Session) -> tuple[Survey | None, list[Finding]]:
     try:
-        return work.look(), []
+        return session.look(), []
     except errors.RecipeError as error:
-        return None, [findings.problem("chain", error)]
+        return None, [findings.problem("checks", error)]
 
 
 _LIMITS = """
@@ -249,27 +251,27 @@ SELECT evtname FROM pg_event_trigger
 WHERE evtenabled IN ('O', 'A') AND evtowner::regrole::text <> 'supabase_admin' ORDER BY 1"""
 
 
-def _ask(database: Database, tables: Collection[str]) -> Session:
+def _ask(connection: Connection, tables: Collection[str]) -> Facts:
     """Ask in one message, its first queries before our own settings hold."""
     names = sql.Literal(sorted(tables)).as_string()
-    _, limits, [(role, name, replication_role, tls)], _, absent, places, event_triggers, _ = database.run(
+    _, limits, [(role, name, replication_role, tls)], _, absent, places, event_triggers, _ = connection.run(
         [
             BEGIN_READ_ONLY,
             _LIMITS,
             _SESSION,
-            f"SELECT {database.transaction_settings}",
+            f"SELECT {connection.transaction_settings}",
             _ABSENT,
             _PLACES.format(tables=f"{names}::name[]"),
             _EVENT_TRIGGERS,
             "COMMIT",
         ]
     )
-    return Session(
+    return Facts(
         role=str(role),
         database=str(name),
-        is_near=database.is_near,
-        is_encrypted=database.is_encrypted,
-        sslmode=database.sslmode,
+        is_near=connection.is_near,
+        is_encrypted=connection.is_encrypted,
+        sslmode=connection.sslmode,
         tls=tls,
         limits=tuple(Limit(str(limit), int(ms or 0), str(text), str(by)) for limit, ms, text, by in limits),
         replication_role=str(replication_role),
@@ -279,13 +281,13 @@ def _ask(database: Database, tables: Collection[str]) -> Session:
     )
 
 
-def _crowded(database: Database, open_second: Callable[[], Database]) -> errors.RecipeError | None:
+def _crowded(connection: Connection, open_second: Callable[[], Connection]) -> errors.RecipeError | None:
     """Try for a second connection while a transaction is open on the first: a pooler lends its server's to either."""
     try:
-        database.run([BEGIN_READ_ONLY, STAY])
+        connection.run([BEGIN_READ_ONLY, STAY])
         with needing_room(), open_second() as second:
             second.run(["SELECT"])
-        database.run(["COMMIT"])
+        connection.run(["COMMIT"])
     except errors.CrowdedError as error:
         return error
     return None

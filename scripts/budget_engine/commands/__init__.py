@@ -1,0 +1,1 @@
+"""The tasks: what a word on the command line does."""

@@ -1,0 +1,342 @@
+"""A session: one task against one database, from finding it to where the checks of the task's steps pass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from functools import partial
+
+from budget_engine import errors, libpq
+from budget_engine.migration import conflicts, plan, recreate, runner, survey
+from budget_engine.migration.chain import ROOT, Chain, Step
+from budget_engine.migration.checks import Check, outermost
+from budget_engine.output import text
+from budget_engine.output.console import CONSOLE
+from budget_engine.postgres import blockers, embedded
+from budget_engine.postgres.connection import Connection, Rows
+from budget_engine.postgres.patience import Patience
+from budget_engine.settings import Settings, Target, completed, load, mask, parse_target
+
+POLL_S = 0.1  # first pause between two looks while another run is at work
+
+
+def announced(*, dry: bool = False) -> tuple[Settings, Target]:
+    """Find the database in use, start it where it is the embedded one, and say first of all which it is."""
+    given = load(ROOT, os.environ)
+    where = completed(given.target, given.source) if given.target else _embedded_target(dry=dry)
+    announce(where, given)
+    return given, where
+
+
+def announce(where: Target, given: Settings) -> None:
+    """Say, before anything else is said, which database this is about; have its secrets masked from now on."""
+    # What stands in the URL for all to see (user and password the same, say) is no secret, and masking it would garble
+    # every line that names the user.
+    plain = {where.conninfo.get("user"), where.conninfo.get("dbname"), "postgres", "postgresql", "public"}
+    CONSOLE.mask = partial(mask, secrets=[secret for secret in where.secrets if secret not in plain])
+    CONSOLE.first("\n".join([text.target(where, given), *text.notes(where, given)]))
+
+
+def _embedded_target(*, dry: bool) -> Target:
+    cluster = embedded.locate(ROOT)
+    if dry and not embedded.running(cluster):
+        raise errors.NotRunningError(looking="--dry", where=f"its data: {cluster.data}")
+    embedded.start(cluster)
+    return target_of(cluster)
+
+
+def target_of(cluster: embedded.Cluster) -> Target:
+    """Return the embedded server as a target, and forget what leads libpq to the user's own servers (PGHOSTADDR)."""
+    libpq.forget_environment()
+    return parse_target(cluster.url)
+
+
+@dataclass
+class Session:
+    """One task against one database: looking, and carrying out plans until the checks of its steps pass.
+
+    early: whether the first look at who holds a lock comes before the wait for it is given up (see blockers.Watch).
+    """
+
+    connect: Callable[..., Connection]
+    given: Settings
+    where: Target
+    chain: Chain
+    wanted: Sequence[Step]
+    early: bool = True
+    with_recreate: bool = False
+    moves: Sequence[recreate.Move] = ()
+    connection: Connection = field(init=False)
+    _stack: ExitStack = field(default_factory=ExitStack)
+    _builder: runner.Builder | None = None
+    _tables: Sequence[str] = ()
+    _at_work: str = ""
+
+    def __post_init__(self) -> None:
+        self.patience = Patience(self.given.lock_wait_s)
+        self._open_second = partial(
+            self.connect, answer_s=self.given.connect_timeout_s
+        )  # all that it is asked takes moments
+
+    def __enter__(self) -> Session:
+        self.connection = self._stack.enter_context(self.connect())
+        watch = blockers.Watch(self.connection, self._open_second, _tell, early=self.early)
+        self.connection.watch = self._stack.enter_context(closing(watch))
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def todo(self, found: survey.Survey) -> plan.Plan:
+        """Plan what this task has to do: first of all, where tables are to move, their move."""
+        if self.moves:
+            return recreate.make(self.chain, found.checks, self.moves)
+        return plan.make(self.chain, self.wanted, found.checks)
+
+    def look(
+        self, believes: Callable[[plan.Plan], bool] = lambda todo: not (todo.conflicts or todo.lacking)
+    ) -> survey.Survey:
+        """Survey; look again, until two looks agree, before believing what they say.
+
+        While another run commits, a survey may be torn: some functions see the newest catalogs, the joins beside them
+        see those of the moment at which the query began.
+        """
+        found = self._survey()
+        while not believes(self.todo(found)):
+            again = self._survey()
+            if again.checks == found.checks:
+                break
+            found = again
+        return found
+
+    def commands(self, checks: Sequence[Check]) -> dict[Check, tuple[str, ...]]:
+        """Return the commands that clear these conflicts."""
+        if not checks:
+            return {}
+        settings = f"SELECT {self.connection.transaction_settings}"
+        try:
+            *_, rows, _ = self.connection.run(
+                [survey.BEGIN_READ_ONLY, settings, survey.PIN, conflicts.query(checks), "COMMIT"]
+            )
+        except errors.StatementError as error:  # a view behind ACCESS EXCLUSIVE: the conflict can be told without it
+            if not issubclass(errors.for_sqlstate(error.sqlstate), errors.LockTimeoutError):
+                raise
+            return {}
+        return conflicts.commands(checks, conflicts.facts(rows))
+
+    def recreating(self, moves: Sequence[recreate.Move]) -> None:
+        """Have these tables moved, and completed what moved: only that is wanted."""
+        self.moves = moves
+        gone = {move.table for move in moves}
+        self.wanted = [step for step in self.chain.steps if step in self.wanted or step.label in gone]
+
+    def carry_out(self, before: survey.Survey) -> None:
+        """Do what is to be done, and say what passes then; raise where that is not all that is required."""
+        todo = self.todo(before).to_do
+        after = self._go_on(before)
+        refused = self._builder.refused if self._builder else {}
+        CONSOLE.say(*(text.line("refused", f"by the rows: {sql}\n{why}") for sql, why in refused.items()))
+        left = self.todo(after)
+        own = plan.checks_of(self.wanted, after.checks)
+        failing = bool(left.missing)
+        label, did = ("done", "") if todo and not failing else ("", "nothing to do: ") if not todo else ("left", "")
+        CONSOLE.say(text.line(label or "done", f"{did}{text.summary(own)}; {text.place(after.server)}"))
+        refuse_what_is_missing(self, left, after, rows=self._refusing_rows(left))
+
+    def rehearse(self, found: survey.Survey) -> runner.Rehearsed:
+        """Run all transactions that are due, and roll them back; ask again as often as LOCK_WAIT allows."""
+        self.patience.restart()
+        while True:
+            todo = self.todo(found)
+            try:
+                return runner.rehearse(self.connection, self.script(todo, found), _Progress(), _notice)
+            except errors.LockTimeoutError as hindrance:
+                _name(hindrance, blockers.bystanders(self.connection, waits_for(todo), building=False))
+                self._pause(hindrance)
+            if self.todo(again := self._survey()).transactions:
+                found = again
+
+    def script(self, todo: plan.Plan, found: survey.Survey) -> runner.Script:
+        """Return what writes the messages of a plan."""
+        return runner.script(self.chain, todo, found.server, self.connection)
+
+    def _refusing_rows(self, left: plan.Plan) -> list[str]:
+        return list(map(str, survey.orphans(self.connection, left.missing)))
+
+    def _go_on(self, found: survey.Survey) -> survey.Survey:
+        """Run all transactions, then the concurrent part, as often as it takes and LOCK_WAIT allows."""
+        self.patience.restart()
+        while (todo := self.todo(found)).to_do and not todo.conflicts:
+            hindrance = self._one_round(todo, found)
+            if hindrance is not None:
+                self._pause(hindrance)
+            after = self.look()
+            if after.checks != found.checks:
+                self.patience.restart()
+            elif hindrance is None:
+                return after  # what is left, the rows refuse
+            found = after
+        return found
+
+    def _survey(self) -> survey.Survey:
+        while True:
+            try:
+                found = survey.read(self.connection, self.chain, with_recreate=self.with_recreate)
+            except errors.LockTimeoutError as error:
+                _name(error, blockers.locking_readers_out(self.connection))
+                self._pause(error)
+            else:
+                self._tables = sorted({check.found for check in found.checks if check.found})
+                return found
+
+    def _who_is_at_work(self) -> str:
+        if self.patience.tries == 0:  # asked once, at the first of many short pauses
+            numbers = (runner.RUN_LOCK, runner.BUILD_LOCK)
+            self._at_work = "\n".join(blockers.at_work(self.connection, numbers, self._tables))
+        return self._at_work
+
+    def _one_round(self, todo: plan.Plan, found: survey.Survey) -> errors.RecipeError | None:
+        """Do what can be done now; return what kept the rest from being done, if waiting may help."""
+        try:
+            if todo.transactions:
+                runner.run_transactions(self.connection, self.script(todo, found), _Progress(), _notice)
+                self.moves = ()
+            else:
+                self._build(found.server).run(todo)
+        except (errors.LockTimeoutError, errors.CrowdedError) as hindrance:
+            return hindrance
+        return None
+
+    def _build(self, server: survey.Server) -> runner.Builder:
+        if self._builder is None:
+            patience_s = None if server.pooled else self.given.lock_wait_s
+            builder = runner.Builder(self.connection, server, patience_s, _Progress(), self._open_second)
+            self._builder = self._stack.enter_context(builder)
+        return self._builder
+
+    def _pause(self, hindrance: errors.RecipeError) -> None:
+        """Wait a while, and say so: each time where we stood in a queue, once where others are simply at work."""
+        queued = type(hindrance) in (errors.LockTimeoutError, errors.DeadlockError)
+        if isinstance(hindrance, errors.BusyError):
+            hindrance.where = self._who_is_at_work()
+
+        def announce(pause_s: float, left_s: float) -> None:
+            if queued:
+                CONSOLE.say(text.retry(hindrance, pause_s, left_s))
+            elif self.patience.tries == 1:
+                CONSOLE.say(*text.wait(hindrance, left_s))
+
+        self.patience.pause(hindrance, self.given.lock_timeout_ms / 1000 if queued else POLL_S, announce)
+
+
+class _Progress:
+    """Says what was done, as it is done: a line for each transaction, and for each statement of the concurrent part."""
+
+    def __init__(self) -> None:
+        self._took_ms = 0.0
+        self._checks: list[Check] = []
+
+    def __call__(self, sent: runner.Sent, rows: Rows) -> None:
+        match sent.part:
+            case runner.Part.GUARD:
+                self._checks = []
+            case runner.Part.MIGRATION if sent.action:
+                self._checks += sent.action.checks
+            case runner.Part.CLOCK:
+                self._took_ms = float(rows[0][-1] or 0)
+            case runner.Part.COMMIT:
+                created = text.created(list(dict.fromkeys(self._checks)))
+                CONSOLE.say(text.step(sent.step.label, created, self._took_ms))
+            case runner.Part.CONCURRENT if sent.action and sent.sql == sent.action.sql[-1]:
+                CONSOLE.say(text.step(sent.step.label, f"{text.created(sent.action.checks)}, concurrently"))
+
+
+def _notice(step: Step, words: str) -> None:
+    CONSOLE.say(text.step(step.label, words))
+
+
+def _tell(line: str, *, lasting: bool) -> None:
+    """Say who holds what we wait for; show how far a build has come."""
+    if lasting:
+        CONSOLE.say(text.line("waiting", line))
+    else:
+        CONSOLE.progress(text.line("building", line) if line else "")
+
+
+def _name(hindrance: errors.RecipeError, seen: Sequence[blockers.Bystander]) -> None:
+    """Say who holds the lock: a wait of moments is over before the watch has looked."""
+    new = [f"{one.session} [{one.mode} on {one.table}]" for one in seen if one.who not in hindrance.where]
+    hindrance.where = "\n".join([hindrance.where, *new]).strip()
+
+
+def waits_for(todo: plan.Plan) -> dict[str, set[str]]:
+    """Return for each table the lock modes of others that a plan would wait for."""
+    wanted: dict[str, set[str]] = {}
+    for action in todo.actions:
+        for table, modes in action.waits_for.items():
+            wanted.setdefault(table, set()).update(modes)
+    return wanted
+
+
+# ── the verdict ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def refuse_what_cannot_be(session: Session, todo: plan.Plan, found: survey.Survey) -> None:
+    """Raise, before anything is changed, where the plan cannot be carried out as a whole."""
+    for hindrance in hindrances(todo, found.server, session.commands(todo.conflicts)):
+        raise hindrance
+
+
+def hindrances(
+    todo: plan.Plan, server: survey.Server, commands: dict[Check, tuple[str, ...]]
+) -> list[errors.RecipeError]:
+    """Return each reason for which a plan cannot be carried out as a whole; the first one is what a task ends with."""
+    found: list[errors.RecipeError] = []
+    if server.schema is None:
+        found.append(errors.NoSchemaError(search_path=server.search_path))
+    if todo.conflicts:
+        found.append(conflict(todo, commands))
+    if absent := todo.fixed_elsewhere:
+        required = [check for check in absent if check.required]
+        if required:
+            where = "\n".join(text.difference(check) for check in outermost(required))
+            found.append(errors.PrerequisiteError(step=required[0].step, where=where))
+    if todo.to_do and server.read_only:
+        pending = ", ".join(step.label for step in todo.steps if step.transaction or step.concurrent)
+        found.append(errors.ReadOnlyError(why=server.read_only, where=f"pending: {pending}"))
+    if todo.lacking:
+        found.append(errors.RightError(role=server.role, where="\n".join(todo.lacking)))
+    return found
+
+
+def conflict(todo: plan.Plan, commands: dict[Check, tuple[str, ...]]) -> errors.ConflictError:
+    """Return the error that says the conflicts of a plan, and what clears them."""
+    checks = todo.conflicts
+    lines = text.conflicts(checks, commands)
+    count = sum(line.startswith("conflict") for line in lines)
+    ways = [
+        "Run the commands above, or all of them:",
+        'invoke verify --remedies | psql "$DATABASE_URL"',
+        "then the task again.",
+    ]
+    if not commands:
+        ways = ["Run invoke verify when the tables are not locked: it has the commands that help."]
+    if any(check.on_request for check in checks):
+        ways.append("Or invoke prereqs --recreate: it moves the old core tables, rows and all, and creates new ones.")
+    found = errors.ConflictError(count=f"{count} conflict{'s' * (count != 1)}", remedy="\n".join(ways))
+    found.before = lines
+    return found
+
+
+def refuse_what_is_missing(
+    session: Session, left: plan.Plan, found: survey.Survey, *, rows: Sequence[str] = (), listed: bool = False
+) -> None:
+    """Raise where a required check of the plan's steps does not pass; rows: those that refuse it, in words."""
+    if left.conflicts:
+        raise conflict(left, session.commands(left.conflicts))
+    if left.missing:
+        differences = [] if listed else [text.difference(check) for check in outermost(left.missing)]
+        remedy = errors.CORRECT_THE_ROWS if rows else ""
+        raise errors.MissingError(where="\n".join([*differences, *rows]), remedy=remedy)

@@ -1,0 +1,563 @@
+"""The runner: sends a plan, each step in a transaction of its own, all of them in one message.
+
+A step is BEGIN, our settings, the guard against other runs, its locks, its statements, its verification, its line in the
+history, COMMIT. After an error the server skips the rest: the steps before it are committed, it and those after it
+changed nothing. Then the concurrent part: each statement alone, outside any transaction.
+
+The verification travels once, as a setting of the session that ends with the message, and is executed in each step.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+from psycopg.errors import Diagnostic
+
+from budget_engine import errors
+from budget_engine.errors import StatementError
+from budget_engine.migration import survey
+from budget_engine.migration.chain import Chain, Step, version
+from budget_engine.migration.checks import STRENGTH, Check, Kind, Lock
+from budget_engine.migration.plan import Action, Effect, Plan, StepPlan
+from budget_engine.migration.survey import Server, literal
+from budget_engine.postgres.connection import Connection, Rows, transaction_settings
+from budget_engine.settings import Target
+
+# One runner at a time in a schema. Advisory locks have no names, only numbers: these are the letters "budget".
+RUN_LOCK = int.from_bytes(b"budget", "big")
+# And one builder: of two CREATE INDEX CONCURRENTLY on one table the second waits for the first one's lock, the first
+# for the second one's snapshot: a deadlock. It is another lock, so that a build of an hour holds up no transaction.
+BUILD_LOCK = int.from_bytes(b"budget/o", "big")
+
+_BUSY = "TB004"  # raised by the guard
+AT_WORK = "run is at work in this schema"
+_DEADLOCK = "40P01"
+_INTEGRITY = "23"  # the class of integrity constraint violations
+_DUPLICATE_TABLE = "42P07"
+_TIMEOUTS = {"57014", "55P03", "25P04"}  # what a role's own limits end a statement with
+_BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
+_MOMENT_MS = 100  # shorter than deadlock_timeout: nobody dies in a deadlock with us
+
+# passed: as many checks as the survey saw pass; fewer or more, and somebody was at work since: survey and plan again.
+_GUARD = """DO $guard$
+DECLARE
+  path CONSTANT pg_catalog.text := pg_catalog.current_setting('search_path');
+  passed pg_catalog.int8;
+BEGIN
+  IF NOT pg_catalog.pg_try_advisory_xact_lock({lock}::pg_catalog.int8) THEN
+    RAISE EXCEPTION USING ERRCODE = '{busy}', MESSAGE = 'another {at_work}';
+  END IF;{compare}
+END
+$guard$"""
+_COMPARE = """
+  PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+  EXECUTE 'SELECT count(*) FROM (' || current_setting('budget_engine.verification') || ') AS checks WHERE actual = expected' INTO passed;
+  IF passed <> {passed} THEN
+    RAISE EXCEPTION USING ERRCODE = '{busy}', MESSAGE = 'another {at_work}';
+  END IF;
+  PERFORM set_config('search_path', path, true);"""
+
+# All of them or none: who waits for one table while holding another holds up everybody who wants that one. So the queue
+# is for the first only, while nothing is held; what comes after it is waited for a moment at most.
+_LOCKS = """DO $locks$
+DECLARE
+  give_up CONSTANT pg_catalog.timestamptz := pg_catalog.clock_timestamp() + pg_catalog.current_setting('lock_timeout')::pg_catalog.interval;
+BEGIN
+  LOOP
+    BEGIN
+{locks}
+      EXIT;
+    EXCEPTION WHEN lock_not_available THEN  -- this lets go of those that were locked
+      IF pg_catalog.clock_timestamp() > give_up THEN
+        RAISE;
+      END IF;
+    END;
+    PERFORM pg_catalog.pg_sleep(0.02);
+  END LOOP;
+END
+$locks$"""
+_ONE_LOCK = """      LOCK TABLE {table} IN {mode} MODE;
+      PERFORM pg_catalog.set_config('lock_timeout', '{moment_ms}ms', true);"""
+_ONE_LOCK_IF = """      IF pg_catalog.has_table_privilege('{table}', 'UPDATE, DELETE, TRUNCATE') THEN  -- else the statement itself has to wait
+  {lock}
+      END IF;"""
+
+_VERIFICATION = """DO $verification$
+DECLARE
+  path CONSTANT pg_catalog.text := pg_catalog.current_setting('search_path');
+  broken pg_catalog.text;
+BEGIN
+  PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+  EXECUTE 'SELECT string_agg(format(''%s %s is %s, expected: %s'', kind, concat_ws(''.'', "table", nullif(name, '''')), coalesce(actual, ''missing''), expected), E''\\n'')
+           FROM (' || current_setting('budget_engine.verification') || ') AS checks
+           WHERE required AND actual IS DISTINCT FROM expected
+             AND (step = $1 OR (kind, "table", name) IN (SELECT w ->> 0, w ->> 1, w ->> 2 FROM json_array_elements($2) AS w))
+             AND (kind, "table", name) NOT IN (SELECT w ->> 0, w ->> 1, w ->> 2 FROM json_array_elements($3) AS w)'
+    INTO broken USING {step}, {also}::json, {later}::json;
+  IF broken IS NOT NULL THEN
+    RAISE EXCEPTION USING ERRCODE = 'TB003', MESSAGE = {message}, DETAIL = broken;
+  END IF;
+  PERFORM set_config('search_path', path, true);
+END
+$verification$"""
+
+# Where another run got there first, the transaction wrote nothing, and the history says nothing.
+_HISTORY = """DO $history$
+BEGIN
+  IF EXISTS (SELECT FROM pg_catalog.pg_publication WHERE puballtables) THEN  -- its rows would stop subscribers without it
+    RETURN;
+  END IF;
+  IF NOT EXISTS (SELECT FROM pg_catalog.pg_class JOIN pg_catalog.pg_namespace AS n ON n.oid = relnamespace
+                 WHERE nspname = 'budget_engine' AND relname = 'history') THEN
+    CREATE SCHEMA IF NOT EXISTS budget_engine;
+    CREATE TABLE budget_engine.history (
+      id           bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT history_pkey PRIMARY KEY,
+      step         text        NOT NULL,
+      part         text        NOT NULL CONSTRAINT history_part_check CHECK (part IN ('transaction', 'concurrent')),
+      schema_name  text        NOT NULL,
+      finished_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+      duration     interval    NOT NULL,
+      role_name    text        NOT NULL DEFAULT session_user,
+      checksum     text        NOT NULL,
+      version      text        NOT NULL
+    );
+    COMMENT ON SCHEMA budget_engine IS 'Bookkeeping of the Budget Engine & Telemetry recipes';
+    COMMENT ON TABLE budget_engine.history IS 'Who ran which step when: for people to read, nothing decides by it';
+    COMMENT ON COLUMN budget_engine.history.checksum IS 'SHA-256 of the migration with LF line ends';
+    COMMENT ON COLUMN budget_engine.history.version IS 'Version of the recipes';
+  END IF;
+  INSERT INTO budget_engine.history (step, part, schema_name, duration, checksum, version)
+  VALUES ({step}, {part}, {schema}, coalesce({duration}::pg_catalog.interval, pg_catalog.clock_timestamp()
+          - pg_catalog.to_timestamp(pg_catalog.current_setting('budget_engine.started_at')::pg_catalog.float8)), {checksum}, {version});
+EXCEPTION WHEN OTHERS THEN  -- a right that is missing, another table of that name: no reason to give up the step
+  RAISE NOTICE 'not written into the history: %', SQLERRM;
+END
+$history$"""
+
+# Not now(): in a message of many transactions that is the time at which the message came, for all of them.
+_CLOCK = "extract(epoch FROM pg_catalog.clock_timestamp())"
+_STARTED = f"pg_catalog.set_config('budget_engine.started_at', ({_CLOCK})::pg_catalog.text, true)"
+_TOOK = f"SELECT 1000 * ({_CLOCK} - pg_catalog.current_setting('budget_engine.started_at')::pg_catalog.numeric)"
+_NAME = "budget_engine.verification"
+
+# For the session that builds, and for the transaction that holds the turn meanwhile (transaction_timeout is new in 17).
+_UNLIMITED = """SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN '{lock_timeout_ms}' ELSE '0' END, false)
+FROM pg_settings WHERE name IN ('statement_timeout', 'transaction_timeout', 'lock_timeout')"""
+STAY = """SELECT set_config(name, '0', true)
+FROM pg_settings WHERE name IN ('idle_in_transaction_session_timeout', 'transaction_timeout')"""
+
+
+class Part(Enum):
+    """What a statement of a step's transaction is there for."""
+
+    FRAME = "its transaction"
+    CLOCK = "its clock"
+    GUARD = "the lock against other runs"
+    LOCKS = "its locks"
+    MIGRATION = "its migration"
+    CONCURRENT = "its concurrent part"
+    VERIFICATION = "its verification"
+    DEFERRED = "its deferred triggers"  # of a rehearsal, which comes to no commit
+    HISTORY = "its line in the history"
+    COMMIT = "its commit"
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One statement of the message; action: the one of the plan that it is, if any."""
+
+    step: Step
+    part: Part
+    sql: str
+    action: Action | None = None
+
+
+Say = Callable[[Sent, Rows], None]  # what was done, and the rows that came back
+Notice = Callable[[Step, str], None]
+
+
+@dataclass(frozen=True)
+class Script:
+    """Writes the messages of one plan: chain, the server as the survey saw it, and our settings for a transaction."""
+
+    chain: Chain
+    plan: Plan
+    server: Server
+    settings: str
+
+    def transactions(self) -> list[Sent]:
+        """Write the message that runs the plan's transactions; the verification is a setting for as long as it lasts."""
+        steps = self.plan.transactions
+        if not steps:
+            return []
+        last = steps[-1].step
+        return [
+            *(sent for place, step in enumerate(steps) for sent in self._transaction(step, first=place == 0)),
+            Sent(last, Part.FRAME, f"RESET {_NAME}"),
+        ]
+
+    def _transaction(self, planned: StepPlan, *, first: bool) -> list[Sent]:
+        step = planned.step
+        verification = f", {self._noted(local=False)}" if first else ""
+        return [
+            Sent(step, Part.FRAME, _BEGIN),
+            Sent(step, Part.FRAME, f"SELECT {self.settings}, {pinned(self.server)}, {_STARTED}{verification}"),
+            Sent(step, Part.GUARD, self._guard(compare=first)),
+            *self._work(planned),
+            Sent(step, Part.HISTORY, history(step, "transaction", self.server.schema, None)),
+            Sent(step, Part.CLOCK, _TOOK),
+            Sent(step, Part.COMMIT, "COMMIT"),
+        ]
+
+    def _work(self, planned: StepPlan) -> list[Sent]:
+        """Write what a step's transaction is about: its locks, its statements, its verification."""
+        step = planned.step
+        locks = self._locks(planned.transaction)
+        actions = [Sent(step, Part.MIGRATION, sql, action) for action in planned.transaction for sql in action.sql]
+        verification = Sent(step, Part.VERIFICATION, self._verification(planned))
+        return [*([Sent(step, Part.LOCKS, locks)] if locks else []), *actions, verification]
+
+    def _noted(self, *, local: bool) -> str:
+        """Note the verification, for this transaction or for those of the message."""
+        return f"pg_catalog.set_config('{_NAME}', {literal(self.chain.verification)}, {str(local).lower()})"
+
+    def _guard(self, *, compare: bool) -> str:
+        facts = {"lock": run_lock(self.server), "busy": _BUSY, "at_work": AT_WORK}
+        return _GUARD.format(compare=_COMPARE.format(passed=self.plan.passed, **facts) if compare else "", **facts)
+
+    def _locks(self, actions: Sequence[Action]) -> str:
+        """Write what takes the locks that the actions want, the strongest first."""
+        found = {check.table: check.found for check in self.plan.checks if check.found}
+        wanted: dict[str, Lock] = {}
+        for action in actions:
+            for table, lock in action.locks.items():
+                wanted[table] = max(lock, wanted.get(table, lock), key=STRENGTH.index)
+        strongest_first = sorted(wanted.items(), key=lambda item: -STRENGTH.index(item[1]))
+        lines = []
+        for table, lock in strongest_first:
+            one = _ONE_LOCK.format(table=found.get(table, table), mode=lock.value, moment_ms=_MOMENT_MS)
+            of_others = lock is not Lock.ACCESS_EXCLUSIVE
+            name = found.get(table, table).replace("'", "''")
+            lines.append(_ONE_LOCK_IF.format(table=name, lock=one.replace("\n", "\n  ")) if of_others else one)
+        return _LOCKS.format(locks="\n".join(lines)) if lines else ""
+
+    def _verification(self, planned: StepPlan) -> str:
+        """Write what raises unless the step's checks pass, those excepted that come later or concurrently."""
+        created = {check.key for action in planned.transaction for check in action.checks}
+        concurrent = {check.key for action in self.plan.concurrent for check in action.checks}
+        later = [
+            check.key
+            for check in self.plan.checks
+            if check.step == planned.label
+            and not check.passed
+            and (check.key not in created or check.key in concurrent)
+        ]
+        also = sorted(created - concurrent, key=str)
+        message = literal(errors.BrokenStepError.says)
+        return _VERIFICATION.format(step=literal(planned.label), also=_keys(also), later=_keys(later), message=message)
+
+    def rehearsal(self, connection: Connection) -> list[Sent]:
+        """Write all transactions as one, which is rolled back; only the first lock is queued for."""
+        steps = self.plan.transactions
+        first, last = steps[0].step, steps[-1].step
+        queue_ms, moment_ms = connection.lock_timeout_ms, min(_MOMENT_MS, connection.lock_timeout_ms)
+
+        def clock(place: int) -> str:
+            wait = queue_ms if place == 0 else moment_ms
+            return f"SELECT pg_catalog.set_config('lock_timeout', '{wait}ms', true), {pinned(self.server)}, {_CLOCK}"
+
+        return [
+            Sent(first, Part.FRAME, _BEGIN),
+            Sent(first, Part.FRAME, f"SELECT {self.settings}, {pinned(self.server)}, {self._noted(local=True)}"),
+            Sent(first, Part.GUARD, self._guard(compare=True)),
+            *(
+                sent
+                for place, planned in enumerate(steps)
+                for sent in (
+                    Sent(planned.step, Part.CLOCK, clock(place)),
+                    *self._work(planned),
+                    Sent(planned.step, Part.DEFERRED, "SET CONSTRAINTS ALL IMMEDIATE"),
+                )
+            ),
+            Sent(last, Part.CLOCK, clock(1)),
+            *(Sent(last, Part.FRAME, sql) for sql in survey.statements(self.chain)),
+            Sent(last, Part.FRAME, "ROLLBACK"),
+        ]
+
+    def as_sql(self) -> str:
+        """Write what would be sent as a file for psql."""
+        message = [f"{sent.sql};" for sent in self.transactions()]
+        concurrent = [f"{sql};" for action in self.plan.concurrent for sql in action.sql]
+        if any(action.effect is Effect.SCAN for action in self.plan.concurrent):
+            message.append(f"SELECT {pinned(self.server, local=False)};")
+        return "\n".join([*message, *concurrent]) or "-- nothing to do"
+
+
+def pinned(server: Server, *, local: bool = True) -> str:
+    """Write what pins the search_path to the schemas that it leads to, and notes them for the verification."""
+    path = ", ".join(['"' + schema.replace('"', '""') + '"' for schema in server.path] + ["pg_temp"])
+    noted, scope = literal(json.dumps(server.path)), str(local).lower()
+    return (
+        f"pg_catalog.set_config('search_path', {literal(path)}, {scope}), "
+        f"pg_catalog.set_config('budget_engine.path', {noted}, {scope})"
+    )
+
+
+def _keys(keys: Sequence[tuple[Kind, str, str]]) -> str:
+    return literal(json.dumps([[kind.value, table, name] for kind, table, name in keys]))
+
+
+def run_lock(server: Server) -> int:
+    """Return the number of the lock that one run holds at a time."""
+    return RUN_LOCK
+
+
+def history(step: Step, part: str, schema: str | None, duration: str | None) -> str:
+    """Write the statement that adds a line to the history."""
+    values = {
+        "step": step.label,
+        "part": part,
+        "schema": schema or "",
+        "duration": duration,
+        "checksum": step.checksum,
+        "version": version(),
+    }
+    return _HISTORY.format(**{name: literal(value) for name, value in values.items()})
+
+
+def script(chain: Chain, plan: Plan, server: Server, connection: Connection) -> Script:
+    """Return what writes the plan's messages for this connection."""
+    return Script(chain, plan, server, connection.transaction_settings)
+
+
+def offline_script(chain: Chain, plan: Plan, server: Server, target: Target, lock_timeout_ms: int) -> Script:
+    """Return what writes the plan's messages for psql, with setup's own patience."""
+    return Script(chain, plan, server, transaction_settings(target, lock_timeout_ms))
+
+
+def run_transactions(connection: Connection, script: Script, say: Say, notice: Notice) -> None:
+    """Run the plan's transactions in one message.
+
+    Raises BusyError where another run holds the lock or was faster, else the RecipeError that the server's error stands
+    for.
+    """
+    _send(connection, script.transactions(), say, notice)
+
+
+class Rehearsed(NamedTuple):
+    """How a rehearsal went: the checks at its end, and how long each step took, in milliseconds, by its label."""
+
+    checks: tuple[Check, ...]
+    duration_ms: dict[str, float]
+
+
+def rehearse(connection: Connection, script: Script, say: Say, notice: Notice) -> Rehearsed:
+    """Run the plan's transactions as one, verify each, survey, and roll back. Raises as run_transactions() does."""
+    message = script.rehearsal(connection)
+    answers = _send(connection, message, say, notice)
+    times = [float(rows[0][-1] or 0) for rows, sent in zip(answers, message, strict=True) if sent.part is Part.CLOCK]
+    steps = script.plan.transactions
+    took = {step.label: 1000 * (end - start) for step, start, end in zip(steps, times, times[1:], strict=False)}
+    return Rehearsed(survey.checks_of(answers[-2], script.chain), took)
+
+
+def _send(connection: Connection, message: Sequence[Sent], say: Say, notice: Notice) -> list[Rows]:
+    current = message[0]
+
+    def on_done(index: int, rows: Rows) -> None:
+        nonlocal current
+        say(message[index], rows)
+        current = message[min(index + 1, len(message) - 1)]
+
+    try:
+        with connection.notices(lambda said: _tell(current, said, notice)):
+            return connection.run([sent.sql for sent in message], on_done)
+    except StatementError as error:
+        if error.sqlstate == _BUSY:
+            raise errors.BusyError(who=AT_WORK) from error
+        raise _failure(message[: error.index + 1], error) from error
+
+
+def _tell(sent: Sent, said: Diagnostic, notice: Notice) -> None:
+    """Pass on what a migration says; that something exists already, which IF NOT EXISTS was asked for, is no news."""
+    if not (said.sqlstate or "").startswith("42"):
+        notice(sent.step, said.message_primary or "")
+
+
+class Builder:
+    """Runs the concurrent part of one task's plans, round after round; a context, which ends this run's turn.
+
+    patience_s: how long a statement may wait for locks (seconds); None, through a pooler: as long as the role's
+    settings allow. open_second: opens the connection whose transaction holds the turn meanwhile.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        server: Server,
+        patience_s: float | None,
+        say: Say,
+        open_second: Callable[[], Connection],
+    ) -> None:
+        self.connection, self.server, self.say = connection, server, say
+        self.refused: dict[str, str] = {}  # the statement, and why the rows refuse it
+        self._pooled = patience_s is None
+        limits = {"statement_timeout": "0"} | (
+            {} if patience_s is None else {"lock_timeout": f"{patience_s * 1000:.0f}ms"}
+        )
+        self._patience = ", ".join(
+            f"pg_catalog.set_config('{name}', '{value}', true)" for name, value in limits.items()
+        )
+        self._open_second = open_second
+        self._turn: Connection | None = None
+        if patience_s is not None:
+            # The role's own limits are meant for queries. Through a pooler a SET would stay with another's session.
+            connection.run([_UNLIMITED.format(lock_timeout_ms=round(patience_s * 1000))])
+
+    def __enter__(self) -> Builder:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._turn is not None:
+            self._turn.close()
+
+    def run(self, plan: Plan) -> None:
+        """Run what is missing.
+
+        A statement that the rows themselves refuse (a key that is not unique, a reference to nothing) is noted in
+        `refused`, and passed over from then on: its check goes on failing. Raises BusyError where another run, or
+        another session, is building; CrowdedError where there is no room for the second connection; else the
+        RecipeError that the server's error stands for.
+        """
+        self._take_turn()
+        if any(check.being_built for action in plan.concurrent for check in action.checks):
+            raise errors.BusyError(who="session is building an index")
+        for step in plan.steps:
+            started = time.monotonic()
+            due = [action for action in step.concurrent if self.refused.keys().isdisjoint(action.sql)]
+            for action in due:
+                for sql in action.sql:
+                    self._run_alone(step.step, action, sql)
+            if any(self.refused.keys().isdisjoint(action.sql) for action in due):
+                took = f"{time.monotonic() - started} s"
+                line = history(step.step, "concurrent", self.server.schema, took)
+                self.connection.run([_BEGIN, f"SELECT {self.connection.transaction_settings}", line, "COMMIT"])
+
+    def _take_turn(self) -> None:
+        """Be the one who builds; a second connection, which keeps the turn, is opened only where it seems free.
+
+        The first one's transaction stays open until the second has had an answer: a pooler with a single server
+        connection would lend it to either, and then keep the work waiting for the turn to end.
+        """
+        if self._turn is not None:
+            return
+        with self._tried() as free, needing_room():
+            second = self._open_second() if free else None
+            if second is not None:
+                second.run(["SELECT"])
+        if second is not None:
+            with needing_room():
+                taken = self._took_turn(second)  # its transaction stays open, without a snapshot that a build waits for
+            if taken:
+                self._turn = second
+                return
+            second.close()
+        raise errors.BusyError(who="run is building indexes in this schema")
+
+    def _took_turn(self, connection: Connection) -> bool:
+        """Try for the turn to build; it lasts as long as the transaction that this opens."""
+        *_, rows = connection.run([_BEGIN + " READ ONLY", STAY, f"SELECT pg_try_advisory_xact_lock({BUILD_LOCK})"])
+        return rows == [("t",)]
+
+    @contextmanager
+    def _tried(self) -> Iterator[bool]:
+        """Have the turn for a moment, if it is free, and let it go."""
+        taken = self._took_turn(self.connection)
+        try:
+            yield taken
+        finally:
+            self.connection.run(["COMMIT"])
+
+    def _run_alone(self, step: Step, action: Action, sql: str) -> None:
+        skipped: list[Diagnostic] = []
+
+        def on_notice(notice: Diagnostic) -> None:
+            if notice.sqlstate == _DUPLICATE_TABLE:  # IF NOT EXISTS found that another session was faster
+                skipped.append(notice)
+
+        sent = Sent(step, Part.CONCURRENT, sql, action)
+        frame = f"SELECT {self.connection.transaction_settings}, {pinned(self.server)}, {self._patience}"
+        message = [_BEGIN, frame, sql, "COMMIT"] if action.effect is Effect.SCAN else [sql]
+        try:
+            with self.connection.notices(on_notice):
+                self.connection.run(message)
+        except StatementError as error:
+            if error.sqlstate == _DEADLOCK:  # two builds on one table waited for each other; the other one goes on
+                raise errors.BusyError(who="session is building an index on the same table") from error
+            if not (error.sqlstate or "").startswith(_INTEGRITY):
+                raise _failure([sent], error, pooled=self._pooled) from error
+            self.refused[sql] = "\n".join(filter(None, [error.message, error.detail]))
+        else:
+            if skipped:
+                raise errors.BusyError(who="session is building the same index")
+            self.say(sent, [])
+
+
+@contextmanager
+def needing_room() -> Iterator[None]:
+    """Say of a failure that it is the second connection's."""
+    try:
+        yield
+    except (errors.UnreachableError, StatementError) as error:
+        where = error.message if isinstance(error, StatementError) else error.where
+        raise errors.CrowdedError(where=where) from error
+
+
+def _failure(sent: Sequence[Sent], error: StatementError, *, pooled: bool = False) -> errors.RecipeError:
+    """Say what the server's error stands for; sent: those that were run, the failed one last."""
+    failed = sent[-1]
+    kind = errors.for_sqlstate(error.sqlstate)
+    ours = (error.sqlstate or "").startswith("TB")  # the message is our own, and says which step
+    done = [one.step.label for one in sent[:-1] if one.part is Part.COMMIT]
+    where = [
+        _place(failed, error.context),
+        error.where,
+        *error.holders,
+        _aftermath(failed, kind),
+        f"done before it: {', '.join(done)}" if done else "",
+    ]
+    in_a_step = kind.in_a_step.format(step=failed.step.label, part=failed.part.value, words=error.message)
+    return kind(
+        what=error.message if ours else in_a_step,
+        where="\n".join(line for line in where if line),
+        remedy=errors.LIMITS_OF_THE_ROLE if pooled and error.sqlstate in _TIMEOUTS else error.remedy,
+    )
+
+
+def _aftermath(failed: Sent, kind: type[errors.RecipeError]) -> str:
+    if failed.part is Part.CONCURRENT:
+        return "what it left unfinished, an INVALID index perhaps, the next run finishes"
+    if issubclass(kind, errors.UnreachableError):  # the server has the whole message, and may go on without us
+        return "the next run reads from the catalogs how far it came"
+    return f"{failed.step.label} changed nothing"
+
+
+def _place(failed: Sent, context: str) -> str:
+    """File and line of the failure, and the statement."""
+    if failed.action is None:
+        return ""
+    statement = failed.action.statement
+    if failed.part is Part.CONCURRENT:
+        return f"{failed.step.file}: {failed.sql}"
+    inside = re.search(r"inline_code_block line (\d+)", context)
+    line = statement.line + (int(inside[1]) - 1 if inside else 0)
+    nested = re.search(r'SQL statement "(.*?)"\s*\n?PL/pgSQL', context, re.S)
+    words = " ".join(nested[1].split()) if nested else "" if inside else " ".join(failed.sql.split())
+    return f"{failed.step.file}, line {line}" + (f": {words[:200]}" if words else "")

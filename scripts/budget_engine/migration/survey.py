@@ -1,0 +1,207 @@
+"""The survey: every check of db/verify.sql, and what this role may do about it, read from the catalogs in one query."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from psycopg import sql
+
+from budget_engine import errors
+from budget_engine.errors import StatementError
+from budget_engine.migration.chain import Chain
+from budget_engine.migration.checks import Check, Kind
+from budget_engine.postgres.connection import Connection, Rows
+
+
+@dataclass(frozen=True)
+class Server:
+    """What the server says of itself, of this session, and of the place where new tables go.
+
+    path: the schemas of the search_path that exist, in its order; read_only: why nothing can be written, or None;
+    pooled: a pooler stands between, so that whoever answers is not whom we logged in to.
+    """
+
+    version: str
+    role: str
+    database: str
+    path: tuple[str, ...]
+    read_only: str | None
+    search_path: str
+    pooled: bool
+
+    @property
+    def schema(self) -> str | None:
+        """The schema where new tables go; None: no schema of the search_path exists."""
+        return self.path[0] if self.path else None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What exists at one moment."""
+
+    server: Server
+    checks: tuple[Check, ...]
+
+
+BEGIN_READ_ONLY = "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"
+NOTHING_OF_OTHERS = "set_config('search_path', 'pg_catalog, pg_temp', true)"  # no function, no operator of theirs
+
+_SERVER = """
+SELECT pg_catalog.current_setting('server_version'), current_user, pg_catalog.current_database(),
+       pg_catalog.array_to_json(pg_catalog.current_schemas(false)),
+       CASE WHEN pg_catalog.pg_is_in_recovery() THEN 'the server is a standby'
+            WHEN pg_catalog.current_setting('default_transaction_read_only') OPERATOR(pg_catalog.=) 'on'::pg_catalog.text
+            THEN 'default_transaction_read_only is on' END,
+       pg_catalog.current_setting('search_path'), pg_catalog.pg_backend_pid()"""
+
+# Where tables are looked for is noted; then nothing of others is in reach.
+PIN = f"""
+SELECT pg_catalog.set_config('budget_engine.path', pg_catalog.array_to_json(pg_catalog.current_schemas(false))::pg_catalog.text, true),
+       pg_catalog.{NOTHING_OF_OTHERS}"""
+
+# What it takes to fix a check: CREATE where a table is missing or the kind has a name of its own, else ownership.
+_RIGHTS = """
+SELECT c.step, c.kind, c."table", c.name, c.expected, c.actual, c.fixed_by, c.required, c.found,
+       CASE WHEN c.fixed_by IS NULL THEN NULL
+            WHEN (c.found IS NULL OR c.kind IN ('index', 'function', 'key')) AND NOT has_schema_privilege(home.oid, 'CREATE')
+              THEN 'CREATE on schema ' || home.nspname
+            WHEN NOT pg_has_role(relation.relowner, 'USAGE')
+              THEN format('ownership of table %s (it belongs to %s)', relation.relname, relation.relowner::regrole)
+            WHEN c.kind = 'function' AND NOT has_schema_privilege(relation.relowner, home.oid, 'CREATE')
+                 AND NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
+              THEN format('CREATE on schema %s for %s, the owner of %s', home.nspname, relation.relowner::regrole, relation.relname)
+            WHEN NOT pg_has_role(routine.proowner, 'USAGE')
+              THEN format('ownership of function %s (it belongs to %s)', routine.oid::regprocedure, routine.proowner::regrole)
+            WHEN c.kind = 'policy' AND c.expected LIKE '%(admin)%' AND NOT has_schema_privilege(auth.oid, 'USAGE')
+              THEN 'USAGE on schema auth'
+            ELSE led_to.lacking END AS lacking,
+       c.fixed_by IS NOT NULL AND row_security_active(relation.oid) AS rows_hidden,
+       c.kind = 'index' AND c.actual LIKE '% INVALID' AND EXISTS (
+         SELECT FROM pg_locks
+         WHERE locktype = 'relation' AND relation = relation.oid AND mode = 'ShareUpdateExclusiveLock' AND granted AND pid <> pg_backend_pid()
+           AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+           AND pid NOT IN (SELECT pid FROM pg_stat_progress_vacuum UNION ALL SELECT pid FROM pg_stat_progress_analyze)) AS being_built
+FROM (
+{verification}
+) AS c
+LEFT JOIN pg_class AS relation ON relation.oid = c.found::regclass
+LEFT JOIN pg_namespace AS home ON home.oid = coalesce(relation.relnamespace, (
+  SELECT oid FROM pg_namespace WHERE nspname = current_setting('budget_engine.path')::json ->> 0))
+LEFT JOIN pg_namespace AS auth ON auth.nspname = 'auth'
+LEFT JOIN pg_proc AS routine ON c.kind = 'function' AND proname = c.name AND pronargs = 0 AND pronamespace = home.oid
+LEFT JOIN LATERAL (  -- a foreign key: the table that it leads to
+  SELECT nullif(concat_ws(E'\\n',
+           CASE WHEN NOT has_schema_privilege(target.relnamespace, 'USAGE') THEN format('USAGE on schema %s', target.relnamespace::regnamespace) END,
+           CASE WHEN NOT has_table_privilege(target.oid, 'REFERENCES')
+                THEN format('REFERENCES on table %s (it belongs to %s)', led.name, target.relowner::regrole) END), '')
+  FROM (SELECT substring(c.expected FROM 'REFERENCES ([^(]+)[(]')) AS led (name)
+  JOIN pg_namespace ON nspname = CASE WHEN led.name LIKE '%.%' THEN split_part(led.name, '.', 1) ELSE nspname END
+  LEFT JOIN json_array_elements_text(current_setting('budget_engine.path')::json) WITH ORDINALITY AS path (name, position) ON path.name = nspname
+  JOIN pg_class AS target ON target.relnamespace = pg_namespace.oid AND target.relname = split_part(led.name, '.', 1 + (led.name LIKE '%.%')::int)
+  WHERE c.kind = 'foreign key' AND (path.position IS NOT NULL OR led.name LIKE '%.%')
+  ORDER BY path.position LIMIT 1
+) AS led_to (lacking) ON true"""
+
+
+def statements(chain: Chain) -> list[str]:
+    """Return what asks for the checks, to be sent in any transaction: the last one's rows are theirs."""
+    return [PIN, _RIGHTS.replace("{verification}", chain.verification)]
+
+
+def read(connection: Connection, chain: Chain, *, with_recreate: bool = False) -> Survey:
+    """Ask once for every check: one message, no lock but ACCESS SHARE. with_recreate: that step is at hand."""
+    settings = f"SELECT {connection.transaction_settings}"
+    try:
+        answers = connection.run([BEGIN_READ_ONLY, settings, _SERVER, *statements(chain), "COMMIT"])
+    except StatementError as error:
+        if not issubclass(errors.for_sqlstate(error.sqlstate), errors.LockTimeoutError):
+            raise
+        # Printing some definitions takes ACCESS SHARE on their tables: it waits behind ACCESS EXCLUSIVE.
+        raise errors.UnreadableCatalogsError(why=error.message, where="\n".join(error.holders)) from error
+    return Survey(_server(answers[2][0], connection), checks_of(answers[-2], chain, with_recreate=with_recreate))
+
+
+def checks_of(rows: Rows, chain: Chain, *, with_recreate: bool = False) -> tuple[Check, ...]:
+    """Read the rows of the checks; what only recreate would fix is a conflict, unless that is at hand."""
+    on_request = "" if with_recreate or chain.recreate is None else chain.recreate.label
+    return tuple(_check(row, on_request) for row in rows)
+
+
+def _check(row: Sequence[str | None], on_request: str) -> Check:
+    step, kind, table, name, expected, actual, fixed_by, required, found, lacking, hidden, built = row
+    check = Check(
+        str(step),
+        Kind(kind),
+        str(table),
+        str(name),
+        str(expected),
+        actual,
+        fixed_by,
+        required == "t",
+        found,
+        lacking,
+        rows_hidden=hidden == "t",
+        being_built=built == "t",
+    )
+    return replace(check, fixed_by=None, lacking=None, on_request=fixed_by) if fixed_by == on_request else check
+
+
+def _server(row: Sequence[str | None], connection: Connection) -> Server:
+    version, role, name, path, read_only, search_path, pid = row
+    pooled = pid != str(connection.backend_pid)
+    schemas = tuple(schema for schema in json.loads(str(path)) if schema not in ("pg_catalog", "pg_temp"))
+    return Server(str(version).split()[0], str(role), str(name), schemas, read_only, str(search_path), pooled)
+
+
+BRIEFLY = "5s"  # for who only wants to foretell
+
+
+@dataclass(frozen=True)
+class Orphans:
+    """Rows that keep a foreign key from being validated, and the query for them; count: None where why says so."""
+
+    table: str
+    query: str
+    count: int | None
+    why: str = ""
+
+    def __str__(self) -> str:
+        if self.count is None:
+            return f"{self.table}: the rows that point to nothing could not be counted ({self.why}): {self.query}"
+        return f"{self.table}: {self.count} rows point to nothing: {self.query}"
+
+
+def orphans(connection: Connection, checks: Sequence[Check], *, timeout: str = "0") -> list[Orphans]:
+    """Count the rows that keep foreign keys among the checks from being validated; leave out where there are none.
+
+    It reads the tables, as long as it takes (timeout: or no longer than that), and blocks nobody.
+    """
+    found = [_count_orphans(connection, check, query, timeout) for check in checks for query in _orphans(check)]
+    return [orphans for orphans in found if orphans.count != 0]
+
+
+def _orphans(check: Check) -> Iterator[str]:
+    """Write the query for the rows that keep a foreign key that is NOT VALID from being validated."""
+    if check.kind is Kind.FOREIGN_KEY and check.unfinished:
+        key = check.expected.partition("(")[2].partition(")")[0]
+        yield (
+            f"SELECT * FROM {check.table} AS child WHERE {check.name} IS NOT NULL"
+            f" AND NOT EXISTS (SELECT FROM {check.target} AS parent WHERE parent.{key} = child.{check.name})"
+        )
+
+
+def _count_orphans(connection: Connection, check: Check, query: str, timeout: str) -> Orphans:
+    settings = f"SELECT {connection.transaction_settings}, set_config('statement_timeout', '{timeout}', true)"
+    counting = f"SELECT count(*) FROM ({query}) AS orphan"
+    try:
+        _, _, [(count,)], _ = connection.run([BEGIN_READ_ONLY, settings, counting, "COMMIT"])
+    except StatementError as error:
+        return Orphans(check.table, query, None, str(error))
+    return Orphans(check.table, query, int(count or 0))
+
+
+def literal(value: object) -> str:
+    """Write a value as SQL does."""
+    return sql.Literal(value).as_string()

@@ -1,0 +1,153 @@
+"""The console: where a task's lines go. Light to import: it is there before anything can fail."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TextIO
+
+PEOPLE = "table"  # the format that people read; the others are for machines
+LABEL = 9  # columns: the label that begins a line, and the air behind it
+_COLOURS = {
+    "done": "32",
+    "ok": "32",
+    "conflict": "1;31",
+    "error": "1;31",
+    "PROBLEM": "1;31",
+    "waiting": "33",
+    "note": "33",
+}
+_TASKS = re.compile(
+    r"\binvoke (?=(?:--dry )?(?:setup|prereqs|fix|slots-flags|budget-report|turn-metrics|verify|status|plan|rehearse"
+    r"|doctor|fleet|db\.[a-z]+)\b)"
+)
+
+
+class Console:
+    """Results to stdout, errors to stderr, neither ever with a secret in it.
+
+    mask: replaced once there are secrets to mask; quiet: only documents, questions and errors are wanted; format: what
+    the task prints; command: how this run was started, which is how messages name tasks.
+    """
+
+    def __init__(self) -> None:
+        self.mask: Callable[[str], str] = str
+        self.quiet = False
+        self.format = PEOPLE
+        self.command = str(sys._xoptions.get("ran_as", "invoke"))
+        self._first = ""  # a line that goes before all others
+        self._progress = ""  # the line that the next one is to replace
+
+    @property
+    def _for_people(self) -> TextIO:
+        """Where lines go: a document has stdout for itself."""
+        return sys.stdout if self.format == PEOPLE else sys.stderr
+
+    def first(self, line: str) -> None:
+        """Have this line printed before any other; a fuller one may replace it until then."""
+        self._first = line
+
+    def progress(self, line: str) -> None:
+        """Show on a terminal, and nowhere else, how far something is; the next line takes its place, "" none."""
+        if line != self._progress and self._for_people.isatty() and not self.quiet:
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be taken back
+            print(f"\r\x1b[K{self._spelled(line)[:width]}", end="", flush=True, file=self._for_people)
+            self._progress = line
+
+    def say(self, *lines: str) -> None:
+        """Print the lines at once: a pipe would otherwise keep them back until the end."""
+        self.progress("")
+        first, self._first = self._first, ""
+        if not self.quiet:
+            self._print(self._for_people, *([first] if first else []), *lines)
+
+    def emit(self, document: str) -> None:
+        """Print what was asked for, whole, on stdout."""
+        print(self.mask(document), flush=True)
+
+    def emit_json(self, document: Mapping[str, object]) -> None:
+        """Print a JSON document, its texts masked one by one: null, which is no text, may be somebody's password."""
+        print(json.dumps(_masked(document, self._spelled), indent=2, ensure_ascii=False), flush=True)
+
+    def confirms(self, question: str) -> bool | None:
+        """Ask the person at the terminal, where no is the default; None: there is no terminal."""
+        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            return None
+        print(self.mask(question), "[y/N] ", end="", flush=True)  # input() would write it to stderr
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+    def aside(self, *lines: str) -> None:
+        """Print to stderr."""
+        self.progress("")
+        self.say()
+        self._print(sys.stderr, *lines)
+
+    def _spelled(self, text: str) -> str:
+        """Mask the secrets, and name the tasks as this run was started."""
+        return self.mask(text if self.command == "invoke" else _TASKS.sub(f"{self.command} ", text))
+
+    def _print(self, stream: TextIO, *lines: str) -> None:
+        for line in lines:
+            for part in self._fitted(self._spelled(line), stream):
+                print(part, flush=True, file=stream)
+
+    def _fitted(self, line: str, stream: TextIO) -> list[str]:
+        """Break a line where a terminal would break it within words, and colour its label. Commands stay whole."""
+        if not stream.isatty():
+            return [line]
+        width = shutil.get_terminal_size().columns
+        parts = [line] if line.endswith(";") else _wrapped(line, width)
+        return [_coloured(parts[0]), *parts[1:]]
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    margin = _margin(line)
+    if len(line) <= width or margin > width // 2:
+        return [line]
+    wrapper = textwrap.TextWrapper(width, line[:margin], " " * margin, break_long_words=False, break_on_hyphens=False)
+    return wrapper.wrap(line[margin:]) or [line]
+
+
+def _margin(line: str) -> int:
+    """Return where the text begins, behind labels that two blanks or more set apart."""
+    labels = re.match(r"(?:\S* {2,})*", line)
+    return labels.end() if labels else 0
+
+
+def _coloured(line: str) -> str:
+    """Colour the label that begins a line, unless NO_COLOR or TERM=dumb asks for none."""
+    label = line.partition(" ")[0]
+    if label not in _COLOURS or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return line
+    return f"\x1b[{_COLOURS[label]}m{label}\x1b[0m{line[len(label) :]}"
+
+
+def _make_usable() -> None:
+    """Let neither a stream that was closed, nor a character that the locale does not know, end a task."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - for as long as we live
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _masked(value: object, mask: Callable[[str], str]) -> object:
+    if isinstance(value, str):
+        return mask(value)
+    if isinstance(value, Mapping):
+        return {name: _masked(of, mask) for name, of in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_masked(each, mask) for each in value]
+    return value
+
+
+_make_usable()
+CONSOLE = Console()

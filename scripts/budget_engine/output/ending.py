@@ -1,0 +1,57 @@
+"""How a task ends: whatever ends it becomes a message and an exit code. Light to import, as the console is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from budget_engine import errors
+from budget_engine.output.console import CONSOLE
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turn whatever ends a task, Ctrl-C too, into a message and an exit code."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed once more it would end the message
+        ending = as_message(error)
+    else:
+        return
+    complain(ending)
+    raise SystemExit(ending.exit_code)
+
+
+def complain(error: errors.RecipeError) -> None:
+    """Print what is wrong, what it concerns, and what helps."""
+    from budget_engine.output import text
+
+    try:
+        CONSOLE.aside(*(error.before if isinstance(error, errors.ConflictError) else ()), *text.error(error))
+    except OSError:  # nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def as_message(error: BaseException) -> errors.RecipeError:
+    """Return the error that has a message for people; Python's own would be a traceback, unmasked."""
+    match error:
+        case errors.RecipeError():
+            return error
+        case errors.StatementError():  # of a statement that belongs to no step: the survey, say
+            kind = errors.for_sqlstate(error.sqlstate)
+            return kind(what=error.message, where=error.where, remedy=error.remedy)
+        case KeyboardInterrupt():
+            return errors.StoppedError()
+        case ImportError():
+            return errors.NoPackageError(why=error, where=f"Python's environment is {sys.prefix}")
+        case OSError():
+            return errors.SystemRefusesError(why=error.strerror or error, where=str(error.filename or ""))
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    where = "\n".join(f"{frame.filename}, line {frame.lineno}, in {frame.name}" for frame in frames)
+    return errors.UnforeseenError(why=f"{type(error).__name__}: {error}", where=where)

@@ -1,0 +1,315 @@
+"""The text: what a person reads, made of plain values. No connection, no terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from budget_engine.errors import RecipeError
+from budget_engine.migration.checks import Check, Kind, Lock, outermost
+from budget_engine.migration.plan import Action, Effect, Plan, StepPlan
+from budget_engine.migration.recreate import Move
+from budget_engine.migration.runner import Rehearsed
+from budget_engine.migration.surroundings import Surroundings
+from budget_engine.migration.survey import Server
+from budget_engine.output.console import LABEL
+from budget_engine.postgres.blockers import Bystander, Size
+from budget_engine.settings import Settings, Target
+
+_STEP = 30  # columns: the longest label, fix_prompt_snapshots_turn_id, and a little air
+_THING = 42  # a sign and what it is about
+_CREATED = 72  # what a transaction created, before how long that took
+_BYTES = ("B", "kB", "MB", "GB", "TB")
+
+
+def line(label: str, text: str) -> str:
+    """Write a line that begins with a label; the lines of a longer text are aligned."""
+    return f"{label:<{LABEL}}" + text.replace("\n", "\n" + " " * LABEL)
+
+
+def target(target: Target, settings: Settings, server: Server | None = None) -> str:
+    """Which database this is about, where its URL came from, and who answers."""
+    if server is None:
+        return line("target", f"{target.display} ({sources(target, settings)})")
+    via = " through a pooler" if server.pooled else ""
+    return line(
+        "target",
+        f"{target.display}, {place(server)} ({sources(target, settings)}), PostgreSQL {server.version}{via}, role {server.role}",
+    )
+
+
+def place(server: Server) -> str:
+    """Name database and schema."""
+    return f"database {server.database}, schema {server.schema or 'none'}"
+
+
+def sources(target: Target, settings: Settings) -> str:
+    """Where the URL came from, and what else says where it leads."""
+    return ", ".join([settings.source, *target.sources])
+
+
+def notes(target: Target, settings: Settings) -> list[str]:
+    """What was ignored or corrected in the settings."""
+    return [line("note", note) for note in (*settings.notes, *target.notes)]
+
+
+def row_security(checks: Iterable[Check]) -> str:
+    """Which of the three worlds this is: the verification asks for policies where there is something to protect."""
+    policies = [check.name for check in checks if check.kind is Kind.POLICY]
+    secured = any(check.kind is Kind.ROW_SECURITY for check in checks)
+    if not secured and not policies:
+        return "plain PostgreSQL"
+    return "Supabase" if any("_admin" in name for name in policies) else "Supabase without profiles"
+
+
+def summary(checks: Iterable[Check]) -> str:
+    """How many of the checks pass; one that is not required counts where it does."""
+    counted = [check for check in checks if check.required or check.passed]
+    return f"{sum(check.passed for check in counted)} of {len(counted)} checks pass"
+
+
+# ── steps ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def step(label: str, text: str, took_ms: float | None = None) -> str:
+    """Write what happened to a step; the lines of a longer text are aligned."""
+    took = "" if took_ms is None else f"  {took_ms:.0f} ms"
+    width = 0 if took_ms is None else _CREATED
+    return f"  {label:<{_STEP}}" + f"{text:<{width}}".replace("\n", "\n" + " " * (_STEP + 2)) + took
+
+
+def created(checks: Sequence[Check]) -> str:
+    """Say in one line what a transaction created (+) and changed (~)."""
+    shown = outermost(checks)
+    new = [_short(check) for check in shown if check.actual is None]
+    changed = [_short(check) for check in shown if check.actual is not None]
+    return "  ".join(f"{sign} {', '.join(names)}" for sign, names in (("+", new), ("~", changed)) if names)
+
+
+def _short(check: Check) -> str:
+    """Name a thing; what has a name of its own needs no kind."""
+    return check.name if check.kind in (Kind.INDEX, Kind.TRIGGER, Kind.POLICY) else check.title
+
+
+def difference(check: Check) -> str:
+    """Say what the database has, and what is expected."""
+    return f"{check.title} is {check.actual or 'missing'}, expected {check.expected}"
+
+
+def steps(plan: Plan, *, passed: Iterable[Check] = ()) -> list[str]:
+    """Say how each step is, and what it would create or change; passed: checks to be named although they pass."""
+    named = list(passed)
+    return [
+        text
+        for planned in plan.steps
+        for text in _step_lines(planned, [check for check in named if check.step == planned.label and check.passed])
+    ]
+
+
+def _step_lines(planned: StepPlan, passed: Sequence[Check]) -> list[str]:
+    rows = [f"{sign} {thing:<{_THING - 2}}{detail}".rstrip() for sign, thing, detail in _things(planned)]
+    rows += [f"  {check.title}: {check.actual}" for check in passed]
+    return [step(planned.label, planned.state.value), *(step("", row) for row in rows)]
+
+
+def things(plan: Plan) -> list[str]:
+    """Say what each step that has anything to do creates or changes, a line each."""
+    lines = []
+    for planned in plan.steps:
+        label = planned.label
+        for sign, thing, detail in _things(planned):
+            lines.append(step(label, f"{sign} {thing:<{_THING - 2}}{detail}".rstrip()))
+            label = ""
+    return lines
+
+
+def _things(planned: StepPlan) -> list[tuple[str, str, str]]:
+    concurrent = {check.key for action in planned.concurrent for check in action.checks}
+    rows = [
+        ("!", check.title, f"is {check.actual or 'missing'}, expected {check.expected}")
+        for check in outermost(planned.conflicts)
+    ]
+    for check in outermost(planned.reasons):
+        detail = _detail(check) + (", concurrently" if check.key in concurrent else "")
+        rows.append(("+" if check.actual is None else "~", _short(check), detail.removeprefix(", ")))
+    rows += [
+        ("?", check.title, f"is {check.actual or 'missing'}; {check.fixed_by} fixes it")
+        for check in outermost(planned.elsewhere)
+    ]
+    return rows
+
+
+def _detail(check: Check) -> str:
+    if check.kind is Kind.TABLE:
+        return "new table"
+    if check.kind in (Kind.COMMENT, Kind.FUNCTION, Kind.TRIGGER):
+        return "" if check.actual is None else "brought to the expected form"
+    return check.expected if check.actual is None else f"{check.actual} → {check.expected}"
+
+
+# ── what a plan means ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def locks(actions: Iterable[Action], sizes: Mapping[str, Size]) -> list[str]:
+    """Say what is locked of the tables that exist, how, and how large they are."""
+    found: dict[tuple[str, Lock, str], None] = {}
+    for action in actions:
+        how = {Effect.BUILD: "while an index is built", Effect.SCAN: "while rows are checked"}.get(
+            action.effect, "for an instant"
+        )
+        for table, lock in action.locks.items():
+            found[table, lock, how] = None
+    strongest: dict[tuple[str, str], Lock] = {}
+    for table, lock, how in found:
+        strongest[table, how] = max(lock, strongest.get((table, how), lock), key=list(Lock).index)
+    return [
+        line("locks" if place == 0 else "", f"{table:<20}{f'{lock.value} {how}':<48}{_size(sizes.get(table))}".rstrip())
+        for place, ((table, how), lock) in enumerate(strongest.items())
+    ]
+
+
+def _size(size: Size | None) -> str:
+    if size is None:
+        return ""
+    rows = "rows not counted yet" if size.rows is None else f"about {size.rows:,} rows"
+    return f"{rows}, {_bytes(size.size_bytes)}"
+
+
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return "of unknown size (it is locked)"
+    power = max(0, min((count.bit_length() - 1) // 10, len(_BYTES) - 1))
+    return f"{count / 1024**power:.0f} {_BYTES[power]}"
+
+
+def bystanders(seen: Sequence[Bystander], settings: Settings) -> list[str]:
+    """Say whom setup would wait for at this moment."""
+    lines = [line("now", f"{one.session} and {_hold(one)}") for one in seen]
+    if seen:
+        patience = f"{settings.lock_timeout_ms / 1000:g} s at a time, for up to {settings.lock_wait_s:g} s"
+        lines.append(line("", f"setup would wait for them, {patience} (LOCK_TIMEOUT, LOCK_WAIT)"))
+    return lines
+
+
+def _hold(one: Bystander) -> str:
+    held = f"{one.mode} on {one.table}" if one.table else one.mode
+    return f"{'holds' if one.granted else 'waits for'} {held}"
+
+
+def consequences(plan: Plan, kept: Sequence[str], unseen: Sequence[str]) -> list[str]:
+    """Say what a plan keeps, what fails once, what rows may refuse."""
+    lines = [line("keeps", values) for values in kept]
+    if plan.reshaped:
+        tables = " and ".join(plan.reshaped)
+        lines.append(line("note", f"prepared SELECT * of {tables} that are open now fail once afterwards (0A000)"))
+    return [
+        *lines,
+        *(line("note", f"setup ends with exit 5 where rows refuse this: {statement}") for statement in unseen),
+    ]
+
+
+def counted(plan: Plan) -> str:
+    """Count the statements of a plan."""
+    inside = sum(len(action.sql) for step in plan.transactions for action in step.transaction)
+    parts = []
+    if inside:
+        parts.append(f"{_number(inside, 'statement')} in {_number(len(plan.transactions), 'transaction')}")
+    if plan.concurrent:
+        outside = sum(len(action.sql) for action in plan.concurrent)
+        parts.append(f"{outside} concurrently" if inside else f"{_number(outside, 'statement')} concurrently")
+    return ", then ".join(parts) or "nothing to do"
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def rehearsal(done: Rehearsed) -> list[str]:
+    """How a rehearsal went: how long each step took, and how many checks passed before it was rolled back."""
+    required = [check for check in done.checks if check.required]
+    open_ = sum(not check.passed for check in required)
+    later = f"; the concurrent part would fix the other {open_}, where no row refuses" if open_ else ""
+    took = sum(done.duration_ms.values())
+    return [
+        *(step(label, "", ms) for label, ms in done.duration_ms.items()),
+        line("done", f"rolled back after {took:.0f} ms: {summary(done.checks)} until then{later}"),
+    ]
+
+
+# ── waiting, conflicts, errors ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def retry(hindrance: RecipeError, pause_s: float, left_s: float) -> str:
+    """Say what was not granted, and when the next try is."""
+    return line("waiting", f"{hindrance.what}; next try in {pause_s:.1f} s, for up to {left_s:.0f} s")
+
+
+def wait(hindrance: RecipeError, left_s: float) -> list[str]:
+    """Say who is at work, and how long that is waited for."""
+    return [
+        line("waiting", f"{hindrance.what}; up to {left_s:.0f} s"),
+        *(line("", who) for who in hindrance.where.splitlines()),
+    ]
+
+
+def conflicts(checks: Sequence[Check], commands: Mapping[Check, Sequence[str]]) -> list[str]:
+    """Say each conflict and, below it, the commands that clear it: each once."""
+    said: set[str] = set()
+    lines = []
+    for check in _to_be_said(checks, commands):
+        lines.append(line("conflict", difference(check)))
+        new = [command for command in commands.get(check, ()) if command not in said]
+        lines += [line("", part) for command in new for part in command.splitlines()]
+        said.update(new)
+    return lines
+
+
+def _to_be_said(checks: Sequence[Check], commands: Mapping[Check, Sequence[str]]) -> list[Check]:
+    """Leave out what goes without saying, unless it has a command of its own."""
+    shown = outermost(checks)
+    helping = {command for check in shown for command in commands.get(check, ())}
+    return [check for check in checks if check in shown or not helping.issuperset(commands.get(check, ()))]
+
+
+def error(error: RecipeError) -> list[str]:
+    """Say what is wrong, what it concerns, and what helps."""
+    return [
+        line("error", error.what),
+        *(line("", part) for part in error.where.splitlines()),
+        *([line("help", error.remedy)] if error.remedy else []),
+    ]
+
+
+def moves(target: Target, server: Server, moving: Sequence[Move]) -> list[str]:
+    """Say what would move, and about how many rows each table has."""
+
+    def held(move: Move) -> str:
+        return "empty" if move.rows is None else f"about {move.rows} rows" if move.rows else "with rows"
+
+    return [
+        line("moves", f"out of schema {server.schema} on {target.display}; new and empty tables take their place:"),
+        *(line("", f"{move.found} ({held(move)})") for move in moving),
+    ]
+
+
+def around(seen: Surroundings, server: Server) -> list[str]:
+    """Say what is unusual around the tables, and what the history says."""
+    return [
+        *(line(one.what, one.says + (f"\n{one.command}" if one.command else "")) for one in seen.unusual),
+        *(
+            line(
+                "history",
+                f"{entry.finished_at}  {entry.step}, {entry.part}, {entry.duration_ms} ms, by {entry.role}, version {entry.version}",
+            )
+            for entry in seen.history
+        ),
+        *(
+            []
+            if seen.history
+            else [
+                line(
+                    "history", f"none in schema {server.schema} (nothing was run here yet, or the role may not read it)"
+                )
+            ]
+        ),
+        *(line("note", f"the file of {step} is not the one that was applied here last") for step in seen.changed),
+    ]

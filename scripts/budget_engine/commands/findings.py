@@ -366,7 +366,7 @@ def event_triggers(facts: Facts, todo: Plan) -> Iterator[Finding]:
 
 
 def rows(orphans: Sequence[Orphans], unseen: Sequence[str]) -> Iterator[Finding]:
-    """Say which rows refuse what setup would do concurrently; unseen: what it would ask of rows that nobody has looked at."""
+    """Say which rows refuse what setup would do; unseen: what it would ask of rows that nobody has looked at."""
     if counted := [found for found in orphans if found.count]:
         yield problem("rows", refused_by_rows(counted))
     unknown = [*(str(found) for found in orphans if not found.count), *unseen]

@@ -91,8 +91,8 @@ class Session:
 
     def todo(self, found: survey.Survey) -> plan.Plan:
         """Plan what this task has to do: first of all, where tables are to move, their move."""
-        if self.moves:
-            return recreate.make(self.chain, found.checks, self.moves)
+        if self.moves and self.chain.recreate:
+            return recreate.make(self.chain, self.chain.recreate, found.checks, self.moves)
         return plan.make(self.chain, self.wanted, found.checks)
 
     def look(

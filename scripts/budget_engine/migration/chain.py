@@ -130,9 +130,7 @@ def load(db: Path = DB) -> Chain:
             order.insert(later[0] if later else len(order), step)
     recreate = next((step for step in steps.values() if step.instead_of), None)
     verify = text_of(db / "verify.sql")
-    start = re.search(r"^WITH ", verify, re.M)
-    assert start, "db/verify.sql has no query"
-    query = verify[start.start() : verify.rindex(";", 0, verify.rindex("COMMIT"))]
+    query = verify[verify.index("\nWITH ") : verify.rindex(";", 0, verify.rindex("COMMIT"))]
     return Chain(tuple(order), recreate, _without_comments(query))
 
 

@@ -193,6 +193,11 @@ def outermost(checks: Iterable[Check]) -> list[Check]:
     ]
 
 
+def that_count(checks: Iterable[Check]) -> list[Check]:
+    """Return those that are counted: what is not required, and nothing fixes, counts where it passes."""
+    return [check for check in checks if check.required or check.passed or check.fixed_by]
+
+
 def as_if_missing(checks: Sequence[Check], tables: Iterable[str]) -> tuple[Check, ...]:
     """Return the checks as they are once these tables are gone: each is to be created again."""
     gone = set(tables)

@@ -37,7 +37,8 @@ class Effect(Enum):
 class Action:
     """One statement of a file: what it creates, and what it locks of the tables that exist.
 
-    sql: as it is sent, an unfinished index dropped first; locks: the mode by the table; concurrent: alone, outside any transaction.
+    sql: as it is sent, an unfinished index dropped first; locks: the mode by the table; concurrent: it runs alone,
+    outside any transaction.
     """
 
     step: str
@@ -161,7 +162,7 @@ def make(chain: Chain, wanted: Sequence[Step], checks: Sequence[Check]) -> Plan:
     return Plan(
         tuple(_plan_step(step, seen, due, new_tables, blocked) for step in wanted),
         tuple(seen),
-        sum(check.passed for check in checks),
+        passed=sum(check.passed for check in checks),
     )
 
 
@@ -279,7 +280,7 @@ def _action(statement: Statement, checks: Sequence[Check], new_tables: set[str],
 
 
 def _sent(statement: Statement, checks: Sequence[Check], *, concurrent: bool) -> tuple[str, ...]:
-    """Write a statement as it is sent. Outside a transaction no search_path is ours: an index names its table in full."""
+    """Write a statement as it is sent. Outside a transaction the search_path is not ours: tables are named in full."""
     index = re.search(r"IF NOT EXISTS (\w+) ON (\w+)", statement.flat)
     if not concurrent:
         return (re.sub(r"\bINDEX CONCURRENTLY\b", "INDEX", statement.text, count=1),)
@@ -292,7 +293,7 @@ def _sent(statement: Statement, checks: Sequence[Check], *, concurrent: bool) ->
 
 
 def left_to_the_rows(plan: Plan) -> list[str]:
-    """Return what rows may refuse, which nobody has looked at: those of a foreign key that is NOT VALID can be counted."""
+    """Return what rows may refuse, which nobody has counted: those of a key that is NOT VALID can be."""
     return [
         action.statement.flat
         for action in plan.concurrent

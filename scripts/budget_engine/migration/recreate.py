@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from budget_engine.migration import plan
-from budget_engine.migration.chain import Chain
+from budget_engine.migration.chain import Chain, Step
 from budget_engine.migration.checks import Check, Kind, Lock, as_if_missing
 from budget_engine.migration.survey import BEGIN_READ_ONLY, PIN, Survey, literal
 from budget_engine.postgres.connection import Connection
@@ -46,7 +46,8 @@ WITH RECURSIVE led (oid) AS (
 )
 SELECT relname, led.oid::regclass, led.oid::regclass::text = ANY ({ours}::text[]), greatest(reltuples, 0)::bigint,
        (SELECT string_agg(format('%s: %s', conname, pg_get_constraintdef(pg_constraint.oid)), E'\\n')
-        FROM pg_constraint WHERE conrelid = led.oid AND contype = 'f' AND conparentid = 0 AND confrelid IN (SELECT oid FROM led))
+        FROM pg_constraint
+        WHERE conrelid = led.oid AND contype = 'f' AND conparentid = 0 AND confrelid IN (SELECT oid FROM led))
 FROM led JOIN pg_class ON pg_class.oid = led.oid
 WHERE relkind <> 'i'
 ORDER BY 3 DESC, led.oid"""
@@ -73,10 +74,8 @@ def read(connection: Connection, chain: Chain, found: Survey) -> tuple[Move, ...
     )
 
 
-def make(chain: Chain, checks: Sequence[Check], moves: Sequence[Move]) -> plan.Plan:
+def make(chain: Chain, recreate: Step, checks: Sequence[Check], moves: Sequence[Move]) -> plan.Plan:
     """Plan the move, and then what completes the prerequisites and what moves."""
-    recreate = chain.recreate
-    assert recreate is not None
     gone = {move.table for move in moves if move.ours}
     foreseen = as_if_missing(checks, gone)
     wanted = [step for step in chain.steps if step.task == recreate.task or step.label in gone]

@@ -1,7 +1,7 @@
 """The runner: sends a plan, each step in a transaction of its own, all of them in one message.
 
-A step is BEGIN, our settings, the guard against other runs, its locks, its statements, its verification, its line in the
-history, COMMIT. After an error the server skips the rest: the steps before it are committed, it and those after it
+A step is BEGIN, our settings, the guard against other runs, its locks, its statements, its verification, its line in
+the history, COMMIT. After an error the server skips the rest: the steps before it are committed, it and those after it
 changed nothing. Then the concurrent part: each statement alone, outside any transaction.
 
 The verification travels once, as a setting of the session that ends with the message, and is executed in each step.
@@ -58,7 +58,8 @@ END
 $guard$"""
 _COMPARE = """
   PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-  EXECUTE 'SELECT count(*) FROM (' || current_setting('budget_engine.verification') || ') AS checks WHERE actual = expected' INTO passed;
+  EXECUTE 'SELECT count(*) FROM (' || current_setting('budget_engine.verification')
+    || ') AS checks WHERE actual = expected' INTO passed;
   IF passed <> {passed} THEN
     RAISE EXCEPTION USING ERRCODE = '{busy}', MESSAGE = 'another {at_work}';
   END IF;
@@ -68,7 +69,8 @@ _COMPARE = """
 # is for the first only, while nothing is held; what comes after it is waited for a moment at most.
 _LOCKS = """DO $locks$
 DECLARE
-  give_up CONSTANT pg_catalog.timestamptz := pg_catalog.clock_timestamp() + pg_catalog.current_setting('lock_timeout')::pg_catalog.interval;
+  give_up CONSTANT pg_catalog.timestamptz :=
+    pg_catalog.clock_timestamp() + pg_catalog.current_setting('lock_timeout')::pg_catalog.interval;
 BEGIN
   LOOP
     BEGIN
@@ -85,7 +87,8 @@ END
 $locks$"""
 _ONE_LOCK = """      LOCK TABLE {table} IN {mode} MODE;
       PERFORM pg_catalog.set_config('lock_timeout', '{moment_ms}ms', true);"""
-_ONE_LOCK_IF = """      IF pg_catalog.has_table_privilege('{table}', 'UPDATE, DELETE, TRUNCATE') THEN  -- else the statement itself has to wait
+_ONE_LOCK_IF = """      -- without the right to LOCK it, the statement itself has to wait
+      IF pg_catalog.has_table_privilege('{table}', 'UPDATE, DELETE, TRUNCATE') THEN
   {lock}
       END IF;"""
 
@@ -95,10 +98,12 @@ DECLARE
   broken pg_catalog.text;
 BEGIN
   PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-  EXECUTE 'SELECT string_agg(format(''%s %s is %s, expected: %s'', kind, concat_ws(''.'', "table", nullif(name, '''')), coalesce(actual, ''missing''), expected), E''\\n'')
+  EXECUTE 'SELECT string_agg(format(''%s %s is %s, expected %s'', kind, concat_ws(''.'', "table", nullif(name, '''')),
+                                    coalesce(actual, ''missing''), expected), E''\\n'')
            FROM (' || current_setting('budget_engine.verification') || ') AS checks
            WHERE required AND actual IS DISTINCT FROM expected
-             AND (step = $1 OR (kind, "table", name) IN (SELECT w ->> 0, w ->> 1, w ->> 2 FROM json_array_elements($2) AS w))
+             AND (step = $1 OR (kind, "table", name) IN (SELECT w ->> 0, w ->> 1, w ->> 2
+                                                         FROM json_array_elements($2) AS w))
              AND (kind, "table", name) NOT IN (SELECT w ->> 0, w ->> 1, w ->> 2 FROM json_array_elements($3) AS w)'
     INTO broken USING {step}, {also}::json, {later}::json;
   IF broken IS NOT NULL THEN
@@ -111,7 +116,8 @@ $verification$"""
 # Where another run got there first, the transaction wrote nothing, and the history says nothing.
 _HISTORY = """DO $history$
 BEGIN
-  IF EXISTS (SELECT FROM pg_catalog.pg_publication WHERE puballtables) THEN  -- its rows would stop subscribers without it
+  -- Subscribers of all tables would stop at its rows, unless they have it.
+  IF EXISTS (SELECT FROM pg_catalog.pg_publication WHERE puballtables) THEN
     RETURN;
   END IF;
   IF NOT EXISTS (SELECT FROM pg_catalog.pg_class JOIN pg_catalog.pg_namespace AS n ON n.oid = relnamespace
@@ -134,8 +140,10 @@ BEGIN
     COMMENT ON COLUMN budget_engine.history.version IS 'Version of the recipes';
   END IF;
   INSERT INTO budget_engine.history (step, part, schema_name, duration, checksum, version)
-  VALUES ({step}, {part}, {schema}, coalesce({duration}::pg_catalog.interval, pg_catalog.clock_timestamp()
-          - pg_catalog.to_timestamp(pg_catalog.current_setting('budget_engine.started_at')::pg_catalog.float8)), {checksum}, {version});
+  VALUES ({step}, {part}, {schema},
+          coalesce({duration}::pg_catalog.interval, pg_catalog.clock_timestamp() - pg_catalog.to_timestamp(
+                     pg_catalog.current_setting('budget_engine.started_at')::pg_catalog.float8)),
+          {checksum}, {version});
 EXCEPTION WHEN OTHERS THEN  -- a right that is missing, another table of that name: no reason to give up the step
   RAISE NOTICE 'not written into the history: %', SQLERRM;
 END
@@ -193,7 +201,7 @@ class Script:
     settings: str
 
     def transactions(self) -> list[Sent]:
-        """Write the message that runs the plan's transactions; the verification is a setting for as long as it lasts."""
+        """Write the message that runs the plan's transactions, the verification noted for as long as it lasts."""
         steps = self.plan.transactions
         if not steps:
             return []

@@ -51,12 +51,14 @@ SELECT FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
 WHERE nspname = 'budget_engine' AND relname = 'history' AND has_schema_privilege(n.oid, 'USAGE')
   AND has_table_privilege(pg_class.oid, 'SELECT')
   AND 9 = (SELECT count(*) FROM pg_attribute WHERE attrelid = pg_class.oid AND NOT attisdropped
-           AND attname IN ('id', 'step', 'part', 'finished_at', 'duration', 'role_name', 'schema_name', 'checksum', 'version'))"""
+           AND attname IN ('id', 'step', 'part', 'schema_name', 'finished_at', 'duration', 'role_name', 'checksum',
+                           'version'))"""
 
 _HISTORY = f"""
 SELECT step, part, to_char(finished_at, 'YYYY-MM-DD HH24:MI:SSOF'), round(1000 * extract(epoch FROM duration)),
        role_name, version
-FROM budget_engine.history WHERE schema_name = current_setting('budget_engine.path')::json ->> 0 ORDER BY id DESC LIMIT {_ENTRIES}"""
+FROM budget_engine.history WHERE schema_name = current_setting('budget_engine.path')::json ->> 0
+ORDER BY id DESC LIMIT {_ENTRIES}"""
 
 _APPLIED = """
 SELECT DISTINCT ON (step) step, checksum FROM budget_engine.history

@@ -52,37 +52,43 @@ _SERVER = """
 SELECT pg_catalog.current_setting('server_version'), current_user, pg_catalog.current_database(),
        pg_catalog.array_to_json(pg_catalog.current_schemas(false)),
        CASE WHEN pg_catalog.pg_is_in_recovery() THEN 'the server is a standby'
-            WHEN pg_catalog.current_setting('default_transaction_read_only') OPERATOR(pg_catalog.=) 'on'::pg_catalog.text
+            WHEN pg_catalog.current_setting('default_transaction_read_only')::pg_catalog.bool
             THEN 'default_transaction_read_only is on' END,
        pg_catalog.current_setting('search_path'), pg_catalog.pg_backend_pid()"""
 
 # Where tables are looked for is noted; then nothing of others is in reach.
 PIN = f"""
-SELECT pg_catalog.set_config('budget_engine.path', pg_catalog.array_to_json(pg_catalog.current_schemas(false))::pg_catalog.text, true),
+SELECT pg_catalog.set_config('budget_engine.path',
+                             pg_catalog.array_to_json(pg_catalog.current_schemas(false))::pg_catalog.text, true),
        pg_catalog.{NOTHING_OF_OTHERS}"""
 
 # What it takes to fix a check: CREATE where a table is missing or the kind has a name of its own, else ownership.
 _RIGHTS = """
 SELECT c.step, c.kind, c."table", c.name, c.expected, c.actual, c.fixed_by, c.required, c.found,
        CASE WHEN c.fixed_by IS NULL THEN NULL
-            WHEN (c.found IS NULL OR c.kind IN ('index', 'function', 'key')) AND NOT has_schema_privilege(home.oid, 'CREATE')
+            WHEN (c.found IS NULL OR c.kind IN ('index', 'function', 'key'))
+                 AND NOT has_schema_privilege(home.oid, 'CREATE')
               THEN 'CREATE on schema ' || home.nspname
             WHEN NOT pg_has_role(relation.relowner, 'USAGE')
               THEN format('ownership of table %s (it belongs to %s)', relation.relname, relation.relowner::regrole)
             WHEN c.kind = 'function' AND NOT has_schema_privilege(relation.relowner, home.oid, 'CREATE')
                  AND NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
-              THEN format('CREATE on schema %s for %s, the owner of %s', home.nspname, relation.relowner::regrole, relation.relname)
+              THEN format('CREATE on schema %s for %s, the owner of %s',
+                          home.nspname, relation.relowner::regrole, relation.relname)
             WHEN NOT pg_has_role(routine.proowner, 'USAGE')
-              THEN format('ownership of function %s (it belongs to %s)', routine.oid::regprocedure, routine.proowner::regrole)
+              THEN format('ownership of function %s (it belongs to %s)',
+                          routine.oid::regprocedure, routine.proowner::regrole)
             WHEN c.kind = 'policy' AND c.expected LIKE '%(admin)%' AND NOT has_schema_privilege(auth.oid, 'USAGE')
               THEN 'USAGE on schema auth'
             ELSE led_to.lacking END AS lacking,
        c.fixed_by IS NOT NULL AND row_security_active(relation.oid) AS rows_hidden,
-       c.kind = 'index' AND c.actual LIKE '% INVALID' AND EXISTS (
+       c.actual LIKE '% INVALID' AND EXISTS (
          SELECT FROM pg_locks
-         WHERE locktype = 'relation' AND relation = relation.oid AND mode = 'ShareUpdateExclusiveLock' AND granted AND pid <> pg_backend_pid()
+         WHERE locktype = 'relation' AND pg_locks.relation = relation.oid AND mode = 'ShareUpdateExclusiveLock'
+           AND granted AND pid <> pg_backend_pid()
            AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-           AND pid NOT IN (SELECT pid FROM pg_stat_progress_vacuum UNION ALL SELECT pid FROM pg_stat_progress_analyze)) AS being_built
+           AND pid NOT IN (SELECT pid FROM pg_stat_progress_vacuum UNION ALL SELECT pid FROM pg_stat_progress_analyze)
+       ) AS being_built
 FROM (
 {verification}
 ) AS c
@@ -93,15 +99,23 @@ LEFT JOIN pg_namespace AS auth ON auth.nspname = 'auth'
 LEFT JOIN pg_proc AS routine ON c.kind = 'function' AND proname = c.name AND pronargs = 0 AND pronamespace = home.oid
 LEFT JOIN LATERAL (  -- a foreign key: the table that it leads to
   SELECT nullif(concat_ws(E'\\n',
-           CASE WHEN NOT has_schema_privilege(target.relnamespace, 'USAGE') THEN format('USAGE on schema %s', target.relnamespace::regnamespace) END,
+           CASE WHEN NOT has_schema_privilege(target.relnamespace, 'USAGE')
+                THEN format('USAGE on schema %s', target.relnamespace::regnamespace) END,
            CASE WHEN NOT has_table_privilege(target.oid, 'REFERENCES')
-                THEN format('REFERENCES on table %s (it belongs to %s)', led.name, target.relowner::regrole) END), '')
-  FROM (SELECT substring(c.expected FROM 'REFERENCES ([^(]+)[(]')) AS led (name)
-  JOIN pg_namespace ON nspname = CASE WHEN led.name LIKE '%.%' THEN split_part(led.name, '.', 1) ELSE nspname END
-  LEFT JOIN json_array_elements_text(current_setting('budget_engine.path')::json) WITH ORDINALITY AS path (name, position) ON path.name = nspname
-  JOIN pg_class AS target ON target.relnamespace = pg_namespace.oid AND target.relname = split_part(led.name, '.', 1 + (led.name LIKE '%.%')::int)
-  WHERE c.kind = 'foreign key' AND (path.position IS NOT NULL OR led.name LIKE '%.%')
-  ORDER BY path.position LIMIT 1
+                THEN format('REFERENCES on table %s (it belongs to %s)',
+                            array_to_string(led.name, '.'), target.relowner::regrole) END), '')
+  FROM (SELECT parse_ident(substring(c.expected FROM 'REFERENCES ([^(]+)[(]'))) AS led (name)
+  CROSS JOIN LATERAL (  -- its schema, where it says one, else those of the path
+    SELECT led.name[1], 0 WHERE led.name[2] IS NOT NULL
+    UNION ALL
+    SELECT path.* FROM json_array_elements_text(current_setting('budget_engine.path')::json) WITH ORDINALITY AS path
+    WHERE led.name[2] IS NULL
+  ) AS place (schema, position)
+  JOIN pg_namespace ON nspname = place.schema
+  JOIN pg_class AS target
+    ON target.relnamespace = pg_namespace.oid AND target.relname = coalesce(led.name[2], led.name[1])
+  WHERE c.kind = 'foreign key'
+  ORDER BY place.position LIMIT 1
 ) AS led_to (lacking) ON true"""
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 
 from budget_engine.errors import RecipeError
 from budget_engine.migration.chain import version
-from budget_engine.migration.checks import Check, outermost
+from budget_engine.migration.checks import Check, outermost, that_count
 from budget_engine.migration.plan import Action, Plan
 from budget_engine.migration.survey import Server
 from budget_engine.output import text
@@ -36,7 +36,7 @@ class View:
 
 def as_json(view: View) -> dict[str, object]:
     """Return the JSON document."""
-    counted = [check for check in view.checks if check.required or check.passed]
+    counted = that_count(view.checks)
     return {
         "version": VERSION,
         "task": view.task,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from budget_engine.errors import RecipeError
-from budget_engine.migration.checks import Check, Kind, Lock, outermost
+from budget_engine.migration.checks import Check, Kind, Lock, outermost, that_count
 from budget_engine.migration.plan import Action, Effect, Plan, StepPlan
 from budget_engine.migration.recreate import Move
 from budget_engine.migration.runner import Rehearsed
@@ -33,7 +33,8 @@ def target(target: Target, settings: Settings, server: Server | None = None) -> 
     via = " through a pooler" if server.pooled else ""
     return line(
         "target",
-        f"{target.display}, {place(server)} ({sources(target, settings)}), PostgreSQL {server.version}{via}, role {server.role}",
+        f"{target.display}, {place(server)} ({sources(target, settings)}), "
+        f"PostgreSQL {server.version}{via}, role {server.role}",
     )
 
 
@@ -48,7 +49,7 @@ def sources(target: Target, settings: Settings) -> str:
 
 
 def notes(target: Target, settings: Settings) -> list[str]:
-    """What was ignored or corrected in the settings."""
+    """Say what was ignored or corrected in the settings."""
     return [line("note", note) for note in (*settings.notes, *target.notes)]
 
 
@@ -62,8 +63,8 @@ def row_security(checks: Iterable[Check]) -> str:
 
 
 def summary(checks: Iterable[Check]) -> str:
-    """How many of the checks pass; one that is not required counts where it does."""
-    counted = [check for check in checks if check.required or check.passed]
+    """How many of the checks pass."""
+    counted = that_count(checks)
     return f"{sum(check.passed for check in counted)} of {len(counted)} checks pass"
 
 
@@ -298,7 +299,8 @@ def around(seen: Surroundings, server: Server) -> list[str]:
         *(
             line(
                 "history",
-                f"{entry.finished_at}  {entry.step}, {entry.part}, {entry.duration_ms} ms, by {entry.role}, version {entry.version}",
+                f"{entry.finished_at}  {entry.step}, {entry.part}, {entry.duration_ms} ms, by {entry.role}, "
+                f"version {entry.version}",
             )
             for entry in seen.history
         ),

@@ -164,7 +164,6 @@ BEGIN
 END $$;
 \if :{?recreating} \q \endif
 COMMIT;
-
 -- Each alone, outside any transaction. A table that existed may lack the column: that index is left out, and the next one follows.
 \set ON_ERROR_STOP off
 CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_entry_points_type ON entry_points (type);

@@ -75,7 +75,8 @@ BEGIN
       format('ALTER TABLE %s RENAME CONSTRAINT prompt_snapshots_turn_id_fkey TO prompt_snapshots_turn_id_bigint%s_fkey;', target, later),
       format('ALTER INDEX IF EXISTS %s.idx_prompt_snapshots_turn_id RENAME TO idx_prompt_snapshots_turn_id_bigint%s;', home, later),
       format('ALTER TABLE %s RENAME COLUMN turn_id_uuid%s TO turn_id;', target, later),
-      CASE WHEN old.index IS NOT NULL THEN format('ALTER INDEX %s.idx_prompt_snapshots_turn_id_uuid%s RENAME TO idx_prompt_snapshots_turn_id;', home, later) END,
+      CASE WHEN old.index IS NOT NULL
+           THEN format('ALTER INDEX %s.idx_prompt_snapshots_turn_id_uuid%s RENAME TO idx_prompt_snapshots_turn_id;', home, later) END,
       'ALTER TABLE ' || target || ' ALTER COLUMN turn_id SET DEFAULT ' || old.otherwise || ';',
       CASE WHEN old.attnotnull THEN format('ALTER TABLE %s ALTER COLUMN turn_id SET NOT NULL;  -- rows written since have none', target) END,
       format('COMMENT ON COLUMN %s.turn_id IS %s;', target, coalesce(quote_literal(old.comment), 'NULL')), 'COMMIT;');
@@ -90,7 +91,8 @@ BEGIN
       EXECUTE format('ALTER INDEX %s RENAME TO idx_prompt_snapshots_turn_id_uuid%s', old.index::regclass, later);
     END IF;
     RAISE NOTICE E'the uuid values of turn_id are kept in turn_id_uuid%; to undo it:\n%', later, undo;
-    FOR statement IN SELECT pubname FROM pg_publication_tables AS p WHERE format('%I.%I', schemaname, tablename) = target LOOP  -- of all tables, or of the schema's
+    -- Those of all tables, or of the schema's, cannot leave this one out, and to drop them would stop all that they publish.
+    FOR statement IN SELECT pubname FROM pg_publication_tables WHERE format('%I.%I', schemaname, tablename) = target LOOP
       RAISE NOTICE 'published by %: subscribers stop at the next row until their tables have turn_id_uuid% and a bigint turn_id', statement, later;
     END LOOP;
     PERFORM set_config('search_path', path, true);

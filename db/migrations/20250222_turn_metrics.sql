@@ -39,8 +39,8 @@ BEGIN
   IF 'rejects' = ANY (bare) THEN ALTER TABLE turn_metrics ALTER COLUMN rejects SET DEFAULT '{}'; END IF;
 END $$;
 DO $$ BEGIN  -- or the foreign key
-  IF NOT EXISTS (SELECT FROM pg_constraint JOIN pg_attribute ON attrelid = conrelid AND attnum = conkey[1]
-                 WHERE conrelid = 'turn_metrics'::regclass::oid AND contype = 'f' AND attname = 'turn_id' AND conkey[2] IS NULL) THEN
+  IF EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'turn_metrics'::regclass::oid AND attname = 'turn_id' AND atttypid = 'bigint'::regtype::oid
+               AND NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = attrelid AND contype = 'f' AND conkey[1] = attnum AND conkey[2] IS NULL)) THEN
     ALTER TABLE turn_metrics ADD CONSTRAINT turn_metrics_turn_id_fkey
       FOREIGN KEY (turn_id) REFERENCES turns (id) ON DELETE CASCADE NOT VALID;
   END IF;

@@ -1,6 +1,6 @@
 -- 20250130000002_recreate_core_schema: the core schema new and empty, where it exists in an older form; that one is moved to an archive.
---   task   prereqs --recreate
---   instead of 20250130000000_core_schema, where turns, games or what they point to have another id, or are no ordinary tables
+--   task   prereqs     (--recreate)
+--   instead of 20250130000000_core_schema     (where games, turns or what new ones need have another id, or are no ordinary tables)
 --   locks  ACCESS EXCLUSIVE for an instant on all that moves, whatever its size
 --   again  changes nothing
 --   psql "$DATABASE_URL" -f db/migrations/20250130000002_recreate_core_schema.sql
@@ -45,7 +45,8 @@ BEGIN
       JOIN pg_class ON pg_class.oid = named[needed.position]
       LEFT JOIN pg_attribute ON attrelid = pg_class.oid AND attname = 'id'
      WHERE (needed.position >= 5 OR named[5] IS NULL OR needed.position < 3 AND named[3] IS NULL)  -- what exists, or is to be made, points there
-       AND (relkind <> 'r' OR relispartition OR atttypid IS DISTINCT FROM to_regtype(needed.type) OR NOT EXISTS (
+       AND (relkind <> 'r' OR relispartition OR atttypid IS DISTINCT FROM to_regtype(needed.type) OR attgenerated <> ''
+            OR NOT EXISTS (
               SELECT FROM pg_index WHERE indrelid = pg_class.oid AND indisprimary AND indnkeyatts = 1 AND indkey[0] = attnum));
     IF reasons IS NULL THEN
       PERFORM set_config('search_path', path, true);
@@ -233,7 +234,7 @@ BEGIN
 END $$;
 COMMIT;
 
--- The files again: the indexes that they build outside any transaction.
-\ir 20250130000000_core_schema.sql
-\ir 20250213_prompt_snapshots.sql
-\ir 20250222_turn_metrics.sql
+-- By psql the files again, now whole: the indexes that they build outside any transaction.
+\include_relative 20250130000000_core_schema.sql
+\include_relative 20250213_prompt_snapshots.sql
+\include_relative 20250222_turn_metrics.sql

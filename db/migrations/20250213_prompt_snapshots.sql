@@ -56,6 +56,7 @@ END $$;
 DO $$ BEGIN
   IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'prompt_snapshots'::regclass::oid AND attname = 'parent_id') THEN
     ALTER TABLE prompt_snapshots ADD COLUMN parent_id uuid CONSTRAINT prompt_snapshots_parent_id_fkey REFERENCES prompt_snapshots ON DELETE SET NULL;
+    COMMENT ON COLUMN prompt_snapshots.parent_id IS 'The snapshot that this one was derived from';
   END IF;
 END $$;
 

@@ -217,8 +217,9 @@ WITH path (schema, position) AS (
   LEFT JOIN pg_class ON pg_class.oid = tables.relation WHERE expected.kind = 'function'
 ), compared AS (
   SELECT DISTINCT ON (expected.position) expected.*, tables.creator, tables.relation,
-         -- a core table is its application's: of one that exists, what the tables need whose foreign keys lead there
-         expected.step <> 'core_schema' OR tables.relation IS NULL OR expected.kind IN ('row-level security', 'policy')
+         -- of a table that exists, not what came with it; a core table is its application's but for what foreign keys lead to
+         expected.step <> 'core_schema' AND (expected.addable OR expected.kind <> 'foreign key') OR tables.relation IS NULL
+         OR expected.kind IN ('row-level security', 'policy')
          OR (expected.kind, expected.name) IN (('table', ''), ('column', 'id'), ('key', 'id')) AND (expected.table_name IN ('games', 'turns')
             OR EXISTS (SELECT FROM columns JOIN tables AS child USING (table_name) WHERE target = expected.table_name AND child.relation IS NULL)) AS required,
          coalesce(CASE WHEN expected.kind = 'key' AND expected.form = 'UNIQUE' THEN left(actual.form, 0) || 'UNIQUE' ELSE actual.form END,
@@ -247,8 +248,7 @@ WITH path (schema, position) AS (
            WHEN actual IS NOT NULL OR relation IS NOT NULL AND NOT addable THEN NULL
            WHEN relation IS NULL AND kind IN ('column', 'default', 'key', 'foreign key', 'index')
                 AND step NOT IN (SELECT step FROM added WHERE NOT new_table_has_them) THEN creator
-           ELSE step END AS fixed_by
-  FROM compared
+           ELSE step END AS fixed_by FROM compared
 )
 SELECT step, kind, table_name AS "table", name, form AS expected, actual, fixed_by, required, relation::regclass AS found,
        CASE WHEN actual = form THEN 'ok'

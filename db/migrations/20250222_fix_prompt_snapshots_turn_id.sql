@@ -11,12 +11,11 @@ BEGIN;
 SET LOCAL lock_timeout = '2s';
 
 DO $$ BEGIN
-  IF to_regclass('prompt_snapshots') IS NULL THEN
-    RAISE EXCEPTION USING ERRCODE = 'TB001', MESSAGE = 'the fix needs the table prompt_snapshots, which does not exist',
-      HINT = 'Run db/migrations/20250213_prompt_snapshots.sql instead (invoke prereqs): a new table needs no fix. This step changed nothing.';
-  ELSIF to_regclass('turns') IS NULL THEN
-    RAISE EXCEPTION USING ERRCODE = 'TB001', MESSAGE = 'the fix needs the table turns, which does not exist',
-      HINT = 'Run db/migrations/20250130000000_core_schema.sql first (invoke prereqs). This step changed nothing.';
+  IF to_regclass('turns') IS NULL OR to_regclass('prompt_snapshots') IS NULL THEN
+    RAISE EXCEPTION USING ERRCODE = 'TB001', MESSAGE = 'the fix needs the tables turns and prompt_snapshots, and one of them does not exist',
+      HINT = CASE WHEN to_regclass('turns') IS NULL
+                  THEN 'Run db/migrations/20250130000000_core_schema.sql first (invoke prereqs). This step changed nothing.'
+                  ELSE 'Run db/migrations/20250213_prompt_snapshots.sql instead (invoke prereqs): a new table needs no fix. This step changed nothing.' END;
   END IF;
 END $$;
 

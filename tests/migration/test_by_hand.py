@@ -1,14 +1,13 @@
-"""The files by hand: each with psql, the chain in both orders, any number of times, on plain PostgreSQL and on Supabase."""
+"""The files by hand: each with psql, the chain in both orders, any number of times, on any kind of database."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
 import supabase
 from conftest import MIGRATIONS, Db, Run, database
-from states import ANOTHER_FEATURE, CORE, CORE_WITH_UUID_TURNS, HANGING, by_hand, snapshots, with_uuid
+from states import ANOTHER_FEATURE, CORE, CORE_ROWS, CORE_WITH_UUID_TURNS, HANGING, by_hand, snapshots, with_uuid
 from verification import VERIFY, differing, verified
 
 from scripts import embedded
@@ -35,7 +34,7 @@ def furnish(db: Db, server: str) -> str:
     supabase.install(db)
     if "profiles" in server:
         supabase.add_profiles(db)
-    return supabase.MIGRATOR
+    return str(supabase.MIGRATOR)
 
 
 def psql_file(db: Db, stem: str, role: str = "postgres", *options: str) -> Run:
@@ -51,14 +50,14 @@ def run_files(db: Db, *stems: str, role: str = "postgres") -> None:
 
 
 @pytest.fixture(scope="module")
-def once(cluster: embedded.Cluster) -> Iterator[dict[str, str]]:
+def once(cluster: embedded.Cluster) -> dict[str, str]:
     """The schemas that the documented order makes of empty databases."""
     dumps = {}
     for server in SERVERS:
         with database(cluster) as db:
             run_files(db, *DOCUMENTED, role=furnish(db, server))
             dumps[server] = db.dump()
-    yield dumps
+    return dumps
 
 
 @pytest.mark.parametrize("times", [1, 3])
@@ -66,7 +65,9 @@ def once(cluster: embedded.Cluster) -> Iterator[dict[str, str]]:
     "order", [DOCUMENTED, SNAPSHOTS_FIRST, METRICS_FIRST], ids=["documented", "snapshots first", "metrics first"]
 )
 @pytest.mark.parametrize("server", SERVERS)
-def test_each_order_ends_in_the_same_schema(db: Db, once: dict[str, str], server: str, order: tuple[str, ...], times: int) -> None:
+def test_each_order_ends_in_the_same_schema(
+    db: Db, once: dict[str, str], server: str, order: tuple[str, ...], times: int
+) -> None:
     role = furnish(db, server)
     for stem in order:
         run_files(db, *[stem] * times, role=role)
@@ -96,17 +97,22 @@ def test_an_old_database_whichever_file_comes_first(db: Db, stem: str) -> None:
     assert differing(db) == []
 
 
-HEAD = CORE + """
+HEAD = (
+    CORE
+    + """
 ALTER TABLE turns RENAME idx TO turn_number;
 ALTER TABLE entry_points DROP ruleset_id;
 ALTER TABLE games DROP CONSTRAINT games_world_id_fkey, ALTER world_id TYPE uuid USING NULL;
 """
+)
 
 
 def test_a_core_table_that_existed_is_its_applications(db: Db) -> None:
     """What differs is told; the indexes whose columns exist are added."""
     db.execute(HEAD)
-    tables = "SELECT * FROM information_schema.columns WHERE table_name IN ('turns', 'entry_points', 'games') ORDER BY 3, 4"
+    tables = (
+        "SELECT * FROM information_schema.columns WHERE table_name IN ('turns', 'entry_points', 'games') ORDER BY 3, 4"
+    )
     before = db.rows(tables)
     for stem in DOCUMENTED:
         assert psql_file(db, stem).code == 0
@@ -183,14 +189,14 @@ def test_what_hangs_on_a_uuid_turn_id_is_a_conflict(db: Db, name: str) -> None:
     assert named in refused + psql_file(db, FIX).err
 
 
-
-
 def test_what_an_owner_has_chosen_stays(db: Db) -> None:
     run_files(db, *DOCUMENTED)
     columns = ("slots.must_keep", "slots.min_chars", "prompt_snapshots.budget_report", "turn_metrics.rejects")
     for column in columns:
         db.execute(f"COMMENT ON COLUMN {column} IS 'ours'")
-    db.execute("COMMENT ON TABLE turn_metrics IS 'ours'; COMMENT ON TABLE worlds IS 'ours'; COMMENT ON TABLE slots IS NULL")
+    db.execute(
+        "COMMENT ON TABLE turn_metrics IS 'ours'; COMMENT ON TABLE worlds IS 'ours'; COMMENT ON TABLE slots IS NULL"
+    )
     db.execute("ALTER TABLE turn_metrics ALTER trims_count SET DEFAULT 7")
     before = db.dump()
     run_files(db, *DOCUMENTED)
@@ -226,7 +232,7 @@ def test_the_verification_prints_a_table(db: Db, server: str) -> None:
 
 def test_recreate_is_one_transaction(db: Db) -> None:
     """An error in the last of the files that it includes, and nothing has moved."""
-    db.execute(CORE_WITH_UUID_TURNS + snapshots("uuid REFERENCES turns (id)"))
+    db.execute(CORE_WITH_UUID_TURNS + CORE_ROWS + snapshots("uuid REFERENCES turns (id)"))
     db.execute("CREATE TYPE turn_metrics AS ENUM ()")  # in the way of the table
     before = db.dump(data=True)
     done = psql_file(db, RECREATE)
@@ -235,7 +241,7 @@ def test_recreate_is_one_transaction(db: Db) -> None:
     db.execute("DROP TYPE turn_metrics")
     done = psql_file(db, RECREATE)
     assert done.code == 0, done
-    assert db.value("SELECT count(*) FROM core_archive.prompt_snapshots") == db.value("SELECT count(*) FROM core_archive.turns") == 0
+    assert db.value("SELECT id FROM core_archive.turns") is not None
     run_files(db, *DOCUMENTED)
     assert differing(db) == []
     again = db.dump()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from conftest import ROOT, Db
+from conftest import MIGRATIONS, Db
 
-VERIFY = ROOT / "db" / "verify.sql"
+VERIFY = MIGRATIONS.parent / "verify.sql"
 
 
 class Check(NamedTuple):
@@ -40,7 +40,7 @@ def verified(db: Db, role: str = "postgres", path: str = "") -> list[Check]:
             pass
         assert cursor.description is not None
         columns = [column.name for column in cursor.description]
-        assert columns == ["step", "kind", "table", "name", "expected", "actual", "fixed_by", "required", "found", "verdict"]
+        assert columns == list(Check._fields)
         return [Check(*row) for row in cursor.fetchall()]
 
 

@@ -230,20 +230,49 @@ def test_the_verification_prints_a_table(db: Db, server: str) -> None:
     assert {line.rpartition("|")[2] for line in done.out.splitlines()} == {"ok"}
 
 
+METRICS_OF_UUID_TURNS = """
+CREATE TABLE turn_metrics (turn_id uuid PRIMARY KEY REFERENCES turns (id), tokens_before int);
+INSERT INTO turn_metrics SELECT id, 1 FROM turns;
+"""
+
+
 def test_recreate_is_one_transaction(db: Db) -> None:
     """An error in the last of the files that it includes, and nothing has moved."""
-    db.execute(CORE_WITH_UUID_TURNS + CORE_ROWS + snapshots("uuid REFERENCES turns (id)"))
-    db.execute("CREATE TYPE turn_metrics AS ENUM ()")  # in the way of the table
+    db.execute(CORE_WITH_UUID_TURNS + CORE_ROWS + snapshots("uuid REFERENCES turns (id)") + METRICS_OF_UUID_TURNS)
+    db.execute(REFUSING_METRICS)
     before = db.dump(data=True)
     done = psql_file(db, RECREATE)
-    assert done.code == 3, done
+    assert (done.code, "no metrics today" in done.err) == (3, True), done
     assert db.dump(data=True) == before
-    db.execute("DROP TYPE turn_metrics")
+    db.execute("DROP EVENT TRIGGER refuse")
+    turns = db.value("SELECT count(*) FROM turns")
     done = psql_file(db, RECREATE)
     assert done.code == 0, done
-    assert db.value("SELECT id FROM core_archive.turns") is not None
+    assert db.value("SELECT count(*) FROM core_archive.turns") == turns
+    assert db.value("SELECT count(*) FROM core_archive.turn_metrics") == turns
+    assert differing(db, "turn_metrics") == differing(db, "core_schema") == differing(db, "prompt_snapshots") == []
     run_files(db, *DOCUMENTED)
     assert differing(db) == []
     again = db.dump()
     run_files(db, RECREATE)
     assert db.dump() == again
+
+
+REFUSING_METRICS = """
+CREATE FUNCTION refuse() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN
+  IF to_regclass('turn_metrics_pkey') IS NOT NULL AND EXISTS (SELECT FROM pg_event_trigger_ddl_commands()
+       WHERE command_tag = 'CREATE TABLE' AND object_identity = 'public.turn_metrics') THEN
+    RAISE EXCEPTION 'no metrics today';
+  END IF;
+END $$;
+CREATE EVENT TRIGGER refuse ON ddl_command_end EXECUTE FUNCTION refuse();
+"""
+
+
+def test_recreate_leaves_alone_what_it_need_not_move(db: Db) -> None:
+    db.execute(CORE_WITH_UUID_TURNS + CORE_ROWS + SNAPSHOTS_ALONE)
+    before = db.rows("SELECT attname, atttypid FROM pg_attribute WHERE attrelid = 'prompt_snapshots'::regclass")
+    assert psql_file(db, RECREATE).code == 0
+    assert db.rows("SELECT attname, atttypid FROM pg_attribute WHERE attrelid = 'prompt_snapshots'::regclass") == before
+    assert db.value("SELECT to_regclass('turn_metrics')") is None
+    assert differing(db, "core_schema") == []

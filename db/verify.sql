@@ -29,36 +29,37 @@ WITH path (schema, position) AS (
   -- The first column is the primary key. ! NOT NULL; -> what it references; = its default, where that is a check, too ("=" alone: none)
   ('core_schema', 'worlds', 'id text!, version text!, status text!, doc jsonb!, created_at timestamptz!, updated_at timestamptz!'),
   ('core_schema', 'rulesets', 'id text!, version text!, status text!, doc jsonb!, created_at timestamptz!, updated_at timestamptz!'),
-  ('core_schema', 'entry_points', 'id text!, slug text!, type text!, world_id text! -> worlds RESTRICT, ruleset_id text! -> rulesets RESTRICT, '
-    'title text!, subtitle text, description text!, synopsis text, status text!, visibility text!, content_rating text!, tags text[]!, content jsonb!, '
-    'i18n jsonb!, search_text tsvector, sort_weight int!, popularity_score int!, created_at timestamptz!, updated_at timestamptz!'),
+  ('core_schema', 'entry_points', 'id text!, slug text!, type text!, world_id text! -> worlds ON DELETE RESTRICT, '
+    'ruleset_id text! -> rulesets ON DELETE RESTRICT, title text!, subtitle text, description text!, synopsis text, status text!, visibility text!, '
+    'content_rating text!, tags text[]!, content jsonb!, i18n jsonb!, search_text tsvector, sort_weight int!, popularity_score int!, '
+    'created_at timestamptz!, updated_at timestamptz!'),
   ('core_schema', 'prompt_segments', 'id bigint!, scope text!, ref_id text, version text!, active boolean!, content text!, metadata jsonb!, '
     'created_at timestamptz!, updated_at timestamptz!'),
-  ('core_schema', 'games', 'id uuid!, entry_point_id text! -> entry_points RESTRICT, entry_point_type text!, world_id text! -> worlds RESTRICT, '
-    'ruleset_id text! -> rulesets RESTRICT, owner_user_id uuid, state jsonb!, turn_count int!, status text!, created_at timestamptz!, '
-    'updated_at timestamptz!'),
-  ('core_schema', 'turns', 'id bigint!, game_id uuid! -> games CASCADE, idx int!, role text!, prompt_meta jsonb!, content jsonb!, costs jsonb!, '
+  ('core_schema', 'games', 'id uuid!, entry_point_id text! -> entry_points ON DELETE RESTRICT, entry_point_type text!, '
+    'world_id text! -> worlds ON DELETE RESTRICT, ruleset_id text! -> rulesets ON DELETE RESTRICT, owner_user_id uuid, state jsonb!, turn_count int!, '
+    'status text!, created_at timestamptz!, updated_at timestamptz!'),
+  ('core_schema', 'turns', 'id bigint!, game_id uuid! -> games ON DELETE CASCADE, idx int!, role text!, prompt_meta jsonb!, content jsonb!, costs jsonb!, '
     'created_at timestamptz!'),
   ('slots_templates', 'slots', 'id uuid!, type text!, name text!, description text!, max_len int, priority int, created_at timestamptz!, '
     'updated_at timestamptz!'),
   ('slots_templates', 'templates', 'id uuid!, type text!, slot text!, version int!, body text!, status text!, created_at timestamptz!, created_by uuid'),
   ('prompt_snapshots', 'prompt_snapshots', 'id uuid!, snapshot_id uuid!, templates_version text, pack_versions jsonb, tp jsonb!, '
-    'linearized_prompt_text text!, awf_contract text!, source text!, created_at timestamptz!, created_by uuid, game_id uuid -> games SET NULL'),
-  ('turn_metrics', 'turn_metrics', 'turn_id bigint! -> turns CASCADE =, story_id uuid! =, created_at timestamptz! = now(), tokens_before int! =, '
+    'linearized_prompt_text text!, awf_contract text!, source text!, created_at timestamptz!, created_by uuid, game_id uuid -> games ON DELETE SET NULL'),
+  ('turn_metrics', 'turn_metrics', 'turn_id bigint! -> turns ON DELETE CASCADE =, story_id uuid! =, created_at timestamptz! = now(), tokens_before int! =, '
     'tokens_after int! =, trims_count int! = 0, top_trim_keys text[] = ''{}''::text[], model_ms int =, rejects jsonb = ''{}''::jsonb, '
     'cost_estimate_cents int =')
 ), added (step, table_name, columns, new_table_has_them, replaces) AS (VALUES  -- replaces: the type that the step itself makes the expected one of
-  ('slots_templates', 'prompt_snapshots', 'parent_id uuid -> prompt_snapshots SET NULL =', true, NULL),
-  ('fix_prompt_snapshots_turn_id', 'prompt_snapshots', 'turn_id bigint -> turns SET NULL =', true, 'uuid'),
+  ('slots_templates', 'prompt_snapshots', 'parent_id uuid -> prompt_snapshots ON DELETE SET NULL =', true, NULL),
+  ('fix_prompt_snapshots_turn_id', 'prompt_snapshots', 'turn_id bigint -> turns ON DELETE SET NULL =', true, 'uuid'),
   ('slots_flags', 'slots', 'must_keep boolean! = false, min_chars int =', false, NULL),
   ('budget_report', 'prompt_snapshots', 'budget_report jsonb =', false, NULL)
-), columns (step, table_name, name, form, default_value, target, action, addable, replaces) AS (
-  SELECT step, table_name, parts[1], format_type(to_regtype(parts[2]), -1) || CASE WHEN parts[3] = '!' THEN ' NOT NULL' ELSE '' END,
-         CASE WHEN parts[6] <> '' THEN coalesce(nullif(substr(parts[6], 4), ''), 'none') END, parts[4], parts[5], addable, replaces
-  FROM (SELECT step, table_name, columns, false, NULL FROM created UNION ALL SELECT step, table_name, columns, true, replaces FROM added)
-         AS listed (step, table_name, columns, addable, replaces)
-  CROSS JOIN string_to_table(columns, ', ') AS spec
-  CROSS JOIN regexp_match(spec, '^(\w+) ([a-z\[\]]+)(!?)(?: -> (\w+) ([A-Z ]+?))?( =.*)?$') AS parts
+), columns (step, table_name, name, form, default_value, target, reference, addable, replaces) AS (
+  SELECT step, table_name, split_part(spec, ' ', 1),
+         format_type(to_regtype(rtrim(split_part(spec, ' ', 2), '!')), -1) || CASE WHEN split_part(spec, ' ', 2) LIKE '%!' THEN ' NOT NULL' ELSE '' END,
+         CASE WHEN spec LIKE '% =%' THEN coalesce(nullif(split_part(spec, ' = ', 2), ''), 'none') END,
+         nullif(split_part(link, ' ', 1), ''), 'REFERENCES ' || replace(link, ' ON', '(id) ON'), addable, replaces
+  FROM (SELECT *, false AS addable, NULL AS replaces FROM created UNION ALL SELECT step, table_name, columns, true, replaces FROM added) AS c
+  CROSS JOIN string_to_table(columns, ', ') AS spec CROSS JOIN LATERAL (SELECT split_part(split_part(spec, ' -> ', 2), ' =', 1)) AS its (link)
 ), keys (step, table_name, columns, form, index_name, addable) AS (  -- index_name: where the step gives its index a name
   SELECT step, table_name, split_part(columns, ' ', 1), 'PRIMARY KEY', NULL, false FROM created
   UNION ALL (VALUES
@@ -101,8 +102,7 @@ WITH path (schema, position) AS (
     UNION ALL SELECT step, 'default', table_name, name, default_value, true, NULL, NULL FROM columns WHERE default_value IS NOT NULL
     UNION ALL SELECT step, 'dependants', table_name, name, 'none', false, NULL, NULL FROM columns WHERE replaces IS NOT NULL
     UNION ALL SELECT step, 'key', table_name, columns, form, addable, index_name, NULL FROM keys
-    UNION ALL SELECT step, 'foreign key', table_name, name, format('REFERENCES %s(id) ON DELETE %s', target, action), addable OR step = 'turn_metrics',
-      NULL, NULL FROM columns WHERE target IS NOT NULL
+    UNION ALL SELECT step, 'foreign key', table_name, name, reference, addable OR step = 'turn_metrics', NULL, NULL FROM columns WHERE target IS NOT NULL
     UNION ALL SELECT step, 'index', table_name, name, form, true, name, NULL FROM indexes
     UNION ALL SELECT step, 'comment', table_name, name, 'present', true, NULL, NULL FROM columns WHERE step IN ('slots_flags', 'budget_report', 'turn_metrics')
     UNION ALL (VALUES
@@ -141,8 +141,8 @@ WITH path (schema, position) AS (
   -- of a column that is to be replaced it is no matter
   UNION ALL SELECT 'default', table_name, attname, coalesce(pg_get_expr(adbin, adrelid), 'none')
   FROM tables JOIN pg_attribute ON attrelid = relation AND attnum > 0 AND NOT attisdropped AND attgenerated = ''
-  JOIN columns USING (table_name) LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
-  WHERE columns.name = attname AND default_value IS NOT NULL AND format_type(atttypid, NULL) IS DISTINCT FROM replaces
+  LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
+  WHERE (attname, format_type(atttypid, NULL)) NOT IN (SELECT name, replaces FROM columns WHERE replaces IS NOT NULL)
   -- what hangs on a column that is to be replaced, besides its documented index, its default and its NOT NULL
   UNION ALL SELECT 'dependants', table_name, attname, string_agg(DISTINCT hanging.what, ', ')
   FROM columns JOIN tables USING (table_name) JOIN pg_attribute ON attrelid = relation AND attname = columns.name AND format_type(atttypid, NULL) = replaces
@@ -217,8 +217,9 @@ WITH path (schema, position) AS (
   LEFT JOIN pg_class ON pg_class.oid = tables.relation WHERE expected.kind = 'function'
 ), compared AS (
   SELECT DISTINCT ON (expected.position) expected.*, tables.creator, tables.relation,
-         -- a core table is its application's: of one that exists, what the tables need whose foreign keys lead there
-         expected.step <> 'core_schema' OR tables.relation IS NULL OR expected.kind IN ('row-level security', 'policy')
+         -- of a table that exists, not what came with it; a core table is its application's but for what foreign keys lead to
+         expected.step <> 'core_schema' AND (expected.addable OR expected.kind <> 'foreign key') OR tables.relation IS NULL
+         OR expected.kind IN ('row-level security', 'policy')
          OR (expected.kind, expected.name) IN (('table', ''), ('column', 'id'), ('key', 'id')) AND (expected.table_name IN ('games', 'turns')
             OR EXISTS (SELECT FROM columns JOIN tables AS child USING (table_name) WHERE target = expected.table_name AND child.relation IS NULL)) AS required,
          coalesce(CASE WHEN expected.kind = 'key' AND expected.form = 'UNIQUE' THEN left(actual.form, 0) || 'UNIQUE' ELSE actual.form END,
@@ -232,7 +233,7 @@ WITH path (schema, position) AS (
                                         ELSE expected.name END
   ORDER BY expected.position,  -- of several foreign keys on one column, the one that differs acts beside the expected one
            actual.form NOT IN (expected.form, expected.form || ' NOT VALID') DESC, actual.form
-), checks AS (
+), checks AS MATERIALIZED (
   SELECT compared.*, CASE
            WHEN actual = form OR kind = 'dependants' THEN NULL
            WHEN NOT required AND (NOT addable OR kind NOT IN ('index', 'key') OR EXISTS (  -- its indexes, where it has their columns
@@ -247,8 +248,7 @@ WITH path (schema, position) AS (
            WHEN actual IS NOT NULL OR relation IS NOT NULL AND NOT addable THEN NULL
            WHEN relation IS NULL AND kind IN ('column', 'default', 'key', 'foreign key', 'index')
                 AND step NOT IN (SELECT step FROM added WHERE NOT new_table_has_them) THEN creator
-           ELSE step END AS fixed_by
-  FROM compared
+           ELSE step END AS fixed_by FROM compared
 )
 SELECT step, kind, table_name AS "table", name, form AS expected, actual, fixed_by, required, relation::regclass AS found,
        CASE WHEN actual = form THEN 'ok'

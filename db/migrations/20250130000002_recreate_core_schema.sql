@@ -16,11 +16,8 @@ BEGIN;
 SET LOCAL lock_timeout = '2s';
 
 DO $$ DECLARE
-  -- Each name is resolved once; from there on it is OIDs.
-  named CONSTANT oid[] := ARRAY(
-    SELECT to_regclass(name)::oid
-    FROM pg_catalog.unnest('{worlds,rulesets,entry_points,prompt_segments,games,turns,prompt_snapshots,turn_metrics}'::text[])
-         WITH ORDINALITY AS n (name, position) ORDER BY position);
+  names CONSTANT text[] := '{worlds,rulesets,entry_points,prompt_segments,games,turns,prompt_snapshots,turn_metrics}';
+  named oid[];    -- what bears the names
   path CONSTANT text := current_setting('search_path');
   schemas CONSTANT name[] := pg_catalog.current_schemas(false);
   with_dependants CONSTANT boolean := coalesce(current_setting('budget_engine.with_dependants', true), '') = 'on';
@@ -34,9 +31,11 @@ DO $$ DECLARE
   homes oid[];    -- schemas from which core tables go
   statement text;
 BEGIN
-  SET LOCAL search_path = pg_catalog, pg_temp;  -- no function or operator of others is in reach; set again below
-  PERFORM set_config('budget_engine.moved', '{}', true);
+  PERFORM pg_catalog.set_config('budget_engine.moved', '{}', true);
   LOOP
+    -- Each name is resolved, and from there on it is OIDs: no function or operator of others is in reach. The path is set again below.
+    named := ARRAY(SELECT to_regclass(name)::oid FROM pg_catalog.unnest(names) WITH ORDINALITY AS n (name, position) ORDER BY position);
+    SET LOCAL search_path = pg_catalog, pg_temp;
     SELECT string_agg(format('%s is %s', relname || CASE WHEN relkind = 'r' AND NOT relispartition THEN '.id' ELSE '' END,
                         CASE WHEN relkind <> 'r' OR relispartition THEN 'no ordinary table'
                              ELSE coalesce(format_type(atttypid, atttypmod), 'missing') || ', expected ' || needed.type || ', a primary key' END), E'\n')
@@ -82,7 +81,7 @@ BEGIN
       EXECUTE statement;
       PERFORM set_config('lock_timeout', '100ms', true);
     END LOOP;
-    PERFORM set_config('lock_timeout', patience, true);
+    PERFORM set_config('lock_timeout', patience, true), set_config('search_path', path, true);
     locked := moving;  -- and look again: somebody may have been faster
   END LOOP;
 
@@ -122,7 +121,7 @@ BEGIN
     WHERE proname = 'update_entry_points_search_text' AND pronargs = 0 AND prokind = 'f' AND pronamespace = ANY (homes)
   LOOP
     EXECUTE statement;
-    RAISE NOTICE '%', statement;
+    RAISE NOTICE '% moved to %', split_part(statement, ' ', 3), archive;
   END LOOP;
   -- The new tables are made where the old ones were, and see no copy of the same name in a later schema.
   PERFORM set_config('budget_engine.moved', ARRAY(SELECT oid FROM unnest(named) AS n (oid) WHERE oid = ANY (moving))::text, true),
@@ -131,12 +130,21 @@ BEGIN
 END $$;
 
 -- What these files do between BEGIN and COMMIT is part of this transaction (that it has begun already is no matter).
+SELECT coalesce(pg_catalog.bool_or(relname = 'prompt_snapshots'), false) AS moved_snapshots,
+       coalesce(pg_catalog.bool_or(relname = 'turn_metrics'), false) AS moved_metrics
+FROM pg_class WHERE oid = ANY (current_setting('budget_engine.moved')::oid[])
+\gset
+;
 SET LOCAL client_min_messages = error;
 \set recreating on
 \ir 20250130000000_core_schema.sql
+\if :moved_snapshots
 \ir 20250213_prompt_snapshots.sql
 \ir 20250221_budget_report.sql
+\endif
+\if :moved_metrics
 \ir 20250222_turn_metrics.sql
+\endif
 \unset recreating
 SET LOCAL client_min_messages = notice;
 
@@ -236,5 +244,9 @@ COMMIT;
 
 -- By psql the files again, now whole: the indexes that they build outside any transaction.
 \include_relative 20250130000000_core_schema.sql
+\if :moved_snapshots
 \include_relative 20250213_prompt_snapshots.sql
+\endif
+\if :moved_metrics
 \include_relative 20250222_turn_metrics.sql
+\endif

@@ -17,7 +17,7 @@ BEGIN
       HINT = 'Run db/migrations/20250130000000_core_schema.sql first (invoke prereqs). This step changed nothing.';
   ELSIF snapshots IS NOT NULL AND NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = snapshots AND attname = 'snapshot_id') THEN
     RAISE EXCEPTION USING ERRCODE = 'TB002', MESSAGE = 'the table prompt_snapshots is another one: it has no column snapshot_id',
-      HINT = 'CREATE SCHEMA archive; ALTER TABLE prompt_snapshots SET SCHEMA archive; then run the file (invoke prereqs) again. This step changed nothing.';
+      HINT = 'Move it to another schema, then run db/migrations/20250213_prompt_snapshots.sql (invoke prereqs) again. This step changed nothing.';
   END IF;
   -- Noted for this transaction: whether the table is new. What comes with it is no affair of one that exists.
   PERFORM pg_catalog.set_config('budget_engine.new', (snapshots IS NULL)::text, true);

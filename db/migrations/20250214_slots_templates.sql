@@ -9,10 +9,15 @@
 BEGIN;
 SET LOCAL lock_timeout = '2s';
 
--- Noted for this transaction: which tables are new (in the schema of one that exists).
 DO $$ DECLARE
   new CONSTANT text[] := ARRAY(SELECT name FROM pg_catalog.unnest('{slots,templates}'::text[]) AS name WHERE to_regclass(name) IS NULL);
 BEGIN
+  IF EXISTS (SELECT FROM pg_class WHERE pg_class.oid IN (to_regclass('slots')::oid, to_regclass('templates')::oid)
+               AND NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = pg_class.oid AND attname = 'type')) THEN
+    RAISE EXCEPTION USING ERRCODE = 'TB002', MESSAGE = 'the table slots or templates is another one: it has no column type',
+      HINT = 'Move it to another schema, then run db/migrations/20250214_slots_templates.sql (invoke prereqs) again. This step changed nothing.';
+  END IF;
+  -- Noted for this transaction: which tables are new (in the schema of one that exists).
   PERFORM pg_catalog.set_config('budget_engine.new', new::text, true);
   PERFORM pg_catalog.set_config('search_path', pg_catalog.format('%I, %s', nspname, current_setting('search_path')), true)
      FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace WHERE pg_class.oid IN (to_regclass('slots')::oid, to_regclass('templates')::oid) LIMIT 1;

@@ -15,7 +15,7 @@ DO $$ BEGIN
       HINT = 'Run db/migrations/20250213_prompt_snapshots.sql first (invoke prereqs). This step changed nothing.';
   ELSIF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'prompt_snapshots'::regclass::oid AND attname = 'snapshot_id') THEN
     RAISE EXCEPTION USING ERRCODE = 'TB002', MESSAGE = 'the table prompt_snapshots is another one: it has no column snapshot_id',
-      HINT = 'Move it to another schema, then run db/migrations/20250213_prompt_snapshots.sql (invoke prereqs). This step changed nothing.';
+      HINT = 'Move it to another schema, then run db/migrations/20250213_prompt_snapshots.sql first (invoke prereqs). This step changed nothing.';
   END IF;
 END $$;
 

@@ -11,12 +11,11 @@ BEGIN;
 SET LOCAL lock_timeout = '2s';
 
 DO $$ BEGIN
-  IF to_regclass('prompt_snapshots') IS NULL THEN
-    RAISE EXCEPTION USING ERRCODE = 'TB001', MESSAGE = 'the fix needs the table prompt_snapshots, which does not exist',
-      HINT = 'Run db/migrations/20250213_prompt_snapshots.sql instead (invoke prereqs): a new table needs no fix. This step changed nothing.';
-  ELSIF to_regclass('turns') IS NULL THEN
-    RAISE EXCEPTION USING ERRCODE = 'TB001', MESSAGE = 'the fix needs the table turns, which does not exist',
-      HINT = 'Run db/migrations/20250130000000_core_schema.sql first (invoke prereqs). This step changed nothing.';
+  IF to_regclass('turns') IS NULL OR to_regclass('prompt_snapshots') IS NULL THEN
+    RAISE EXCEPTION USING ERRCODE = 'TB001', MESSAGE = 'the fix needs the tables turns and prompt_snapshots, and one of them does not exist',
+      HINT = CASE WHEN to_regclass('turns') IS NULL
+                  THEN 'Run db/migrations/20250130000000_core_schema.sql first (invoke prereqs). This step changed nothing.'
+                  ELSE 'Run db/migrations/20250213_prompt_snapshots.sql instead (invoke prereqs): a new table needs no fix. This step changed nothing.' END;
   END IF;
 END $$;
 
@@ -35,15 +34,17 @@ DO $$ DECLARE
   granted text[] := '{}';
 BEGIN
   IF EXISTS (SELECT FROM pg_attribute WHERE attrelid = snapshots AND attname = 'turn_id' AND atttypid = 'uuid'::regtype::oid) THEN
-    LOCK TABLE prompt_snapshots IN ACCESS EXCLUSIVE MODE;
-    SET LOCAL search_path = pg_catalog, pg_temp;  -- no function or operator of others is in reach; put back below
-    SELECT attnum, attnotnull, attgenerated, attidentity, attinhcount, attacl, pg_get_expr(adbin, adrelid) AS otherwise,
-           col_description(attrelid, attnum) AS comment, (
-             SELECT indexrelid FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
-             WHERE indrelid = attrelid AND relname = 'idx_prompt_snapshots_turn_id' AND indnatts = 1 AND indkey[0] = attnum
-               AND NOT indisunique AND indpred IS NULL AND NOT indisreplident) AS index
-      INTO STRICT old
-      FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum WHERE attrelid = snapshots AND attname = 'turn_id';
+    LOCK TABLE prompt_snapshots IN ACCESS EXCLUSIVE MODE;  -- and look again: somebody may have been faster
+  END IF;
+  SET LOCAL search_path = pg_catalog, pg_temp;  -- no function or operator of others is in reach; put back below
+  SELECT attnum, attnotnull, attgenerated, attidentity, attinhcount, attacl, pg_get_expr(adbin, adrelid) AS otherwise,
+         col_description(attrelid, attnum) AS comment, (
+           SELECT indexrelid FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+           WHERE indrelid = attrelid AND relname = 'idx_prompt_snapshots_turn_id' AND indnatts = 1 AND indkey[0] = attnum
+             AND NOT indisunique AND indpred IS NULL AND NOT indisreplident) AS index
+    INTO old FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
+   WHERE attrelid = snapshots AND attname = 'turn_id' AND atttypid = 'uuid'::regtype;
+  IF FOUND THEN
     SELECT string_agg(DISTINCT what, E'\n') INTO hanging FROM (
       SELECT pg_describe_object(classid, objid, objsubid) FROM pg_depend
       WHERE refclassid = 'pg_class'::regclass AND refobjid = snapshots AND refobjsubid = old.attnum
@@ -95,8 +96,8 @@ BEGIN
     FOR statement IN SELECT pubname FROM pg_publication_tables WHERE format('%I.%I', schemaname, tablename) = target LOOP
       RAISE NOTICE 'published by %: subscribers stop at the next row until their tables have turn_id_uuid% and a bigint turn_id', statement, later;
     END LOOP;
-    PERFORM set_config('search_path', path, true);
   END IF;
+  PERFORM set_config('search_path', path, true);
 
   IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = snapshots AND attname = 'turn_id') THEN
     -- A foreign key that comes with its column is valid at once.

@@ -13,6 +13,10 @@ DO $$ BEGIN
   IF to_regclass('turns') IS NULL THEN
     RAISE EXCEPTION USING ERRCODE = 'TB001', MESSAGE = 'turn_metrics needs the table turns, which does not exist',
       HINT = 'Run db/migrations/20250130000000_core_schema.sql first (invoke prereqs). This step changed nothing.';
+  ELSIF EXISTS (SELECT FROM pg_class WHERE pg_class.oid = to_regclass('turn_metrics')::oid
+                  AND NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = pg_class.oid AND attname = 'tokens_before')) THEN
+    RAISE EXCEPTION USING ERRCODE = 'TB002', MESSAGE = 'the table turn_metrics is another one: it has no column tokens_before',
+      HINT = 'Move it to another schema, then run db/migrations/20250222_turn_metrics.sql (invoke turn-metrics) again. This step changed nothing.';
   END IF;
   PERFORM pg_catalog.set_config('search_path', pg_catalog.format('%I, %s', nspname, current_setting('search_path')), true)
      FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace WHERE pg_class.oid = to_regclass('turn_metrics')::oid;

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 import psycopg
 import pytest
-from conftest import Db
+from conftest import MIGRATIONS, Db
 from states import CRITICAL, PLAIN, SLOT_ROWS, SLOTS_TEMPLATES, Flags, by_hand
+from verification import differing
 
 STEM = "20250220_slots_flags"
 
@@ -72,7 +73,7 @@ def test_a_run_that_mends_the_trigger_keeps_what_operators_chose(db: Db) -> None
     chosen = flags(db)
     db.migrate(STEM)
     assert flags(db) == chosen
-    assert [item for item in db.verification(STEM) if item[1] != item[2]] == []
+    assert differing(db, "slots_flags") == []
 
 
 def test_a_run_enables_a_disabled_trigger(migrated: Db) -> None:
@@ -149,7 +150,7 @@ def wait_for_waiter(db: Db) -> None:
 @pytest.mark.parametrize("outcome", ["commit", "rollback"])
 @pytest.mark.parametrize("row", ["new", "there"])
 def test_two_upserts_at_once(migrated: Db, row: str, outcome: str) -> None:
-    """The second waits for the first: it meets its row, or (rolled back) what was there before."""
+    """The second waits for the first: it meets its row, or (rolled back) what was there; a new one has its defaults."""
     if row == "there":
         migrated.execute(insert(CRITICAL, ", must_keep, min_chars", ", true, 1"))
     upsert = UPSERT.format(must_keep="false", min_chars="NULL")
@@ -160,8 +161,8 @@ def test_two_upserts_at_once(migrated: Db, row: str, outcome: str) -> None:
         wait_for_waiter(migrated)
         first.commit() if outcome == "commit" else first.rollback()
         second.join()
-    is_new = row == "new" and outcome == "rollback"
-    assert flags(migrated)["ruleset", "principles"] == ((True, 160) if is_new else (False, None))
+    expected = (True, 160) if row == "new" else (False, None)
+    assert flags(migrated)["ruleset", "principles"] == expected
 
 
 @pytest.fixture
@@ -179,23 +180,128 @@ def test_whoever_may_insert_needs_no_other_right(migrated: Db, role: str) -> Non
         connection.execute(insert(CRITICAL | PLAIN))
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             connection.execute("UPDATE slots SET must_keep = false")
-        with pytest.raises(psycopg.errors.InsufficientPrivilege):
-            connection.execute("SELECT set_critical_slot_defaults()")
     assert flags(migrated) == CRITICAL | PLAIN
 
 
-@pytest.mark.parametrize("name", ["regclass", "bool", "int4", "text"])
-def test_the_trigger_lends_its_owners_rights_to_nobody(migrated: Db, role: str, name: str) -> None:
-    """PostgreSQL's manual, "Writing SECURITY DEFINER Functions Safely": pg_temp must not come first."""
-    migrated.execute(f"GRANT INSERT ON slots TO {role}; CREATE TABLE loot (who text); GRANT INSERT ON loot TO PUBLIC")
-    with migrated.connect(role) as connection:
-        connection.execute(f"""
-            CREATE FUNCTION pg_temp.evil() RETURNS boolean LANGUAGE plpgsql AS
-              'BEGIN INSERT INTO public.loot VALUES (current_user); RETURN true; END';
-            CREATE DOMAIN pg_temp.{name} AS pg_catalog.{name} CHECK (pg_temp.evil())""")
+def test_insert_returning_shows_the_defaults(migrated: Db) -> None:
+    insertion = insert({("npc", "persona"): (False, 140)}) + " RETURNING must_keep, min_chars"
+    assert migrated.rows(insertion) == [(False, 140)]
+
+
+RIGHTS = {
+    # name: (rights of the role, whether it can upsert)
+    "insert": ("GRANT INSERT ON slots TO {}", False),
+    "all": ("GRANT ALL ON slots TO {}", True),
+    "columns": (
+        "GRANT INSERT (type, name, description, must_keep, min_chars), UPDATE (description, must_keep, min_chars),"
+        " SELECT (type, name, description, must_keep, min_chars) ON slots TO {}",
+        True,
+    ),
+    "row-level security": (
+        "GRANT ALL ON slots TO {0}; ALTER TABLE slots ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;"
+        "CREATE POLICY p ON slots TO {0} USING (true)",
+        True,
+    ),
+    "defaults that close functions": ("GRANT ALL ON slots TO {}", True),
+}
+
+
+@pytest.mark.parametrize("name", RIGHTS)
+def test_upserts_of_roles_with_some_rights(db: Db, role: str, name: str) -> None:
+    rights, can_upsert = RIGHTS[name]
+    if "functions" in name:
+        db.execute("ALTER DEFAULT PRIVILEGES REVOKE EXECUTE ON FUNCTIONS FROM PUBLIC")
+    db.execute(SLOTS_TEMPLATES)
+    db.migrate(STEM)
+    db.execute(rights.format(role))
+    upsert = UPSERT.format(must_keep="false", min_chars="NULL")
+    with db.connect(role) as connection:
+        if not can_upsert:
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                connection.execute(upsert)
+            connection.execute(insert({("ruleset", "principles"): (True, 160)}))
+        else:
+            connection.execute(upsert)
+        assert flags(db) == {("ruleset", "principles"): (True, 160)}
+        if can_upsert:  # the second meets the row
+            connection.execute(upsert)
+            assert flags(db) == {("ruleset", "principles"): (False, None)}
+
+
+SWALLOWED = {
+    "a trigger": """
+        CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN OLD; END';
+        CREATE TRIGGER keep BEFORE UPDATE ON slots FOR EACH ROW EXECUTE FUNCTION keep()""",
+    "a trigger that refuses": """
+        CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+        CREATE TRIGGER keep BEFORE UPDATE ON slots FOR EACH ROW EXECUTE FUNCTION keep()""",
+    "a rule": "CREATE RULE keep AS ON UPDATE TO slots DO INSTEAD NOTHING",
+    "a policy": "ALTER TABLE slots ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
+}
+
+
+@pytest.mark.parametrize("change", SWALLOWED.values(), ids=SWALLOWED)
+def test_what_swallows_the_defaults_is_an_error(db: Db, role: str, change: str) -> None:
+    db.execute(SLOTS_TEMPLATES + SLOT_ROWS + change)
+    db.execute(f"GRANT CREATE ON SCHEMA public TO {role}; ALTER TABLE slots OWNER TO {role}")
+    before = db.dump(data=True)
+    done = db.psql("-v", "VERBOSITY=verbose", "-f", str(MIGRATIONS / f"{STEM}.sql"))
+    assert done.code == 3, done
+    assert "ERROR:  TB003: " in done.err
+    assert db.dump(data=True) == before
+
+
+def test_the_owners_triggers_run_as_the_owner(db: Db, role: str) -> None:
+    """A superuser who migrates lends them no rights; what is created belongs to the owner, too."""
+    db.execute(SLOTS_TEMPLATES + SLOT_ROWS + "CREATE TABLE seen (who text); GRANT INSERT ON seen TO PUBLIC")
+    db.execute("""
+        CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS
+          'BEGIN INSERT INTO seen VALUES (current_user); RETURN NEW; END';
+        CREATE TRIGGER see BEFORE UPDATE ON slots FOR EACH ROW EXECUTE FUNCTION see()""")
+    db.execute(f"GRANT CREATE ON SCHEMA public TO {role}; ALTER TABLE slots OWNER TO {role}")
+    db.migrate(STEM, STEM)
+    assert db.rows("SELECT DISTINCT who FROM seen") == [(role,)]
+    owners = "SELECT DISTINCT proowner::regrole::text FROM pg_proc WHERE proname ~ 'critical_slot'"
+    assert db.rows(owners) == [(role,)]
+    assert flags(db) == CRITICAL | PLAIN
+    assert differing(db, "slots_flags") == []
+
+
+def test_another_ones_function_is_not_replaced(db: Db, role: str) -> None:
+    db.execute(
+        SLOTS_TEMPLATES
+        + "CREATE FUNCTION set_critical_slot_defaults() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'"
+    )
+    db.execute(f"GRANT CREATE ON SCHEMA public TO {role}; ALTER TABLE slots OWNER TO {role}")
+    [check] = [c for c in differing(db, "slots_flags") if c.name == "set_critical_slot_defaults"]
+    assert (check.verdict, check.fixed_by) == ("differs, conflict", None)
+    before = db.dump()
+    assert db.psql("-f", str(MIGRATIONS / f"{STEM}.sql")).code == 3
+    assert db.dump() == before
+
+
+FIRST_VERSION = """
+ALTER TABLE slots ADD must_keep boolean NOT NULL DEFAULT false, ADD min_chars int;
+CREATE FUNCTION set_critical_slot_defaults() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
+  SET search_path = pg_catalog, pg_temp AS 'BEGIN RETURN NULL; END';
+REVOKE ALL ON FUNCTION set_critical_slot_defaults() FROM PUBLIC;
+CREATE TRIGGER trigger_slots_critical_defaults AFTER INSERT ON slots
+  FOR EACH ROW WHEN (NOT NEW.must_keep AND NEW.min_chars IS NULL) EXECUTE FUNCTION set_critical_slot_defaults();
+ALTER TABLE slots DISABLE TRIGGER trigger_slots_critical_defaults;
+"""
+
+
+def test_the_trigger_of_version_1_is_replaced(db: Db, role: str) -> None:
+    db.execute(SLOTS_TEMPLATES + FIRST_VERSION)
+    fixed = {(c.kind, c.name): c.fixed_by for c in differing(db, "slots_flags")}
+    assert fixed["trigger", "trigger_slots_critical_defaults"] == "slots_flags"
+    assert fixed["function", "set_critical_slot_defaults"] == "slots_flags"
+    db.migrate(STEM)
+    assert differing(db, "slots_flags") == []
+    db.execute(f"GRANT INSERT ON slots TO {role}")
+    with db.connect(role) as connection:
         connection.execute(insert(CRITICAL))
-    assert migrated.rows("SELECT who FROM loot") == []
-    assert flags(migrated) == CRITICAL
+    assert flags(db) == CRITICAL
 
 
 HALF_DONE = {
@@ -244,7 +350,7 @@ def test_a_schema_whose_name_wants_quotes(db: Db) -> None:
     db.execute(f"""ALTER DATABASE {db.name} SET search_path = "My ""App%s" """)
     db.migrate(STEM, STEM)
     assert flags(db) == CRITICAL | PLAIN
-    assert [item for item in db.verification(STEM) if item[1] != item[2]] == []
+    assert differing(db, "slots_flags") == []
     db.execute("DELETE FROM slots;" + insert(CRITICAL))
     assert flags(db) == CRITICAL
 

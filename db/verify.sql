@@ -223,10 +223,11 @@ WITH path (schema, position) AS (
          OR (expected.kind, expected.name) IN (('table', ''), ('column', 'id'), ('key', 'id')) AND (expected.table_name IN ('games', 'turns')
             OR EXISTS (SELECT FROM columns JOIN tables AS child USING (table_name) WHERE target = expected.table_name AND child.relation IS NULL)) AS required,
          coalesce(CASE WHEN expected.kind = 'key' AND expected.form = 'UNIQUE' THEN left(actual.form, 0) || 'UNIQUE' ELSE actual.form END,
-                  (SELECT format('missing, and its name %s is taken by %s', relname, coalesce('an index on ' || indrelid::regclass, 'no index'))
+                  (SELECT CASE WHEN indrelid = tables.relation AND NOT indisvalid THEN expected.form || ' INVALID'
+                          ELSE format('missing, and its name %s is taken by %s', relname, coalesce('an index on ' || indrelid::regclass, 'no index')) END
                    FROM pg_class LEFT JOIN pg_index ON indexrelid = pg_class.oid
                    WHERE relname = expected.index_name AND relnamespace = tables.home
-                     AND (indrelid IS DISTINCT FROM tables.relation OR expected.addable AND indisvalid))) AS actual
+                     AND (indrelid IS DISTINCT FROM tables.relation OR expected.addable))) AS actual
   FROM expected JOIN tables USING (table_name)
   LEFT JOIN actual ON actual.kind = expected.kind AND actual.table_name = expected.table_name
    AND actual.name = CASE expected.kind WHEN 'key' THEN (SELECT string_agg(part, ', ' ORDER BY part) FROM string_to_table(expected.name, ', ') AS part)
@@ -239,7 +240,7 @@ WITH path (schema, position) AS (
            WHEN NOT required AND (NOT addable OR kind NOT IN ('index', 'key') OR EXISTS (  -- its indexes, where it has their columns
                   SELECT FROM pg_class CROSS JOIN string_to_table(coalesce(substring(form FROM '[(](.*)[)]'), name), ', ') AS part WHERE pg_class.oid = relation
                   AND (relkind <> 'r' OR NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = relation AND attname = part)))) THEN NULL
-           WHEN actual = form || CASE kind WHEN 'index' THEN ' INVALID' WHEN 'foreign key' THEN ' NOT VALID' END THEN step
+           WHEN actual = form || CASE WHEN kind = 'foreign key' THEN ' NOT VALID' WHEN addable THEN ' INVALID' END THEN step
            WHEN kind = 'row-level security' OR kind = 'default' AND actual = 'none' OR kind = 'column' AND replaces = split_part(actual, ' ', 1) THEN step
            WHEN addable AND (kind = 'trigger' AND actual NOT LIKE 'CREATE CONSTRAINT %' OR kind = 'function'
                   AND actual LIKE split_part(form, ',', 1) || ', %' AND actual NOT LIKE '%, owned by %') THEN step

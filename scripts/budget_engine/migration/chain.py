@@ -152,7 +152,7 @@ def _statements(step: str, text: str, folder: Path) -> Iterator[Statement]:
         if token["meta"] is not None:
             included = re.match(r"ir (\S+)", token["meta"])
             if included:  # what the other file does in its transaction
-                others = _statements(step, text_of(folder / included[1]), folder)
+                others = _statements(label(Path(included[1]).stem), text_of(folder / included[1]), folder)
                 yield from (other for other in others if not other.concurrent)
         elif token[0] == ";":
             whole = "".join(words).strip()

@@ -81,6 +81,8 @@ def make(chain: Chain, recreate: Step, checks: Sequence[Check], moves: Sequence[
     wanted = [step for step in chain.steps if step.task == recreate.task or step.label in gone]
     rest = plan.make(chain, wanted, foreseen)
     core = next(step for step in rest.steps if step.label == recreate.instead_of)
+    # What it includes of other files is for the tables that move.
+    made_anew = {recreate.label, *(check.step for check in checks if check.table in gone)}
     locks = {move.table: Lock.ACCESS_EXCLUSIVE for move in moves}
     actions = [
         plan.Action(
@@ -93,7 +95,7 @@ def make(chain: Chain, recreate: Step, checks: Sequence[Check], moves: Sequence[
             concurrent=False,
         )
         for place, statement in enumerate(recreate.statements)
-        if not statement.concurrent
+        if not statement.concurrent and statement.step in made_anew
     ]
     moving = replace(core, step=recreate, transaction=tuple(actions), concurrent=())
     steps = tuple(moving if step is core else replace(step, transaction=(), concurrent=()) for step in rest.steps)

@@ -6,10 +6,12 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from invoke.collection import Collection
 from invoke.context import Context
+from invoke.main import program
 from invoke.tasks import task
 
 sys.path.insert(0, str(Path(__file__).parent / "scripts"))  # the package is not installed: it lies here
@@ -40,6 +42,23 @@ class Verbatim(str):
     def __bool__(self) -> bool:
         """Say no, so that Invoke does not transform it."""
         return False
+
+
+class Underscored(tuple[str, ...]):
+    """Aliases with underscores, only where Invoke writes hyphens: it refuses one that equals the name.
+
+    It would where it leaves names alone (tasks.auto_dash_names), and deep in others' collections, where it turns those
+    of aliases, too.
+    """
+
+    __slots__ = ()
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield them once Invoke has read its settings, and made its menu of this file's, or of an application's."""
+        menu = vars(program).get("collection", Collection(auto_dash_names=False))
+        near = (menu, *menu.collections.values()) if menu.auto_dash_names else ()
+        tasks = {name for collection in near for name in collection.tasks}
+        return (Verbatim(name) for name in super().__iter__() if name.replace("_", "-") in tasks)
 
 
 @task
@@ -87,7 +106,7 @@ def fix(c: Context) -> None:
     commands.run("fix", dry=c.config.run.dry)
 
 
-@task(aliases=[Verbatim("slots_flags")])
+@task(aliases=Underscored(["slots_flags"]))
 @reported()
 def slots_flags(c: Context) -> None:
     """Add slots.must_keep and slots.min_chars, with the defaults of the critical slots."""
@@ -96,7 +115,7 @@ def slots_flags(c: Context) -> None:
     commands.run("slots-flags", dry=c.config.run.dry)
 
 
-@task(aliases=[Verbatim("budget_report")])
+@task(aliases=Underscored(["budget_report"]))
 @reported()
 def budget_report(c: Context) -> None:
     """Add prompt_snapshots.budget_report."""
@@ -105,7 +124,7 @@ def budget_report(c: Context) -> None:
     commands.run("budget-report", dry=c.config.run.dry)
 
 
-@task(aliases=[Verbatim("turn_metrics")])
+@task(aliases=Underscored(["turn_metrics"]))
 @reported()
 def turn_metrics(c: Context) -> None:
     """Create the table turn_metrics."""

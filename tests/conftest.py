@@ -24,11 +24,10 @@ from urllib.parse import quote
 import psycopg
 import pytest
 import warm
-from budget_engine.migration import chain, survey
-from budget_engine.migration.chain import ROOT
-from budget_engine.migration.checks import Check
-from budget_engine.postgres import embedded
-from versions import MAJOR, locate
+from versions import MAJOR, PACKAGED, locate, packaged
+
+from scripts import embedded, turn
+from scripts.chain import ROOT
 
 # A suite that a script runs in the background is started with Ctrl-C ignored; all that it starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -36,6 +35,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.pop(embedded.DATA_VARIABLE, None)
 
 MIGRATIONS = ROOT / "db" / "migrations"
+VERIFICATIONS = ROOT / "db" / "verify"
+# What a run in the schema public has for itself, and others wait for.
+THE_TURN = f"SELECT pg_advisory_xact_lock({turn.RUN}, 'public'::regnamespace::oid::int4)"
 # FAULT_SEED repeats a sample of faults; the processes of one pytest -n have to draw the same one.
 SEED = os.environ.get("FAULT_SEED") or os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(random.randrange(10**6))
 
@@ -115,32 +117,18 @@ class Db:
             done = self.psql("-f", str(MIGRATIONS / f"{stem}.sql"))
             assert done.code == 0, f"{stem}: {done}"
 
-    def checks(self) -> list[Check]:
-        """Return every check of db/verify.sql, as the survey reads them."""
-        everything = chain.load()
-        with self.connect(autocommit=False) as connection:
-            *asks, query = survey.statements(everything)
-            for ask in asks:
-                connection.execute(ask.encode())
-            rows = connection.execute(query.encode()).fetchall()
-        texts = [
-            tuple(
-                None if v is None else {True: "t", False: "f"}.get(v, v) if isinstance(v, bool) else str(v) for v in row
-            )
-            for row in rows
-        ]
-        return list(survey.checks_of(texts, everything, with_recreate=True))
+    def verification(self, stem: str) -> list[tuple[Any, ...]]:
+        """Return (item, expected, actual, mended_by) of one verification."""
+        return self.rows((VERIFICATIONS / f"{stem}.sql").read_text())
 
     def differing(self) -> dict[str, tuple[str, str | None, str | None]]:
-        """Return title → (expected, actual, fixed_by) of every required check that does not pass."""
-        return {c.title: (c.expected, c.actual, c.fixed_by) for c in self.checks() if c.required and not c.passed}
-
-    def failing(self, step: str) -> list[str]:
-        """Return the titles of the required checks of a step (its label) that do not pass."""
-        return [c.title for c in self.checks() if c.step == step and c.required and not c.passed]
+        """Return item → (expected, actual, mended_by) of every promise of the chain that does not stand."""
+        stems = sorted(path.stem for path in VERIFICATIONS.glob("*.sql"))
+        items = [item for stem in stems for item in self.verification(stem)]
+        return {name: (expected, actual, by) for name, expected, actual, by in items if expected != actual}
 
     def dump(self, *, data: bool = False) -> str:
-        """Return the schema (and rows) as pg_dump writes it, the history left out: equal dumps, equal databases."""
+        """Return the schema (and rows) as pg_dump writes it, the diary left out: equal dumps, equal databases."""
         program = str(self.cluster.binaries / "pg_dump")
         words = [program, self.url, "--restrict-key=test", "--exclude-schema=budget_engine"]
         done = run(words if data else [*words, "--schema-only"], clean_environment())
@@ -150,7 +138,7 @@ class Db:
 
 def clean_environment() -> dict[str, str]:
     """Our environment without what would lead a recipe, or libpq, elsewhere."""
-    ours = {"DATABASE_URL", "CI", "LOCK_TIMEOUT", "LOCK_WAIT", "CONNECT_TIMEOUT"}
+    ours = {"DATABASE_URL", "CI", "LOCK_TIMEOUT", "LOCK_WAIT", "CONNECT_TIMEOUT", "ENV_FILE"}
     return {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("PG")}
 
 
@@ -178,15 +166,17 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> No
 
 
 @contextmanager
-def private_server(*, major: int = MAJOR, durable: bool = False, **settings: str) -> Iterator[embedded.Cluster]:
+def private_server(
+    *, major: int = MAJOR, binaries: Path | None = None, durable: bool = False, **settings: str
+) -> Iterator[embedded.Cluster]:
     """Run a server of our own, which is gone with its data afterwards.
 
-    major: its version; durable: whether it is to survive a power cut; settings: of the embedded server's own, which
-    come with its start.
+    major: its version; binaries: a packaged server's, instead; durable: whether it is to survive a power cut; settings:
+    of the embedded server's own, which come with its start.
     """
     home = Path(tempfile.mkdtemp(prefix="budget-engine-tests-"))
     home.chmod(0o755)  # as root the server runs as another user, who must be able to reach its data
-    cluster = locate(home, major)
+    cluster = embedded.locate(home, int(binaries.parent.name), binaries) if binaries else locate(home, major)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setitem(embedded.SETTINGS, name, value)
@@ -225,10 +215,31 @@ def cluster() -> Iterator[embedded.Cluster]:
         yield cluster
 
 
+@pytest.fixture(scope="session")
+def packaged_cluster() -> Iterator[embedded.Cluster]:
+    """A packaged server of this test process: it can compile queries (JIT), and counts which it did compile."""
+    binaries = packaged()
+    if binaries is None:
+        pytest.skip(f"no packaged PostgreSQL in {PACKAGED}")
+    with private_server(binaries=binaries) as cluster:
+        with psycopg.connect(cluster.url, autocommit=True) as connection:
+            if connection.execute("SELECT pg_jit_available()").fetchone() == (False,):
+                pytest.skip(f"the PostgreSQL in {binaries.parent} has no JIT")
+            connection.execute("ALTER SYSTEM SET shared_preload_libraries = pg_stat_statements")
+        embedded.stop(cluster)
+        embedded.start(cluster)
+        _administer(cluster, "CREATE EXTENSION pg_stat_statements")
+        yield cluster
+
+
+# For tests of locks: a server as most users have it holds them no longer, or otherwise, than our own.
+PACKAGED_TOO = pytest.mark.parametrize("db", ["cluster", "packaged_cluster"], indirect=True, ids=["", "packaged"])
+
+
 @pytest.fixture
-def db(cluster: embedded.Cluster) -> Iterator[Db]:
-    """An empty database, dropped after the test."""
-    with database(cluster) as db:
+def db(request: pytest.FixtureRequest) -> Iterator[Db]:
+    """An empty database, dropped after the test; parametrized: on the server that a fixture of that name gives."""
+    with database(request.getfixturevalue(getattr(request, "param", "cluster"))) as db:
         yield db
 
 
@@ -240,7 +251,7 @@ def pytest_configure() -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say what was left out, and why: pytest -q would hide it behind a letter. And what the tests ran on."""
     skipped = terminalreporter.stats.get("skipped", [])
-    left_out = Counter((text.location[0], text.longrepr[2].removeprefix("Skipped: ")) for report in skipped)
+    left_out = Counter((report.location[0], report.longrepr[2].removeprefix("Skipped: ")) for report in skipped)
     for (file, reason), tests in left_out.items():
         terminalreporter.write_line(f"left out: {tests} tests of {file} ({reason})")
     version = run([str(locate(ROOT).binaries / "postgres"), "--version"], clean_environment())

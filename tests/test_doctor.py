@@ -605,6 +605,12 @@ def test_table_that_stands_elsewhere_only(db: Db) -> None:
     assert "turn_metrics: only in game" in done.out
 
 
+def test_tables_that_stand_in_many_schemas_elsewhere(db: Db) -> None:
+    db.execute("".join(f"CREATE SCHEMA t{n}; CREATE TABLE t{n}.turns ();" for n in range(9)))
+    said = " ".join(db.invoke("doctor").out.split())
+    assert "turns: only in t0 and t1 and t2 and 6 others, which is not in the search_path" in said
+
+
 def test_tables_in_two_schemas(db: Db) -> None:
     db.migrate(*STEMS)
     db.execute("CREATE SCHEMA backup; CREATE TABLE backup.worlds (LIKE worlds INCLUDING ALL)")

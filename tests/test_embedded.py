@@ -20,10 +20,12 @@ from typing import Any
 
 import psycopg
 import pytest
-from budget_engine.errors import UnreachableError
-from budget_engine.postgres import embedded
-from budget_engine.postgres.embedded import Cluster, running, start, stop
+from conftest import clean_environment, run
 from versions import MAJOR, locate, new_in
+
+from scripts import embedded
+from scripts.embedded import Cluster, running, start, stop
+from scripts.errors import UnreachableError
 
 PROJECT = Path(__file__).resolve().parent.parent
 ROOT_CASE = os.geteuid() == 0
@@ -33,9 +35,11 @@ SOMEBODY = pwd.getpwnam("nobody").pw_uid  # any user that is not the one who run
 STARTER = """
 import sys
 from pathlib import Path
-from budget_engine.postgres import embedded
+from scripts import embedded
 try:
-    print(embedded.start(embedded.locate(Path(sys.argv[1]), int(sys.argv[3]), Path(sys.argv[2]))))
+    cluster = embedded.locate(Path(sys.argv[1]), int(sys.argv[3]), Path(sys.argv[2]))
+    embedded.start(cluster)
+    print(cluster.url)
 except embedded.errors.UnreachableError as error:
     sys.exit(f"{error.what} | {error.where} | {error.remedy}")
 """
@@ -113,12 +117,26 @@ def _starter(root: Path, binaries: Path, **how: Any) -> subprocess.Popen[str]:
 # ── the usual life ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_who_starts_it_says_so_and_how_to_stop_it(folder: Path) -> None:
+    """Once: it keeps running."""
+    command = [sys.executable, "-m", "invoke", "setup"]
+    chosen = {"DATABASE_URL": "embedded", embedded.DATA_VARIABLE: str(folder / ".postgres")}
+    first, second = (run(command, clean_environment() | chosen) for _ in range(2))
+    assert (first.code, second.code) == (0, 0), first
+    told = [line for line in first.out.splitlines() if "python3 scripts/inv db.stop" in line]
+    assert len(told) == 1
+    assert "db.stop" not in second.out
+    assert first.out.splitlines()[-1].startswith("done: ")
+    for done in (first, second):
+        assert done.out.splitlines()[-1].endswith("; database postgres on the embedded server, schema public")
+
+
 def test_first_start_attach_stop_and_start_again(cluster: Cluster) -> None:
     assert not running(cluster)
-    url = start(cluster)
+    assert start(cluster)
     first = _postmaster(cluster)
     assert running(cluster)
-    assert start(cluster) == url
+    assert not start(cluster)
     assert _postmaster(cluster) == first
     _execute(cluster, "CREATE TABLE kept AS SELECT 42 AS answer")
     assert stop(cluster)
@@ -298,6 +316,23 @@ def test_initdb_killed_half_way_is_done_again(folder: Path, cluster: Cluster) ->
     start(cluster)
     assert _query(cluster, "SELECT 1") == 1
     assert not unfinished.exists()
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="Git is not installed")
+def test_git_sees_nothing_of_the_server_but_in_a_folder_that_was_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = folder / "theirs"
+    theirs.mkdir()
+    for given, seen in ((".postgres", ""), ("deep/in/it", ""), ("theirs", "*")):
+        monkeypatch.setenv(embedded.DATA_VARIABLE, str(folder / given))
+        start(locate(folder))
+        stop(locate(folder))
+        status = ["git", "-C", str(folder), "-c", "safe.directory=*", "status", "--porcelain", "-uall"]
+        subprocess.run(["git", "init", "-q", str(folder)], check=True)
+        found = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+        assert bool(found) == bool(seen), found
+    assert not (theirs / ".gitignore").exists()
 
 
 def test_folder_that_holds_something_else_is_left_alone(cluster: Cluster) -> None:

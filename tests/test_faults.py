@@ -12,11 +12,11 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from budget_engine.migration import chain
-from budget_engine.migration.runner import ADVISORY_LOCK
-from budget_engine.postgres.embedded import Cluster
-from conftest import MIGRATIONS, SEED, Db, Run, ended, until
+from conftest import MIGRATIONS, SEED, THE_TURN, Db, Run, ended, until
 from proxy import COMMITTED, Message, Proxy, Watcher, containing, cut, on_nth, socket_of, unchanged
+
+from scripts import chain
+from scripts.embedded import Cluster
 
 STEMS = [step.stem for step in chain.load()]
 NEEDED_FROM_NOTHING = [stem for stem in STEMS if "fix" not in stem]
@@ -188,7 +188,7 @@ def test_ctrl_c(db: Db, stages: list[str], wanted: Callable[[Message], bool], n:
 
 def test_ctrl_c_while_waiting_for_another_run(db: Db, stages: list[str]) -> None:
     with db.connect(autocommit=False) as other:
-        other.execute(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})")
+        other.execute(THE_TURN)
         process = db.start("setup")
         polled = (
             "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'budget%' AND query LIKE 'ROLLBACK%'"

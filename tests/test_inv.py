@@ -6,19 +6,32 @@ import ast
 import hashlib
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
-STAND_IN = "import json, os, sys; print(json.dumps({'words': sys.argv[1:], 'cwd': os.getcwd(), 'prefix': sys.prefix}))"
+# In place of Invoke: what scripts/as_invoke.py imports.
+STAND_IN = {
+    "config": "class Config: pass",
+    "exceptions": "class Exit(Exception): pass",
+    "main": """
+import json, os, sys
+class program:
+    def run(words):
+        if 'broken' in words:
+            raise SystemExit(1) from ImportError('of a task')
+        print(json.dumps({'words': words[1:], 'cwd': os.getcwd(), 'prefix': sys.prefix}))""",
+}
 
 
 @dataclass(frozen=True)
@@ -58,12 +71,13 @@ class Checkout:
         return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
-def _wheel(folder: Path, name: str, source: str) -> str:
-    """Build a package of one module that can be run, and return its line in a lock file."""
+def _wheel(folder: Path, name: str, **modules: str) -> str:
+    """Build a package, and return its line in a lock file."""
     file, info = folder / f"{name}-1.0-py3-none-any.whl", f"{name}-1.0.dist-info"
     with zipfile.ZipFile(file, "w") as wheel:
         wheel.writestr(f"{name}/__init__.py", "")
-        wheel.writestr(f"{name}/__main__.py", source)
+        for module, source in modules.items():
+            wheel.writestr(f"{name}/{module}.py", source)
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
@@ -77,10 +91,11 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     wheels = folder / "wheels"
     (folder / "scripts").mkdir(parents=True)
     wheels.mkdir()
-    shutil.copy(PROJECT / "scripts/inv", folder / "scripts")
+    for file in ("scripts/inv", "scripts/as_invoke.py"):
+        shutil.copy(PROJECT / file, folder / "scripts")
     offline = f'--no-index\n--find-links "{wheels.as_uri()}"\n'.replace('"', "")
-    (folder / "requirements.txt").write_text(offline + _wheel(wheels, "invoke", STAND_IN))
-    (folder / "requirements-dev.txt").write_text(offline + _wheel(wheels, "devtool", ""))
+    (folder / "requirements.txt").write_text(offline + _wheel(wheels, "invoke", **STAND_IN))
+    (folder / "requirements-dev.txt").write_text(offline + _wheel(wheels, "devtool"))
     return Checkout(folder)
 
 
@@ -142,7 +157,7 @@ def test_changed_lock_file_is_installed_once(ready: Checkout) -> None:
 
 def test_other_pythons_paths_do_not_matter(ready: Checkout, tmp_path: Path) -> None:
     (tmp_path / "invoke").mkdir()
-    (tmp_path / "invoke/__main__.py").write_text("print('the wrong one')")
+    (tmp_path / "invoke/main.py").write_text("print('the wrong one')")
     code, out, err = ready.inv("setup", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert (code, err) == (0, "")
     assert json.loads(out)["cwd"] == str(tmp_path)
@@ -158,6 +173,102 @@ def test_four_first_runs_at_once_all_succeed_also_elsewhere(fresh: Checkout, tmp
     assert not fresh.venv.exists()
 
 
+# ── the user's settings of pip ──────────────────────────────────────────────────────────────────────────────────────
+
+ELSEWHERE = {
+    "target": "elsewhere",
+    "root": "elsewhere",
+    "user": "yes",
+    "python": "/nowhere/python",
+    "dry-run": "1",
+    "quiet": "3",
+    "no-binary": ":all:",
+    "constraint": "elsewhere/constraints.txt",
+}
+
+
+def _elsewhere(folder: Path) -> Path:
+    """A place that pip could be led to."""
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere/constraints.txt").write_text("devtool==2.0\n")
+    return folder / "elsewhere"
+
+
+@pytest.mark.parametrize("option", ELSEWHERE)
+def test_variable_that_leads_pip_elsewhere_does_not_matter(ready: Checkout, tmp_path: Path, option: str) -> None:
+    there = _elsewhere(tmp_path)
+    variables = {f"PIP_{option.upper().replace('-', '_')}": ELSEWHERE[option]}
+    code, _, err = ready.inv("lint", cwd=tmp_path, PYTHONUSERBASE=str(there), **variables)
+    assert code == 0, err
+    assert ready.has("devtool")
+    assert [entry.name for entry in there.iterdir()] == ["constraints.txt"]
+
+
+@pytest.mark.parametrize(
+    ("place", "section"), [("PIP_CONFIG_FILE", "global"), ("XDG_CONFIG_HOME", "install"), ("site", "global")]
+)
+def test_file_that_leads_pip_elsewhere_does_not_matter(
+    ready: Checkout, tmp_path: Path, section: str, place: str
+) -> None:
+    there = _elsewhere(tmp_path)
+    file = {"PIP_CONFIG_FILE": tmp_path / "my.conf", "XDG_CONFIG_HOME": tmp_path / "pip/pip.conf"}.get(
+        place, ready.venv / "pip.conf"
+    )
+    file.parent.mkdir(exist_ok=True)
+    options = {name: ELSEWHERE[name] for name in ("target", "python", "dry-run", "quiet", "no-binary", "constraint")}
+    file.write_text(f"[{section}]\n" + "".join(f"{name} = {value}\n" for name, value in options.items()))
+    variables = {"PIP_CONFIG_FILE": str(file), "XDG_CONFIG_HOME": str(tmp_path)}
+    code, _, err = ready.inv("lint", cwd=tmp_path, **{name: variables[name] for name in variables if name == place})
+    assert code == 0, err
+    assert ready.has("devtool")
+    assert [entry.name for entry in there.iterdir()] == ["constraints.txt"]
+
+
+def test_file_that_leads_pip_to_a_mirror_counts(ready: Checkout, tmp_path: Path) -> None:
+    """From the home folder, as ~ and as what lies in it; several lines; the section of pip install wins."""
+    lock = ready.folder / "requirements-dev.txt"
+    lock.write_text(lock.read_text().splitlines()[-1] + "\n")
+    (tmp_path / "mirror").symlink_to(ready.folder / "wheels")
+    (tmp_path / ".config/pip").mkdir(parents=True)
+    (tmp_path / ".config/pip/pip.conf").write_text(
+        "[global]\nfind-links = /nowhere\n[install]\nno-index = true\nfind-links =\n    /nowhere\n    ~/mirror\n"
+    )
+    variables = {"HOME": str(tmp_path), "PIP_FIND_LINKS": "", "XDG_CONFIG_HOME": ""}
+    code, _, err = ready.inv("lint", cwd=tmp_path, **variables)
+    assert code == 0, err
+    assert ready.has("devtool")
+
+
+def test_what_counts_for_pip_is_handed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "my.conf").write_text(
+        "[global]\nindex-url = https://one.example/simple\nextra-index-url =\n  https://u:p%40@two.example\n"
+        "  https://three.example\ntimeout = 1\ncert = ca.pem\ntarget = elsewhere\nproxy = h:1\nretries = 7\n"
+        "[install]\ntimeout = 2\nproxy = h:2\n[download]\nclient-cert = never.pem\n"
+    )
+    given = {"CONFIG_FILE": str(tmp_path / "my.conf"), "PROXY": "h:3", "RETRIES": "", "PREFIX": "elsewhere"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    environment = runpy.run_path(str(PROJECT / "scripts/inv"))["pip_environment"](sys.executable)
+    assert "PIP_PREFIX" not in environment
+    assert "PIP_TARGET" not in environment
+    assert "PIP_CLIENT_CERT" not in environment
+    assert environment["PIP_CONFIG_FILE"] == os.devnull
+    assert environment["PIP_INDEX_URL"] == "https://one.example/simple"
+    assert environment["PIP_EXTRA_INDEX_URL"].split() == ["https://u:p%40@two.example", "https://three.example"]
+    assert environment["PIP_CERT"] == "ca.pem"
+    assert [environment[f"PIP_{name}"] for name in ("TIMEOUT", "PROXY", "RETRIES")] == ["2", "h:3", "7"]
+
+
+def test_settings_that_pip_cannot_read_are_named(ready: Checkout, tmp_path: Path) -> None:
+    (tmp_path / "my.conf").write_text("nonsense\n")
+    code, out, err = ready.inv("lint", PIP_CONFIG_FILE=str(tmp_path / "my.conf"))
+    assert (code, out) == (1, "")
+    assert str(tmp_path / "my.conf") in err
+    assert "Traceback" not in err
+
+
 # ── broken environments ────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -167,6 +278,106 @@ def test_environment_whose_interpreter_is_gone_is_made_anew(ready: Checkout) -> 
     (ready.venv / "bin/python").symlink_to("/nowhere/python3")
     assert ready.inv("setup")[0] == 0
     assert ready.has("invoke")
+
+
+def _replace(file: Path, text: str) -> None:
+    file.unlink()
+    file.write_text(text)
+    file.chmod(0o755)
+
+
+def _packages(checkout: Checkout) -> Path:
+    [found] = checkout.venv.glob("lib/python*/site-packages")
+    return found
+
+
+BREAKAGES: dict[str, Callable[[Checkout], object]] = {
+    "no library": lambda checkout: shutil.rmtree(checkout.venv / "lib"),
+    "no Invoke": lambda checkout: shutil.rmtree(_packages(checkout) / "invoke"),
+    "no file of Invoke": lambda checkout: (_packages(checkout) / "invoke/main.py").unlink(),
+    "no pyvenv.cfg": lambda checkout: (checkout.venv / "pyvenv.cfg").unlink(),
+    "an interpreter that does not run": lambda checkout: _replace(checkout.python, "#!/bin/sh\nexit 127\n"),
+}
+
+
+@pytest.mark.parametrize("broken", BREAKAGES)
+def test_broken_environment_is_made_anew(ready: Checkout, broken: str) -> None:
+    BREAKAGES[broken](ready)
+    code, out, err = ready.inv("setup", cwd=Path("/"))
+    assert code == 0, err
+    assert json.loads(out) == {
+        "words": ["--search-root", str(ready.folder), "setup"],
+        "cwd": "/",
+        "prefix": str(ready.venv),
+    }
+    assert ready.inv("setup")[2] == ""
+
+
+def test_package_that_lost_its_files_is_brought_back_with_the_next_installation(ready: Checkout) -> None:
+    """pip takes it for installed."""
+    assert ready.inv("lint")[0] == 0
+    (_packages(ready) / "devtool/__init__.py").unlink()
+    with (ready.folder / "requirements.txt").open("a") as lock:
+        lock.write("# changed\n")
+    assert ready.inv("lint")[0] == 0
+    assert ready.has("devtool")
+    assert (_packages(ready) / "devtool/__init__.py").exists()
+
+
+def test_environment_in_which_a_task_misses_a_package_is_looked_at_by_the_next_run(ready: Checkout) -> None:
+    assert ready.inv("broken")[0] == 1
+    assert "installing" in ready.inv("setup")[2]
+    assert ready.inv("setup")[2] == ""
+
+
+def test_environment_that_is_run_by_its_own_python_is_made_anew(ready: Checkout) -> None:
+    """`source .venv/bin/activate; python scripts/inv`."""
+    shutil.rmtree(_packages(ready) / "invoke")
+    command = [str(ready.python), str(ready.folder / "scripts/inv"), "setup"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert ready.inv("setup")[2] == ""
+
+
+def test_users_own_environment_that_cannot_be_completed_is_left_alone(fresh: Checkout) -> None:
+    """Its pip says yes, and does nothing."""
+    subprocess.run([sys.executable, "-m", "venv", fresh.venv], check=True)
+    shutil.rmtree(_packages(fresh) / "pip")
+    (_packages(fresh) / "pip").mkdir()
+    for module in ("__init__", "__main__"):
+        (_packages(fresh) / f"pip/{module}.py").touch()
+    code, out, err = fresh.inv("setup")
+    assert (code, out) == (1, "")
+    assert "BUDGET_ENGINE_VENV" in err
+    assert not (fresh.venv / ".inv-stamp").exists()
+    assert fresh.python.exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_broken_environment_that_cannot_be_written_is_a_message(ready: Checkout) -> None:
+    (_packages(ready) / "invoke/main.py").unlink()
+    ready.venv.chmod(0o500)
+    code, out, err = ready.inv("setup")
+    ready.venv.chmod(0o700)
+    assert (code, out) == (1, "")
+    assert str(ready.venv) in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="Git is not installed")
+def test_git_sees_nothing_of_the_environment(ready: Checkout) -> None:
+    subprocess.run(["git", "init", "-q", ready.folder], check=True)
+    command = ["git", "-C", str(ready.folder), "status", "--porcelain", "-uall"]
+    seen = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "requirements.txt" in seen
+    assert ".venv" not in seen
+
+
+def test_gitignore_of_the_users_own_environment_stays(fresh: Checkout) -> None:
+    subprocess.run([sys.executable, "-m", "venv", fresh.venv], check=True)
+    (fresh.venv / ".gitignore").write_text("lib\n")
+    assert fresh.inv("setup")[0] == 0
+    assert (fresh.venv / ".gitignore").read_text() == "lib\n"
 
 
 def test_environment_of_another_python_is_made_anew(ready: Checkout) -> None:

@@ -27,7 +27,7 @@ from versions import NEWEST
 
 PASSWORD = "QX@ZJ/QX"
 QUERY = """SELECT current_user, current_database(), current_setting('cluster_name'), current_setting('search_path'),
-current_setting('geqo'), current_setting('application_name')"""
+current_setting('extra_float_digits'), current_setting('application_name')"""
 
 # The connection that every task opens, in a process of its own: libpq reads the environment of the process.
 PROBE = f"""
@@ -154,10 +154,10 @@ CASES = {
     "PGSERVICE": ("postgresql://", {"PGSERVICE": "mine"}),
     "PGSERVICE, another database": ("postgresql:///ada", {"PGSERVICE": "mine"}),
     "PGSERVICEFILE": ("postgresql://?service=mine", {"PGSERVICEFILE": "$HOME/services"}),
-    "PGOPTIONS": ("postgresql:///game?host=$S1", {**LOGIN, "PGOPTIONS": "-c geqo=off -c search_path=app"}),
+    "PGOPTIONS": ("postgresql:///game?host=$S1", {**LOGIN, "PGOPTIONS": "-c extra_float_digits=0 -c search_path=app"}),
     "options win over PGOPTIONS": (
         "postgresql:///game?host=$S1&options=-c%20search_path%3Dapp",
-        {**LOGIN, "PGOPTIONS": "-c geqo=off"},
+        {**LOGIN, "PGOPTIONS": "-c extra_float_digits=0"},
     ),
     "application_name": ("postgresql:///game?host=$S1&application_name=theirs", LOGIN),
 }

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import psycopg
 import pytest
 import supabase
-from conftest import Db, ended, until
+from conftest import PACKAGED_TOO, Db, ended, until
 from states import CORE, CORE_ROWS, by_hand, with_uuid
 
 # A writer who waits longer than this was held up: far less than the LOCK_TIMEOUT, far more than a moment (100 ms).
@@ -50,6 +50,7 @@ SEVERAL_TABLES = {
 ON_SUPABASE = {"prompt_snapshots", "templates"}
 
 
+@PACKAGED_TOO
 @pytest.mark.parametrize(("state", "kept", "write"), SEVERAL_TABLES.values(), ids=SEVERAL_TABLES)
 def test_a_step_that_waits_for_one_table_holds_up_nobody_on_another(db: Db, state: str, kept: str, write: str) -> None:
     if kept in ON_SUPABASE:
@@ -95,6 +96,7 @@ def busy(db: Db, *statements: str) -> Iterator[list[BaseException]]:
             thread.join()
 
 
+@PACKAGED_TOO
 @pytest.mark.parametrize("task", ["fix", "setup"])
 def test_two_busy_tables_are_got_all_the_same(db: Db, task: str) -> None:
     """Sessions write either table, or both in the other order, without a pause; no deadlock ends one of them."""
@@ -104,6 +106,6 @@ def test_two_busy_tables_are_got_all_the_same(db: Db, task: str) -> None:
                   ON CONFLICT (game_id, idx) DO NOTHING"""
     change = "UPDATE prompt_snapshots SET source = source WHERE id = md5('snapshot 1')::uuid"
     with busy(db, new_turn, change, f"BEGIN; {new_turn}; {change}; COMMIT") as failures:
-        done = db.invoke(task, env={"LOCK_WAIT": "30"})
+        done = db.invoke(task, env={"LOCK_WAIT": "30s"})
     assert done.code == 0, done
     assert failures == []

@@ -15,11 +15,23 @@ from typing import Any
 
 import psycopg
 import pytest
-from budget_engine.migration import chain, runner
-from budget_engine.migration.chain import ROOT
-from conftest import MIGRATIONS, VERIFICATIONS, Db, Run, clean_environment, ended, private_server, until
+from conftest import (
+    MIGRATIONS,
+    PACKAGED_TOO,
+    THE_TURN,
+    VERIFICATIONS,
+    Db,
+    Run,
+    clean_environment,
+    ended,
+    private_server,
+    until,
+)
 from proxy import Proxy, containing, on_nth, socket_of
 from states import with_uuid
+
+from scripts import chain, turn
+from scripts.chain import ROOT
 
 TASKS = ["setup", "prereqs", "fix", "slots-flags", "budget-report", "turn-metrics", "verify"]
 STEMS = [step.stem for step in chain.load()]
@@ -90,12 +102,13 @@ WAITING = f"{OURS} AND wait_event_type = 'Lock'"
 BUILD = "CREATE INDEX CONCURRENTLY"
 BUILDING = f"{WAITING} AND query LIKE '{BUILD}%'"
 # Who has the turn to build stands in the transaction that took it; who was refused it has ended his.
-HAVE_THE_TURN = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND granted"
+HAVE_THE_TURN = f"SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = {turn.BUILD} AND granted"
 
 
 # ── nothing to do ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@PACKAGED_TOO
 @pytest.mark.usefixtures("quiet")
 def test_finished_database_is_neither_locked_nor_written(db: Db) -> None:
     assert db.invoke("setup").code == 0
@@ -112,6 +125,7 @@ def test_finished_database_is_neither_locked_nor_written(db: Db) -> None:
     assert [part for _, part in diary(db)] == ["atomic"] * 6
 
 
+@PACKAGED_TOO
 def test_every_strong_lock_of_a_run_that_finds_nothing(db: Db) -> None:
     """The advisory lock aside, a DO block whose promise holds has taken ACCESS SHARE at most."""
     assert db.invoke("setup").code == 0
@@ -153,6 +167,7 @@ CONFLICTS = {
 }
 
 
+@PACKAGED_TOO
 @pytest.mark.parametrize(("missing", "lock", "label"), CONFLICTS.values(), ids=CONFLICTS)
 def test_conflicting_lock_is_given_up_and_its_holder_named(db: Db, missing: str, lock: str, label: str) -> None:
     db.migrate(*ATOMIC_STEMS)
@@ -177,7 +192,7 @@ def test_online_build_waits_without_standing_in_the_way(db: Db) -> None:
     db.migrate(*ATOMIC_STEMS)
     db.execute("DROP INDEX idx_slots_type")
     with holding(db, "LOCK TABLE slots IN ROW EXCLUSIVE MODE") as holder:
-        process = db.start("setup", LOCK_TIMEOUT="1ms", LOCK_WAIT="60")
+        process = db.start("setup", LOCK_TIMEOUT="1ms", LOCK_WAIT="60s")
         until(lambda: db.value(BUILDING), process)
         db.execute("SET lock_timeout = '1ms'; INSERT INTO slots (type, name, description) VALUES ('npc', 'a', 'b')")
         holder.rollback()
@@ -190,7 +205,7 @@ def test_online_build_gives_up_and_the_next_run_finishes(db: Db) -> None:
     db.migrate(*ATOMIC_STEMS)
     db.execute("DROP INDEX idx_slots_type")
     with holding(db, "LOCK TABLE slots IN ROW EXCLUSIVE MODE") as holder:
-        done = db.invoke("setup", env={"LOCK_TIMEOUT": "1ms", "LOCK_WAIT": "1"})
+        done = db.invoke("setup", env={"LOCK_TIMEOUT": "1ms", "LOCK_WAIT": "1s"})
         assert done.code == 7, done
         assert str(holder.info.backend_pid) in done.err
     assert db.value("SELECT indisvalid FROM pg_index WHERE indexrelid = 'idx_slots_type'::regclass") is False
@@ -273,14 +288,14 @@ def test_online_work_that_another_run_did_is_not_claimed(db: Db) -> None:
 
 @contextmanager
 def another_run(db: Db) -> Iterator[psycopg.Connection[Any]]:
-    with holding(db, f"SELECT pg_advisory_xact_lock({runner.ADVISORY_LOCK})") as holder:
+    with holding(db, THE_TURN) as holder:
         yield holder
 
 
 def test_run_beside_another_gives_up_after_lock_wait(db: Db) -> None:
     before = db.dump()
     with another_run(db) as other:
-        done, pid = db.invoke("setup", env={"LOCK_WAIT": "1"}), other.info.backend_pid
+        done, pid = db.invoke("setup", env={"LOCK_WAIT": "1s"}), other.info.backend_pid
     assert (done.code, db.dump()) == (7, before)
     assert "another run" in done.err
     for said in (done.out, done.err):  # when it begins to wait, and when it gives up

@@ -21,13 +21,14 @@ from pathlib import Path
 import pooler as poolers
 import psycopg
 import pytest
-from budget_engine import errors
-from budget_engine.migration import chain
-from conftest import MIGRATIONS, Db, Run, clean_environment, database, ended, private_server, run, until
+from conftest import MIGRATIONS, THE_TURN, Db, Run, clean_environment, database, ended, private_server, run, until
 from pooler import Pooler
 from proxy import COMMITTED, Proxy, containing, cut, on_nth, socket_of
 from psycopg.errors import lookup
 from test_command_line import hang_up, peer, recipe, speak_http, stay_silent, tree
+
+from scripts import chain, errors
+from scripts.console import reported
 
 __all__ = ["tree"]  # the fixture
 README = (chain.ROOT / "README.md").read_text(encoding="utf-8")
@@ -93,13 +94,12 @@ def raised_by_sql() -> set[tuple[str, str]]:
 
 def said_by_inv() -> set[tuple[str, str]]:
     """The first lines of its failures, and of its last words."""
-    calls = [
-        node for node in ast.walk(ast.parse((chain.ROOT / "scripts/inv").read_text())) if isinstance(node, ast.Call)
-    ]
+    files = [ast.parse((chain.ROOT / "scripts" / name).read_text()) for name in ("inv", "as_invoke.py")]
+    calls = [node for file in files for node in ast.walk(file) if isinstance(node, ast.Call)]
     texts = {
         (called(call), text_of(call.args[0]).partition("\n")[0].removeprefix("scripts/inv: "))
         for call in calls
-        if called(call) in {"Failure", "say", "exit"} and call.args
+        if called(call) in {"Failure", "say", "exit", "Exit"} and call.args
     }
     progress = ("installing", "installed")
     return {
@@ -294,7 +294,7 @@ def test_session_that_may_not_be_idle(db: Db) -> None:
     """Between two tries: another run is at work."""
     db.execute(f"ALTER DATABASE {db.name} SET idle_session_timeout = '50ms'")
     with last_step_pending(db), psycopg.connect(f"{db.url}&options=-c%20idle_session_timeout%3D0") as other:
-        other.execute("SELECT pg_advisory_xact_lock(%s)", [int.from_bytes(b"budget", "big")])
+        other.execute(THE_TURN)
         done = db.invoke("setup")
         db.execute(f"ALTER DATABASE {db.name} RESET idle_session_timeout")  # the dumps that are compared take longer
     assert_ends(done, errors.IdleSessionError, 4)
@@ -528,6 +528,17 @@ def test_package_that_is_not_installed(tree: Path, tmp_path: Path, package: str)
     assert package in done.err
 
 
+def test_end_names_its_cause_to_who_started_the_task() -> None:
+    """scripts/as_invoke.py, which has the environment made anew."""
+    answer = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as end, reported():
+            raise ModuleNotFoundError(name="psycopg")
+    finally:
+        signal.signal(signal.SIGINT, answer)
+    assert isinstance(end.value.__cause__, ModuleNotFoundError)
+
+
 def test_mistake_of_our_own_is_no_traceback_and_gives_no_secret_away(broken: Path) -> None:
     work = broken / "scripts/work.py"
     work.write_text(work.read_text().replace("    return given, where\n", "    raise ValueError(where.conninfo)\n"))
@@ -645,7 +656,7 @@ def test_ctrl_c_while_python_starts(tmp_path: Path) -> None:
         import os, signal, sys
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         os.kill(os.getpid(), signal.SIGINT)
-        os.execv(sys.executable, [sys.executable, "-m", "invoke", "verify"])""")
+        os.execv(sys.executable, [sys.executable, "scripts/as_invoke.py", "verify"])""")
     done = run([sys.executable, "-c", program], clean_environment() | {"DATABASE_URL": ""})
     assert (done.code, len(done.err.splitlines())) == (130, 1), done
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -7,16 +7,18 @@ import sys
 import time
 
 import pytest
-from budget_engine.migration import chain
-from conftest import MIGRATIONS, Db, clean_environment, ended, until
+from conftest import MIGRATIONS, PACKAGED_TOO, Db, clean_environment, ended, until
 from psycopg.errors import RaiseException
 from states import by_hand, with_uuid
+
+from scripts import chain
 
 # Between two attempts to get both locks.
 WAITING = """
 SELECT count(*) FROM pg_stat_activity WHERE application_name = 'budget-engine-recipes' AND wait_event = 'PgSleep'"""
 
 
+@PACKAGED_TOO
 @pytest.mark.parametrize("turn_id", ["uuid", "bigint"])
 def test_the_fix_holds_one_table_only_together_with_the_other(db: Db, turn_id: str) -> None:
     """Holding prompt_snapshots while waiting for turns would hold up all its readers, or end them in a deadlock."""

@@ -19,11 +19,13 @@ from string import Template
 from urllib.parse import quote, quote_plus, unquote
 
 import pytest
-from budget_engine import libpq
-from budget_engine.errors import RecipeError
-from budget_engine.settings import Settings, Target, completed, mask, parse_env_file, parse_target
 from conftest import SEED, Run, clean_environment, run
 from test_command_line import peer, refuse_password
+
+from scripts import env_file, libpq, report
+from scripts.database import Database
+from scripts.errors import RecipeError
+from scripts.settings import Settings, Target, completed, mask, parse_target
 
 URLS, AT_ONCE = 10_000, 2_500
 PROCESSES = 36
@@ -158,14 +160,14 @@ def all_said(text: str, *, in_file: bool) -> Iterator[str]:
     source = "environment variable DATABASE_URL"
     try:
         if in_file:
-            values, notes = parse_env_file(f"DATABASE_URL={text}\n", {})
-            yield from notes
-            text, source = values["DATABASE_URL"], ".env"
+            file = env_file.parse(f"DATABASE_URL={text}\n", {})
+            yield from env_file.notes(file)
+            text, source = file.values["DATABASE_URL"], ".env"
         settings = Settings(parse_target(text, source), source)
         yield repr(settings)
         assert settings.target is not None
         target = completed(settings.target, source)
-        yield from [repr(target), *text.target(target, settings), *echoes(target)]
+        yield from [repr(target), *report.target(target, settings), *echoes(target)]
         Database(target, settings).close()
     except RecipeError as error:
         yield from [*error.lines(), repr(error), *traceback.format_exception(error)]

@@ -230,13 +230,13 @@ def test_env_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected_ms"),
-    [("2s", 2000), ("500ms", 500), ("750", 750), (" 1.5 s ", 1500), ("1min", 60_000), ("'3s'", 3000), ("", 2000)],
+    [("2s", 2000), ("500ms", 500), ("0.75s", 750), (" 1.5 s ", 1500), ("1min", 60_000), ("'3s'", 3000), ("", 2000)],
 )
 def test_lock_timeout_reads_as_in_postgresql(tmp_path: Path, text: str, expected_ms: int) -> None:
     assert load(tmp_path, {"LOCK_TIMEOUT": text}).lock_timeout_ms == expected_ms
 
 
-@pytest.mark.parametrize(("text", "expected_s"), [("60s", 60), ("2min", 120), ("30", 30), ("0", 0), ("250ms", 0.25)])
+@pytest.mark.parametrize(("text", "expected_s"), [("60s", 60), ("2min", 120), ("0", 0), ("0.0", 0), ("250ms", 0.25)])
 def test_lock_wait_in_seconds(tmp_path: Path, text: str, expected_s: float) -> None:
     assert load(tmp_path, {"LOCK_WAIT": text}).lock_wait_s == expected_s
 
@@ -259,6 +259,18 @@ def test_bad_duration_is_refused(tmp_path: Path, name: str, text: str) -> None:
     with pytest.raises(SettingsError, match=f"^{name} ") as caught:
         load(tmp_path, {name: text})
     assert (caught.value.exit_code, caught.value.where) == (3, f"environment variable {name}")
+
+
+@pytest.mark.parametrize("name", ["LOCK_TIMEOUT", "LOCK_WAIT"])
+@pytest.mark.parametrize("number", ["5", "0.5", "10"])
+def test_number_without_a_unit_is_refused(tmp_path: Path, name: str, number: str) -> None:
+    """PostgreSQL reads milliseconds, most tools seconds."""
+    write_env(tmp_path, f"{name}={number}\n")
+    for environ, where in (({}, ".env"), ({name: f" {number} "}, f"environment variable {name}")):
+        with pytest.raises(SettingsError, match=f"^{name} ") as caught:
+            load(tmp_path, environ)
+        assert (caught.value.exit_code, caught.value.where) == (3, where)
+        assert all(way in caught.value.remedy for way in (f" {number}s ", f" {number}ms."))
 
 
 def test_env_example_states_the_defaults(tmp_path: Path) -> None:
@@ -446,8 +458,12 @@ def test_ssl_of_other_drivers_becomes_sslmode(ssl: str, sslmode: str) -> None:
         ("options=-c geqo=off -c search_path=app -c jit=off", "app", "-c geqo=off -c jit=off"),
         ("options=endpoint%3Dep-cool-1", None, "endpoint=ep-cool-1"),
         ("options=-c my.search_path=x", None, "-c my.search_path=x"),
-        ("options=-c%20search_path%3Dold&search_path=new", "new", None),
         ("schema=", None, None),
+        ("currentSchema=app", "app", None),
+        ("currentSchema=app,MyApp", 'app,"MyApp"', None),
+        ("currentSchema=%22MyApp%22,public", '"MyApp",public', None),
+        ("schema=app&currentSchema=app&search_path=app&options=-c%20search_path%3Dapp", "app", None),
+        ("search_path=app, public&currentSchema=app,public", "app, public", None),
     ],
 )
 def test_search_path_is_taken_out(query: str, search_path: str | None, options: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Every state that SCHEMA.md lists under "What real databases look like before the first run", and its outcome."""
+"""Every state that real databases are in before the first run, and its outcome."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A verification is trusted once it was seen to fail: each item is broken alone, seen to differ, and mended.
 
-What each breakage makes differ, and who mends it, is worked out here from the item's name and SCHEMA.md, not read from
-the verification: `Item.cure` and `Item.cure_without_table` say it.
+What each breakage makes differ, and who mends it, is worked out here from the item's name, not read from the
+verification: `Item.cure` and `Item.cure_without_table` say it.
 """
 
 from __future__ import annotations

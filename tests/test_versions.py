@@ -52,6 +52,20 @@ def test_versions_are_all_from_the_oldest_that_is_accepted_to_the_embedded_one()
     assert list(range(OLDEST_VERSION // 10000, versions.NEWEST + 1)) == versions.MAJORS
 
 
+@pytest.mark.parametrize(
+    ("folders", "newest"), [((), None), (("9.6", "13"), None), (("13", "15", "9.6", "16", "new"), "16")]
+)
+def test_the_newest_packaged_server_that_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: tuple[str, ...], newest: str | None
+) -> None:
+    for folder in folders:
+        (tmp_path / folder / "bin").mkdir(parents=True)
+        (tmp_path / folder / "bin" / "postgres").touch()
+    (tmp_path / "17" / "bin").mkdir(parents=True)  # of the client's package
+    monkeypatch.setattr(versions, "PACKAGED", tmp_path)
+    assert versions.packaged() == (tmp_path / newest / "bin" if newest else None)
+
+
 def test_ci_runs_the_oldest_and_the_newest_and_the_workflow_all() -> None:
     [words] = re.findall(r"for postgres in (.+);", (ROOT / ".ci/run").read_text())
     assert [int(word) for word in words.split()] == [versions.MAJORS[0], versions.NEWEST]
@@ -74,6 +88,15 @@ def test_first_use_installs_and_says_so(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().err == ""
     lock.write_text(f"{lock.read_text()}# changed\n")
     assert versions.installed(lock, tmp_path) != first
+
+
+def test_settings_that_lead_pip_elsewhere_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tmp_path / "pip.conf"
+    settings.write_text(f"[install]\ndry-run = 1\nroot = {tmp_path / 'elsewhere'}\npython = /nowhere\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(settings))
+    monkeypatch.setenv("PIP_NO_BINARY", ":all:")
+    assert versions.installed(lock_of(tmp_path), tmp_path).exists()
+    assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["another hash", "half an archive"])

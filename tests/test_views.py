@@ -141,6 +141,56 @@ def test_status_names_copies_elsewhere_and_invalid_indexes(ready: Db) -> None:
     assert around["invalid"] == ["idx_games_owner"]
 
 
+def test_status_names_a_few_of_many_copies_and_counts_the_rest(ready: Db) -> None:
+    copies = "".join(
+        f"CREATE SCHEMA t{n:02}; CREATE TABLE t{n:02}.turns (); CREATE TABLE t{n:02}.games ();" for n in range(50)
+    )
+    ready.execute(copies)
+    around = asked(ready, "status")["surroundings"]
+    assert (around["elsewhere"], around["elsewhere_count"]) == (
+        ["t00.games", "t00.turns", "t01.games", "t01.turns", "t02.games"],
+        100,
+    )
+    lines = [line for line in ready.invoke("status").out.splitlines() if line.startswith("elsewhere")]
+    assert lines[5:] == ["elsewhere 95 more relations bear names of ours"]
+
+
+def test_status_has_the_history_of_its_own_schema(ready: Db) -> None:
+    """What another schema was given, and by which file, is its own affair."""
+    ready.execute("CREATE SCHEMA app")
+    app = {"DATABASE_URL": f"{ready.url}&schema=app"}
+    around = document(ready.invoke("status", "--format", "json", env=app))["surroundings"]
+    assert (around["diary"], around["changed"]) == ([], [])
+    ready.execute("INSERT INTO budget_engine.diary (step, part, schema_name, duration, checksum, version) "
+                  "VALUES ('20250220_slots_flags', 'atomic', 'app', '1 s', 'of another file', '0.0.9')")  # fmt: skip
+    here, there = asked(ready, "status"), document(ready.invoke("status", "--format", "json", env=app))
+    assert (len(here["surroundings"]["diary"]), here["surroundings"]["changed"]) == (5, [])
+    assert [entry["version"] for entry in there["surroundings"]["diary"]] == ["0.0.9"]
+    assert there["surroundings"]["changed"] == ["20250220_slots_flags"]
+    behind = {"DATABASE_URL": f"{ready.url}&search_path=empty,public"}
+    ready.execute("CREATE SCHEMA empty")
+    assert len(document(ready.invoke("status", "--format", "json", env=behind))["surroundings"]["diary"]) == 5
+
+
+def test_each_answer_says_which_tables_it_is_about(ready: Db) -> None:
+    """Where they stand, which is not always where new ones would go."""
+    ready.execute("CREATE SCHEMA app; CREATE SCHEMA empty")
+    there = f"database {ready.name} on {ready.cluster.sockets}, schema"
+    paths = {"public": "public", "app": "app", "empty,public": "public"}
+    for task, words in (("setup", ""), ("verify", ""), ("status", "171 promises stand; "), ("plan", "nothing")):
+        for path, meant in paths.items():
+            done = ready.invoke(task, env={"DATABASE_URL": f"{ready.url}&search_path={path}"})
+            [*_, last] = [line for line in done.out.splitlines() if words in line and " on " in line]
+            assert done.code == 0, done
+            assert last.endswith(f"; {there} {meant}"), done
+            assert f"(search_path {path})" in done.out.splitlines()[0]
+            assert ("new ones would go to empty" in done.out) == ("," in path), done
+    seen = document(
+        ready.invoke("verify", "--format", "json", env={"DATABASE_URL": f"{ready.url}&search_path=empty,public"})
+    )
+    assert (seen["server"]["schema"], seen["server"]["homes"]) == ("empty", ["public"])
+
+
 def test_status_names_files_that_are_not_those_that_were_applied(ready: Db) -> None:
     ready.execute("INSERT INTO budget_engine.diary (step, part, duration, checksum, version) "
                   "VALUES ('20250220_slots_flags', 'atomic', '1 s', 'of another file', '0.0.9')")  # fmt: skip

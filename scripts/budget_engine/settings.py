@@ -10,20 +10,18 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 import psycopg
-from dotenv.parser import Binding, parse_stream
-from dotenv.variables import parse_variables
 from psycopg.conninfo import conninfo_to_dict
 
-from budget_engine import errors, libpq
+from budget_engine import env_file, errors, libpq
+from budget_engine.env_file import BLANKS, QUOTES, is_embedded
 
 
 @dataclass(frozen=True)
@@ -65,14 +63,14 @@ _UNIT_MS = {"us": 0.001, "ms": 1, "s": 1_000, "min": 60_000, "h": 3_600_000, "d"
 _LONGEST_MS = 2**31 - 1  # PostgreSQL's limit for lock_timeout
 _SHORTEST_SECRET = 4  # masking "a" wherever it stands would destroy the message; `display` masks by position
 
-_OURS = {"schema", "search_path"}
+# Where the tables go: Prisma's and JDBC's word name schemas as they are, search_path is written as in SQL.
+_NAMES_OF_SCHEMAS = {"schema", "currentSchema"}
+_OURS = _NAMES_OF_SCHEMAS | {"search_path"}
 _SSLMODE_OF_SSL = {"true": "require", "1": "require", "false": "prefer", "0": "prefer"}  # other drivers say ssl=…
 
 _ESCAPED = {" ": ["+"], "'": ["\\'", "''"]}  # otherwise than by code: in queries, in libpq's keyword form and SQL
-_BLANKS = " \t\r\n\f\v\u00a0\u200b\ufeff"
-_QUOTES = "\"'`\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb"  # straight and typographic
 _WRAPPINGS = {
-    "the quotes around it": re.compile(f"[{_QUOTES}](.*)[{_QUOTES}]", re.S),
+    "the quotes around it": re.compile(f"[{QUOTES}](.*)[{QUOTES}]", re.S),
     '"DATABASE_URL=" in front of it': re.compile(r"(?:export\s+)?DATABASE_URL\s*=(.*)", re.S),
     '"psql" in front of it': re.compile(r"psql\s(.*)", re.S),
 }
@@ -97,14 +95,15 @@ _ENCODING_HELP = (
 )
 
 
-def load(root: Path, environ: Mapping[str, str]) -> Settings:
-    """Read every setting; the environment wins over <root>/.env."""
-    values, notes = parse_env_file(_read_env_file(root / ".env"), environ)
-    given = {name: (value, ".env") for name, value in values.items()}
-    given |= {name: (value, f"environment variable {name}") for name, value in environ.items()}
-    target, source = _choose_target(given, in_ci=_is_true(environ.get("CI", "")))
-    lock_timeout_ms = _duration_ms(given, "LOCK_TIMEOUT", Settings.lock_timeout_ms, plain="ms", least_ms=1)
-    lock_wait_ms = _duration_ms(given, "LOCK_WAIT", Settings.lock_wait_s * 1000, plain="s", least_ms=0)
+def load(home: Path, environ: Mapping[str, str]) -> Settings:
+    """Read every setting of a run at home in that folder; the environment wins over the files (see env_file)."""
+    in_files, notes = env_file.read(home, environ)
+    given = in_files | {name: (value, f"environment variable {name}") for name, value in environ.items()}
+    if "DATABASE_URL" not in given and _is_true(environ.get("CI", "")):
+        raise errors.NoUrlInCiError(where="\n".join(("environment and .env", *notes)))
+    target, source = _choose_target(given)
+    lock_timeout_ms = _duration_ms(given, "LOCK_TIMEOUT", Settings.lock_timeout_ms, least_ms=1)
+    lock_wait_ms = _duration_ms(given, "LOCK_WAIT", Settings.lock_wait_s * 1000, least_ms=0)
     connect_ms = _duration_ms(given, "CONNECT_TIMEOUT", Settings.connect_timeout_s * 1000, plain="s", least_ms=1000)
     return Settings(target, source, notes, round(lock_timeout_ms), lock_wait_ms / 1000, math.ceil(connect_ms / 1000))
 
@@ -113,88 +112,30 @@ def _is_true(text: str) -> bool:
     return text.strip().lower() not in {"", "0", "false", "no", "off"}
 
 
-def _read_env_file(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        raise errors.EnvFileError(where=f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise errors.EnvEncodingError(where=str(path)) from None
-
-
-def parse_env_file(text: str, environ: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Read .env as python-dotenv does; the notes say what python-dotenv would pass over in silence."""
-    bindings = list(parse_stream(StringIO(text)))
-    broken = [binding for binding in bindings if binding.error]
-    if "DATABASE_URL" not in environ:
-        _refuse_broken_url(broken)
-        _refuse_shortened_url(bindings)
-    notes = [f"ignored in .env: line {_line(binding)}, which is not of the form NAME=VALUE" for binding in broken]
-    url_lines = [str(_line(binding)) for binding in bindings if binding.key == "DATABASE_URL"]
-    if len(url_lines) > 1:
-        notes.append(f"ignored in .env: every DATABASE_URL but the last one (lines {', '.join(url_lines)})")
-    if ineffective := [binding.key for binding in bindings if binding.key in libpq.VARIABLES]:
-        notes.append(f"ignored in .env: {', '.join(dict.fromkeys(ineffective))} (libpq's: only in the environment)")
-    values: dict[str, str] = {}
-    for binding in bindings:
-        if binding.key:
-            atoms = parse_variables(binding.value or "")
-            values[binding.key] = "".join(atom.resolve({**values, **environ}) for atom in atoms)
-    return values, tuple(notes)
-
-
-def _refuse_broken_url(broken: Iterable[Binding]) -> None:
-    """Ignoring such a line would send the recipes to the embedded server."""
-    for binding in broken:
-        if re.search(r"^[^#\n]*\bDATABASE_URL\b", binding.original.string, re.M):
-            raise errors.EnvLineError(where=f"line {_line(binding)}")
-
-
-def _refuse_shortened_url(bindings: Sequence[Binding]) -> None:
-    """Refuse a URL that goes on behind a raw " #", or on the next line: the beginning may pass for another URL."""
-    for binding, next_one in zip(bindings, [*bindings[1:], None], strict=False):
-        if binding.key != "DATABASE_URL":
-            continue
-        _, _, rest = binding.original.string.partition(binding.value or "\n")
-        if re.match(r"\s+#.*@", rest) or (next_one and _may_go_on(next_one)):
-            remedy = "Write the URL on one line, in single quotes: without them a comment begins at a # behind a blank."
-            raise errors.EnvLineError(where=f"line {_line(binding)}", remedy=remedy)
-
-
-def _may_go_on(binding: Binding) -> bool:
-    """Tell whether this may be the rest of the URL above: no NAME=VALUE, no comment, but one word, or with an @."""
-    is_pair = binding.value is not None and _NAME.fullmatch(binding.key or "")
-    is_comment = binding.key is None and not binding.error
-    return not is_pair and not is_comment and re.fullmatch(r"\S+|.*@.*", binding.original.string.strip()) is not None
-
-
-def _line(binding: Binding) -> int:
-    text = binding.original.string  # begins with the blank lines above the binding
-    return binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
-
-
-def _choose_target(given: _Given, *, in_ci: bool) -> tuple[Target | None, str]:
-    if "DATABASE_URL" not in given and in_ci:
-        raise errors.NoUrlInCiError(where="environment and .env")
+def _choose_target(given: _Given) -> tuple[Target | None, str]:
     if "DATABASE_URL" not in given:
         return None, "embedded server (no DATABASE_URL in the environment or .env)"
     text, source = given["DATABASE_URL"]
-    if text.strip(_BLANKS + _QUOTES).lower() == "embedded":
+    if is_embedded(text):
         return None, f"embedded server (asked for by {source})"
     return parse_target(text, source), source
 
 
-def _duration_ms(given: _Given, name: str, default_ms: float, *, plain: str, least_ms: float) -> float:
-    """Read "2s", "1.5 min", or a number without a unit, which is of the unit `plain`; empty is the default."""
+def _duration_ms(given: _Given, name: str, default_ms: float, *, least_ms: float, plain: str = "") -> float:
+    """Read "2s" or "1.5 min"; empty is the default; plain: the unit of a number without one, if it needs none.
+
+    Of LOCK_TIMEOUT=5 PostgreSQL would make milliseconds, most other tools seconds.
+    """
     text, source = given.get(name, ("", ""))
-    if not (text := text.strip(_BLANKS + _QUOTES)):
+    if not (text := text.strip(BLANKS + QUOTES)):
         return default_ms
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text)
-    duration_ms = float(match[1]) * _UNIT_MS.get(match[2] or plain, math.nan) if match else math.nan
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)\s*([a-z]*)", text)
+    number, unit = (match[1], match[2] or plain) if match else ("nan", "s")
+    if not unit and float(number):
+        raise errors.UnitError(name=name, number=number, where=source)
+    duration_ms = float(number) * _UNIT_MS.get(unit or "s", math.nan)
     if not least_ms <= duration_ms <= _LONGEST_MS:
-        units = f"{', '.join(_UNIT_MS)}; none means {plain}"
+        units = ", ".join(_UNIT_MS) + (f"; none means {plain}" if plain else "")
         raise errors.DurationError(name=name, where=source, units=units, least_ms=least_ms, most_ms=_LONGEST_MS)
     return duration_ms
 
@@ -202,7 +143,7 @@ def _duration_ms(given: _Given, name: str, default_ms: float, *, plain: str, lea
 def parse_target(text: str, source: str = "DATABASE_URL") -> Target:
     """Understand a pasted URL, or libpq's keyword form."""
     text, notes = _unwrap(text)
-    if not text.strip(_QUOTES):
+    if not text.strip(QUOTES):
         raise errors.EmptyUrlError(form=_URL_FORM, where=source)
     if not text.isprintable():
         raise errors.UnprintableUrlError(where=source)
@@ -212,7 +153,7 @@ def parse_target(text: str, source: str = "DATABASE_URL") -> Target:
     if re.match(r"\w+\s*=", text):
         conninfo = _ask_libpq(text, source)
         _refuse_misplaced_login(conninfo, source)
-        return _target_of_conninfo(conninfo, notes)
+        return _target_of_conninfo(conninfo, _agreed(_in_options(conninfo), source), notes)
     scheme = _OTHER_SCHEME.match(text)
     found = f"begins with {scheme[1]}:" if scheme else "is neither a URL nor libpq's keyword form (host=… dbname=…)"
     raise errors.OtherUrlError(found=found, form=_URL_FORM, where=source)
@@ -220,7 +161,7 @@ def parse_target(text: str, source: str = "DATABASE_URL") -> Target:
 
 def _unwrap(text: str) -> tuple[str, list[str]]:
     """Take off what was pasted along with the URL."""
-    bare = text.strip(_BLANKS)
+    bare = text.strip(BLANKS)
     notes = ["ignored in DATABASE_URL: blanks around it"] if bare != text else []
     for what, wrapping in _WRAPPINGS.items():
         if match := wrapping.fullmatch(bare):
@@ -234,10 +175,11 @@ def _target_of_url(rest: str, source: str, notes: list[str]) -> Target:
     if url is None:
         raise errors.AmbiguousUrlError(where=source, remedy=_ENCODING_HELP)
     typed_secrets = [url.login.partition(":")[2], *(value for name, value in url.parameters if name in libpq.SECRET)]
-    search_paths = [_as_search_path(name, unquote(value)) for name, value in url.parameters if name in _OURS]
+    paths = [(name, _as_search_path(name, unquote(value))) for name, value in url.parameters if name in _OURS]
     conninfo = _ask_libpq(_normalize(url), source)
     _refuse_misplaced_login(conninfo, source)
-    return _target_of_conninfo(conninfo, [*notes, *_notes_on_url(url)], typed_secrets, search_paths)
+    search_path = _agreed([*paths, *_in_options(conninfo)], source)
+    return _target_of_conninfo(conninfo, search_path, [*notes, *_notes_on_url(url)], typed_secrets)
 
 
 def _split_url(rest: str) -> _Url | None:
@@ -287,9 +229,33 @@ def _as_sslmode(name: str, value: str) -> tuple[str, str]:
 
 
 def _as_search_path(name: str, value: str) -> str:
-    """Take ?search_path= as it is; ?schema= is one name, to be quoted where SQL would fold or split it."""
-    plain = name == "search_path" or re.fullmatch(r"[a-z_][a-z0-9_$]*|", value)
-    return value if plain else '"' + value.replace('"', '""') + '"'
+    """Take ?search_path= as it is; quote the names in the others where SQL would fold or split them."""
+    if name not in _NAMES_OF_SCHEMAS:
+        return value
+    return ",".join(map(_quoted, re.findall(r'"(?:[^"]|"")+"(?=,|$)|[^,]+', value)))
+
+
+def _quoted(schema: str) -> str:
+    plain = re.fullmatch(r'[a-z_][a-z0-9_$]*|"(?:[^"]|"")+"', schema)
+    return schema if plain else '"' + schema.replace('"', '""') + '"'
+
+
+def _in_options(conninfo: Mapping[str, str]) -> list[tuple[str, str]]:
+    found = _SEARCH_PATH_OPTION.findall(conninfo.get("options", ""))
+    return [("options", re.sub(r"\\(.)", r"\1", path)) for path in found]
+
+
+def _agreed(paths: Iterable[tuple[str, str]], source: str) -> str | None:
+    """Return the search_path that all these parameters name; refuse to choose between several."""
+    given = {name: path for name, path in paths if path}
+    different = {_compact(path) for name, path in paths if path}
+    if len(different) > 1:
+        raise errors.SearchPathError(names=", ".join(given), where=source)
+    return next(iter(given.values()), None)
+
+
+def _compact(path: str) -> str:
+    return re.sub(r"\s*,\s*", ",", path.strip())
 
 
 def _normalize(url: _Url) -> str:
@@ -327,12 +293,9 @@ def _ask_libpq(conninfo: str, source: str) -> dict[str, str]:
 
 
 def _target_of_conninfo(
-    conninfo: dict[str, str], notes: Iterable[str], typed_secrets: Iterable[str] = (), search_paths: Iterable[str] = ()
+    conninfo: dict[str, str], search_path: str | None, notes: Iterable[str], typed_secrets: Iterable[str] = ()
 ) -> Target:
-    options = conninfo.get("options", "")
-    option_paths = [re.sub(r"\\(.)", r"\1", path) for path in _SEARCH_PATH_OPTION.findall(options)]
-    search_path = next(filter(None, reversed([*option_paths, *search_paths])), None)  # the last one wins, as in libpq
-    if options:  # left empty rather than out: libpq would go for PGOPTIONS
+    if options := conninfo.get("options"):  # left empty rather than out: libpq would go for PGOPTIONS
         conninfo["options"] = _SEARCH_PATH_OPTION.sub("", options).strip()
     # A whole login in the place of the user's name is a common slip; a name with a colon in it is rare.
     user, colon, behind_colon = conninfo.get("user", "").partition(":")
@@ -347,8 +310,12 @@ def completed(target: Target, source: str) -> Target:
     """Return the target with what libpq adds to it by itself: where it really leads, every secret that may turn up."""
     whole, secrets, sources = libpq.resolve(target.conninfo)
     _refuse_misplaced_login(whole, ", ".join([source, *sources]))
-    paths = [target.search_path or ""]
-    return replace(_target_of_conninfo(whole, target.notes, [*target.secrets, *secrets], paths), sources=sources)
+    typed, found = target.search_path, _agreed(_in_options(whole), ", ".join(sources))
+    ignored = typed and found and _compact(typed) != _compact(found)
+    place = next((source for source in sources if source.startswith("service ")), "PGOPTIONS")
+    notes = [*target.notes, *([f"ignored in {place}: search_path (DATABASE_URL names another)"] if ignored else [])]
+    completed_target = _target_of_conninfo(whole, typed or found, notes, [*target.secrets, *secrets])
+    return replace(completed_target, sources=sources)
 
 
 def _refuse_misplaced_login(conninfo: Mapping[str, str], source: str) -> None:

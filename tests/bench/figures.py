@@ -34,14 +34,14 @@ _ROUND = 10  # from here on figures are written without decimals
 Series = Mapping[str, Sequence[float]]
 
 
-def machine(server_version: str) -> str:
+def machine(server: str) -> str:
     """Where and when: figures say nothing without it."""
     memory = psutil.virtual_memory().total / 2**30
     system = f"{platform.system()} {platform.machine()}"
     now = datetime.now(timezone.utc)
     return (
         f"{os.cpu_count()} cores ({_processor()}), {memory:.0f} GiB, {system}, "
-        f"PostgreSQL {server_version}, Python {platform.python_version()}, {now:%Y-%m-%d}"
+        f"{server}, Python {platform.python_version()}, {now:%Y-%m-%d}"
     )
 
 
@@ -61,7 +61,9 @@ class Report:
     def begin(self, cluster: embedded.Cluster) -> None:
         """Say where and when; the charts repeat it."""
         with psycopg.connect(cluster.url) as connection:
-            self.machine = machine(connection.info.parameter_status("server_version") or "?")
+            asked = "SELECT current_setting('server_version'), pg_jit_available() AND current_setting('jit')::boolean"
+            version, jit = connection.execute(asked).fetchone() or ("?", False)
+            self.machine = machine(f"PostgreSQL {version}, {'with' if jit else 'without'} JIT")
         self.say(self.machine)
 
     def say(self, line: str) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from conftest import Db, database, private_server
-from versions import MAJOR
+from versions import packaged
 
 from bench import tables, traffic
 from bench.figures import Report, line_chart
@@ -105,7 +105,7 @@ class Outcome:
 def run(sizes: Sequence[Size], report: Report) -> None:
     """Measure every size, print its tables as soon as they are there, and draw the charts."""
     outcomes: dict[int, dict[str, Outcome]] = {}
-    with private_server(durable=True) as cluster:
+    with private_server(binaries=packaged(), durable=True) as cluster:
         text.begin(cluster)
         for size in sizes:
             with database(cluster) as template:
@@ -133,7 +133,8 @@ def _outcome(template: Db, way: str, size: Size) -> Outcome:
 @contextmanager
 def _copy(template: Db, size: Size) -> Iterator[Db]:
     """Copy the filled database, and let the disk come to rest."""
-    strategy = " STRATEGY file_copy" if MAJOR >= 15 else ""  # 14 knows no other
+    is_older = template.value("SELECT current_setting('server_version_num')::int < 150000")
+    strategy = "" if is_older else " STRATEGY file_copy"  # 14 knows no other
     with database(template.cluster, f"{template.name}{strategy}") as db:
         db.execute("CHECKPOINT")
         os.sync()
@@ -201,7 +202,9 @@ def _megabytes(count: int) -> str:
 
 
 def _print(outcomes: Mapping[str, Outcome], report: Report) -> None:
-    text.say("Longest read / write that was under way during the step, in ms; each way's first line is without a step.")
+    text.say(
+        "Longest read / write that was under way during the step, in ms; each way's first line is without a step."
+    )
     rows = []
     for way, outcome in outcomes.items():
         busy = outcome.busy

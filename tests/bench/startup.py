@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from budget_engine.postgres import embedded
 from conftest import Db, clean_environment, database, private_server
 from conftest import run as run_command
 from proxy import Proxy, socket_of
+from versions import packaged
 
 from bench.figures import Report, bar_chart
 from bench.tools import FLOOR, OURS, Tool, all_tools
+from budget_engine.postgres import embedded
 
 FAR_S = 0.05  # there and back
 CASES = ("from nothing", "nothing to do")
@@ -48,7 +49,7 @@ class Figures:
 
 def run(rounds: int, only: Sequence[str] | None, report: Report) -> None:
     """Measure the tools (only: of the others, those whose names contain one of these), print tables, draw charts."""
-    with private_server(durable=True) as cluster, tempfile.TemporaryDirectory() as workshop:
+    with private_server(binaries=packaged(), durable=True) as cluster, tempfile.TemporaryDirectory() as workshop:
         text.begin(cluster)
         everything = all_tools(cluster.binaries / "psql", Path(workshop))
         tools = [tool for tool in everything if only is None or _wanted(tool, only)]

@@ -36,10 +36,16 @@ PLAIN = {
         CREATE INDEX idx_turn_metrics_story_created ON turn_metrics (story_id, created_at DESC);
         CREATE INDEX idx_turn_metrics_created ON turn_metrics (created_at DESC)""",
     "prereqs": """
+        ALTER TABLE prompt_snapshots ADD COLUMN parent_id uuid REFERENCES prompt_snapshots (id) ON DELETE SET NULL;
+        CREATE TABLE templates (
+          id uuid PRIMARY KEY DEFAULT gen_random_uuid(), type text NOT NULL, slot text NOT NULL,
+          version int NOT NULL DEFAULT 1, body text NOT NULL, status text NOT NULL DEFAULT 'draft',
+          created_at timestamptz NOT NULL DEFAULT now(), created_by uuid, UNIQUE (type, slot, version));
+        CREATE INDEX idx_prompt_snapshots_parent_id ON prompt_snapshots (parent_id);
         CREATE INDEX idx_prompt_snapshots_created_by ON prompt_snapshots (created_by);
         CREATE INDEX idx_slots_type ON slots (type)""",
 }
-WHAT = {step: step for step in PLAIN} | {"prereqs": "prereqs (missing indexes)"}
+WHAT = {step: step for step in PLAIN} | {"prereqs": "prereqs (templates, parent_id, indexes)"}
 
 
 def plain(db: Db, step: str) -> None:

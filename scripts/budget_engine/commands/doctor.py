@@ -30,11 +30,11 @@ from budget_engine.commands.session import Session, announce, target_of
 from budget_engine.migration import chain, plan, survey
 from budget_engine.migration.chain import ROOT
 from budget_engine.migration.runner import STAY, needing_room
-from budget_engine.migration.survey import BEGIN_READ_ONLY, Survey
+from budget_engine.migration.survey import Survey
 from budget_engine.output.console import CONSOLE
 from budget_engine.output.ending import as_message
 from budget_engine.postgres import embedded
-from budget_engine.postgres.connection import Connection
+from budget_engine.postgres.connection import BEGIN_READ_ONLY, Connection
 from budget_engine.settings import Settings, Target, completed, load
 
 _T = TypeVar("_T")
@@ -254,9 +254,9 @@ WHERE evtenabled IN ('O', 'A') AND evtowner::regrole::text <> 'supabase_admin' O
 def _ask(connection: Connection, tables: Collection[str]) -> Facts:
     """Ask in one message, its first queries before our own settings hold."""
     names = sql.Literal(sorted(tables)).as_string()
-    _, limits, [(role, name, replication_role, tls)], _, absent, places, event_triggers, _ = connection.run(
+    _, _, limits, [(role, name, replication_role, tls)], _, absent, places, event_triggers, _ = connection.run(
         [
-            BEGIN_READ_ONLY,
+            *BEGIN_READ_ONLY,
             _LIMITS,
             _SESSION,
             f"SELECT {connection.transaction_settings}",
@@ -284,9 +284,9 @@ def _ask(connection: Connection, tables: Collection[str]) -> Facts:
 def _crowded(connection: Connection, open_second: Callable[[], Connection]) -> errors.RecipeError | None:
     """Try for a second connection while a transaction is open on the first: a pooler lends its server's to either."""
     try:
-        connection.run([BEGIN_READ_ONLY, STAY])
+        connection.run([*BEGIN_READ_ONLY, STAY])
         with needing_room(), open_second() as second:
-            second.run(["SELECT"])
+            second.ask([])
         connection.run(["COMMIT"])
     except errors.CrowdedError as error:
         return error

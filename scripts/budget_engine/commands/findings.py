@@ -106,9 +106,10 @@ def packages(locked: Mapping[str, Sequence[str]], installed: Mapping[str, str], 
 
 
 def notes(source: str, given: Sequence[str]) -> Iterator[Finding]:
-    """Say what is odd in .env and in the URL; where it is corrected or ignored, that is done."""
+    """Say what is odd in the files and in the URL; where it is corrected or ignored, that is done."""
     for odd in given:
-        yield note("settings", odd, f"Correct it there ({'.env' if ' in .env: ' in odd else source}), if it matters.")
+        place = f" ({source})" if " in DATABASE_URL: " in odd else ""
+        yield note("settings", odd, f"Correct it there{place}, if it matters.")
 
 
 def embedded_server(cluster: Cluster, health: Health, *, in_use: bool) -> Finding:
@@ -305,12 +306,18 @@ def schemas(server: Server, facts: Facts) -> Iterator[Finding]:
         yield ok("schema", f"{server.schema} ({path})")
 
 
+_NAMED = 3  # of the schemas that the search_path does not lead to: there may be hundreds of tenants
+
+
 def _lead(table: str, server: Server, facts: Facts) -> str:
     """Say where a table's name leads, if that may not be what was meant."""
     places = sorted((place for place in facts.places if place.table == table), key=lambda place: place.rank or math.inf)
     visible = [place.schema for place in places if place.rank]
     if not visible:
-        return f"only in {' and '.join(place.schema for place in places)}, which is not in the search_path"
+        named, more = [place.schema for place in places[:_NAMED]], len(places) - _NAMED
+        if more > 0:
+            named.append(f"{more} others")
+        return f"only in {' and '.join(named)}, which is not in the search_path"
     if len(visible) > 1:
         return f"in {' and '.join(visible)}; {visible[0]} is meant"
     return f"in {visible[0]}; new tables would go to {server.schema}" if visible[0] != server.schema else ""

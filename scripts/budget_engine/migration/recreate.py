@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from budget_engine.migration import plan
 from budget_engine.migration.chain import Chain, Step
 from budget_engine.migration.checks import Check, Kind, Lock, as_if_missing
-from budget_engine.migration.survey import BEGIN_READ_ONLY, PIN, Survey, literal
+from budget_engine.migration.survey import PIN, Survey, literal
 from budget_engine.postgres.connection import Connection
 
 
@@ -61,13 +61,10 @@ def read(connection: Connection, chain: Chain, found: Survey) -> tuple[Move, ...
     tables = {check.table: check for check in found.checks if check.kind is Kind.TABLE and check.found}
     core = [str(check.found) for check in tables.values() if check.step == recreate.instead_of]
     ours = [str(check.found) for check in tables.values()]
-    settings = f"SELECT {connection.transaction_settings}"
-    query = _LED.format(core=literal(core), ours=literal(ours))
-    *_, rows, _ = connection.run([BEGIN_READ_ONLY, settings, PIN, query, "COMMIT"])
+    _, rows = connection.ask([PIN, _LED.format(core=literal(core), ours=literal(ours))])
     # Where row-level security hides rows from us, an error is better than a table that looks empty.
     looks = [f"SELECT EXISTS (SELECT FROM {name})" for _, name, *_ in rows]
-    unhidden = f"{settings}, set_config('row_security', 'off', true)"
-    _, _, *filled, _ = connection.run([BEGIN_READ_ONLY, unhidden, *looks, "COMMIT"])
+    filled = connection.ask(looks, "set_config('row_security', 'off', true)")
     return tuple(
         Move(str(table), str(name), is_ours == "t", int(estimate or 0) if holds == "t" else None, keys or "")
         for (table, name, is_ours, estimate, keys), [(holds,)] in zip(rows, filled, strict=True)

@@ -22,19 +22,12 @@ from psycopg.errors import Diagnostic
 
 from budget_engine import errors
 from budget_engine.errors import StatementError
-from budget_engine.migration import survey
+from budget_engine.migration import survey, turn
 from budget_engine.migration.chain import Chain, Step, version
 from budget_engine.migration.checks import STRENGTH, Check, Kind, Lock
 from budget_engine.migration.plan import Action, Effect, Plan, StepPlan
-from budget_engine.migration.survey import Server, literal
-from budget_engine.postgres.connection import Connection, Rows, transaction_settings
-from budget_engine.settings import Target
-
-# One runner at a time in a schema. Advisory locks have no names, only numbers: these are the letters "budget".
-RUN_LOCK = int.from_bytes(b"budget", "big")
-# And one builder: of two CREATE INDEX CONCURRENTLY on one table the second waits for the first one's lock, the first
-# for the second one's snapshot: a deadlock. It is another lock, so that a build of an hour holds up no transaction.
-BUILD_LOCK = int.from_bytes(b"budget/o", "big")
+from budget_engine.migration.survey import Server, Survey, literal
+from budget_engine.postgres.connection import BEGIN, BEGIN_READ_ONLY, MISGUIDING, Connection, Rows
 
 _BUSY = "TB004"  # raised by the guard
 AT_WORK = "run is at work in this schema"
@@ -42,7 +35,6 @@ _DEADLOCK = "40P01"
 _INTEGRITY = "23"  # the class of integrity constraint violations
 _DUPLICATE_TABLE = "42P07"
 _TIMEOUTS = {"57014", "55P03", "25P04"}  # what a role's own limits end a statement with
-_BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 _MOMENT_MS = 100  # shorter than deadlock_timeout: nobody dies in a deadlock with us
 
 # passed: as many checks as the survey saw pass; fewer or more, and somebody was at work since: survey and plan again.
@@ -51,19 +43,19 @@ DECLARE
   path CONSTANT pg_catalog.text := pg_catalog.current_setting('search_path');
   passed pg_catalog.int8;
 BEGIN
-  IF NOT pg_catalog.pg_try_advisory_xact_lock({lock}::pg_catalog.int8) THEN
+  PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+  IF NOT {taken} THEN
     RAISE EXCEPTION USING ERRCODE = '{busy}', MESSAGE = 'another {at_work}';
   END IF;{compare}
+  PERFORM set_config('search_path', path, true);
 END
 $guard$"""
 _COMPARE = """
-  PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
   EXECUTE 'SELECT count(*) FROM (' || current_setting('budget_engine.verification')
     || ') AS checks WHERE actual = expected' INTO passed;
   IF passed <> {passed} THEN
     RAISE EXCEPTION USING ERRCODE = '{busy}', MESSAGE = 'another {at_work}';
-  END IF;
-  PERFORM set_config('search_path', path, true);"""
+  END IF;"""
 
 # All of them or none: who waits for one table while holding another holds up everybody who wants that one. So the queue
 # is for the first only, while nothing is held; what comes after it is waited for a moment at most.
@@ -120,24 +112,30 @@ BEGIN
   IF EXISTS (SELECT FROM pg_catalog.pg_publication WHERE puballtables) THEN
     RETURN;
   END IF;
+  -- Who makes the history now is about to commit. Where locks were taken, a shorter moment is left.
+  PERFORM pg_catalog.set_config('lock_timeout', '1s', true)
+    WHERE pg_catalog.current_setting('lock_timeout')::pg_catalog.interval > '1s'::pg_catalog.interval;
   IF NOT EXISTS (SELECT FROM pg_catalog.pg_class JOIN pg_catalog.pg_namespace AS n ON n.oid = relnamespace
                  WHERE nspname = 'budget_engine' AND relname = 'history') THEN
-    CREATE SCHEMA IF NOT EXISTS budget_engine;
-    CREATE TABLE budget_engine.history (
-      id           bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT history_pkey PRIMARY KEY,
-      step         text        NOT NULL,
-      part         text        NOT NULL CONSTRAINT history_part_check CHECK (part IN ('transaction', 'concurrent')),
-      schema_name  text        NOT NULL,
-      finished_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
-      duration     interval    NOT NULL,
-      role_name    text        NOT NULL DEFAULT session_user,
-      checksum     text        NOT NULL,
-      version      text        NOT NULL
-    );
-    COMMENT ON SCHEMA budget_engine IS 'Bookkeeping of the Budget Engine & Telemetry recipes';
-    COMMENT ON TABLE budget_engine.history IS 'Who ran which step when: for people to read, nothing decides by it';
-    COMMENT ON COLUMN budget_engine.history.checksum IS 'SHA-256 of the migration with LF line ends';
-    COMMENT ON COLUMN budget_engine.history.version IS 'Version of the recipes';
+    BEGIN
+      CREATE SCHEMA IF NOT EXISTS budget_engine;
+      CREATE TABLE budget_engine.history (
+        id           bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT history_pkey PRIMARY KEY,
+        step         text        NOT NULL,
+        part         text        NOT NULL CONSTRAINT history_part_check CHECK (part IN ('transaction', 'concurrent')),
+        schema_name  text        NOT NULL,
+        finished_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+        duration     interval    NOT NULL,
+        role_name    text        NOT NULL DEFAULT session_user,
+        checksum     text        NOT NULL,
+        version      text        NOT NULL
+      );
+      COMMENT ON SCHEMA budget_engine IS 'Bookkeeping of the Budget Engine & Telemetry recipes';
+      COMMENT ON TABLE budget_engine.history IS 'Who ran which step when: for people to read, nothing decides by it';
+      COMMENT ON COLUMN budget_engine.history.checksum IS 'SHA-256 of the migration with LF line ends';
+      COMMENT ON COLUMN budget_engine.history.version IS 'Version of the recipes';
+    EXCEPTION WHEN unique_violation OR duplicate_table THEN  -- a run in another schema was faster: its history is ours
+    END;
   END IF;
   INSERT INTO budget_engine.history (step, part, schema_name, duration, checksum, version)
   VALUES ({step}, {part}, {schema},
@@ -155,6 +153,7 @@ _STARTED = f"pg_catalog.set_config('budget_engine.started_at', ({_CLOCK})::pg_ca
 _TOOK = f"SELECT 1000 * ({_CLOCK} - pg_catalog.current_setting('budget_engine.started_at')::pg_catalog.numeric)"
 _NAME = "budget_engine.verification"
 
+_AS_BUILT = f"SELECT set_config(name, boot_val, false) FROM pg_settings WHERE {MISGUIDING}"
 # For the session that builds, and for the transaction that holds the turn meanwhile (transaction_timeout is new in 17).
 _UNLIMITED = """SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN '{lock_timeout_ms}' ELSE '0' END, false)
 FROM pg_settings WHERE name IN ('statement_timeout', 'transaction_timeout', 'lock_timeout')"""
@@ -193,11 +192,11 @@ Notice = Callable[[Step, str], None]
 
 @dataclass(frozen=True)
 class Script:
-    """Writes the messages of one plan: chain, the server as the survey saw it, and our settings for a transaction."""
+    """Writes the messages of one plan: chain, the survey that it was made of, and our settings for a transaction."""
 
     chain: Chain
     plan: Plan
-    server: Server
+    found: Survey
     settings: str
 
     def transactions(self) -> list[Sent]:
@@ -215,11 +214,11 @@ class Script:
         step = planned.step
         verification = f", {self._noted(local=False)}" if first else ""
         return [
-            Sent(step, Part.FRAME, _BEGIN),
-            Sent(step, Part.FRAME, f"SELECT {self.settings}, {pinned(self.server)}, {_STARTED}{verification}"),
+            *(Sent(step, Part.FRAME, sql) for sql in BEGIN),
+            Sent(step, Part.FRAME, f"SELECT {self.settings}, {pinned(self.found.server)}, {_STARTED}{verification}"),
             Sent(step, Part.GUARD, self._guard(compare=first)),
             *self._work(planned),
-            Sent(step, Part.HISTORY, history(step, "transaction", self.server.schema, None)),
+            Sent(step, Part.HISTORY, history(step, "transaction", self.found.server.schema, None)),
             Sent(step, Part.CLOCK, _TOOK),
             Sent(step, Part.COMMIT, "COMMIT"),
         ]
@@ -237,7 +236,7 @@ class Script:
         return f"pg_catalog.set_config('{_NAME}', {literal(self.chain.verification)}, {str(local).lower()})"
 
     def _guard(self, *, compare: bool) -> str:
-        facts = {"lock": run_lock(self.server), "busy": _BUSY, "at_work": AT_WORK}
+        facts = {"taken": self.found.turn.taken(turn.RUN), "busy": _BUSY, "at_work": AT_WORK}
         return _GUARD.format(compare=_COMPARE.format(passed=self.plan.passed, **facts) if compare else "", **facts)
 
     def _locks(self, actions: Sequence[Action]) -> str:
@@ -279,11 +278,11 @@ class Script:
 
         def clock(place: int) -> str:
             wait = queue_ms if place == 0 else moment_ms
-            return f"SELECT pg_catalog.set_config('lock_timeout', '{wait}ms', true), {pinned(self.server)}, {_CLOCK}"
+            return f"SELECT pg_catalog.set_config('lock_timeout', '{wait}ms', true), {pinned(self.found.server)}, {_CLOCK}"
 
         return [
-            Sent(first, Part.FRAME, _BEGIN),
-            Sent(first, Part.FRAME, f"SELECT {self.settings}, {pinned(self.server)}, {self._noted(local=True)}"),
+            *(Sent(first, Part.FRAME, sql) for sql in BEGIN),
+            Sent(first, Part.FRAME, f"SELECT {self.settings}, {pinned(self.found.server)}, {self._noted(local=True)}"),
             Sent(first, Part.GUARD, self._guard(compare=True)),
             *(
                 sent
@@ -304,7 +303,7 @@ class Script:
         message = [f"{sent.sql};" for sent in self.transactions()]
         concurrent = [f"{sql};" for action in self.plan.concurrent for sql in action.sql]
         if any(action.effect is Effect.SCAN for action in self.plan.concurrent):
-            message.append(f"SELECT {pinned(self.server, local=False)};")
+            message.append(f"SELECT {pinned(self.found.server, local=False)};")
         return "\n".join([*message, *concurrent]) or "-- nothing to do"
 
 
@@ -322,11 +321,6 @@ def _keys(keys: Sequence[tuple[Kind, str, str]]) -> str:
     return literal(json.dumps([[kind.value, table, name] for kind, table, name in keys]))
 
 
-def run_lock(server: Server) -> int:
-    """Return the number of the lock that one run holds at a time."""
-    return RUN_LOCK
-
-
 def history(step: Step, part: str, schema: str | None, duration: str | None) -> str:
     """Write the statement that adds a line to the history."""
     values = {
@@ -338,16 +332,6 @@ def history(step: Step, part: str, schema: str | None, duration: str | None) -> 
         "version": version(),
     }
     return _HISTORY.format(**{name: literal(value) for name, value in values.items()})
-
-
-def script(chain: Chain, plan: Plan, server: Server, connection: Connection) -> Script:
-    """Return what writes the plan's messages for this connection."""
-    return Script(chain, plan, server, connection.transaction_settings)
-
-
-def offline_script(chain: Chain, plan: Plan, server: Server, target: Target, lock_timeout_ms: int) -> Script:
-    """Return what writes the plan's messages for psql, with setup's own patience."""
-    return Script(chain, plan, server, transaction_settings(target, lock_timeout_ms))
 
 
 def run_transactions(connection: Connection, script: Script, say: Say, notice: Notice) -> None:
@@ -409,12 +393,12 @@ class Builder:
     def __init__(
         self,
         connection: Connection,
-        server: Server,
+        found: Survey,
         patience_s: float | None,
         say: Say,
         open_second: Callable[[], Connection],
     ) -> None:
-        self.connection, self.server, self.say = connection, server, say
+        self.connection, self.found, self.say = connection, found, say
         self.refused: dict[str, str] = {}  # the statement, and why the rows refuse it
         self._pooled = patience_s is None
         limits = {"statement_timeout": "0"} | (
@@ -427,7 +411,7 @@ class Builder:
         self._turn: Connection | None = None
         if patience_s is not None:
             # The role's own limits are meant for queries. Through a pooler a SET would stay with another's session.
-            connection.run([_UNLIMITED.format(lock_timeout_ms=round(patience_s * 1000))])
+            connection.run(["SET jit = off", _AS_BUILT, _UNLIMITED.format(lock_timeout_ms=round(patience_s * 1000))])
 
     def __enter__(self) -> Builder:
         return self
@@ -455,8 +439,8 @@ class Builder:
                     self._run_alone(step.step, action, sql)
             if any(self.refused.keys().isdisjoint(action.sql) for action in due):
                 took = f"{time.monotonic() - started} s"
-                line = history(step.step, "concurrent", self.server.schema, took)
-                self.connection.run([_BEGIN, f"SELECT {self.connection.transaction_settings}", line, "COMMIT"])
+                line = history(step.step, "concurrent", self.found.server.schema, took)
+                self.connection.run([*BEGIN, f"SELECT {self.connection.transaction_settings}", line, "COMMIT"])
 
     def _take_turn(self) -> None:
         """Be the one who builds; a second connection, which keeps the turn, is opened only where it seems free.
@@ -466,30 +450,27 @@ class Builder:
         """
         if self._turn is not None:
             return
-        with self._tried() as free, needing_room():
-            second = self._open_second() if free else None
+        with self._tried() as turn_taken, needing_room():
+            second = self._open_second() if turn_taken else None
             if second is not None:
-                second.run(["SELECT"])
+                second.ask([])
         if second is not None:
-            with needing_room():
-                taken = self._took_turn(second)  # its transaction stays open, without a snapshot that a build waits for
-            if taken:
+            with needing_room():  # its transaction stays open, without a snapshot that a build would wait for
+                *_, rows = second.run([*BEGIN_READ_ONLY, STAY, f"SELECT {turn_taken}"])
+            if rows == [("t",)]:
                 self._turn = second
                 return
             second.close()
         raise errors.BusyError(who="run is building indexes in this schema")
 
-    def _took_turn(self, connection: Connection) -> bool:
-        """Try for the turn to build; it lasts as long as the transaction that this opens."""
-        *_, rows = connection.run([_BEGIN + " READ ONLY", STAY, f"SELECT pg_try_advisory_xact_lock({BUILD_LOCK})"])
-        return rows == [("t",)]
-
     @contextmanager
-    def _tried(self) -> Iterator[bool]:
-        """Have the turn for a moment, if it is free, and let it go."""
-        taken = self._took_turn(self.connection)
+    def _tried(self) -> Iterator[str | None]:
+        """Have the turn to build for a moment, and let it go; tell how to take it. None: it is not free."""
+        ours = self.found.turn
+        looks = [survey.PIN, f"SELECT {ours.taken(turn.BUILD)}", ours.numbers()]
+        *_, free, numbers = self.connection.run([*BEGIN_READ_ONLY, STAY, *looks])
         try:
-            yield taken
+            yield turn.taken_by_number(turn.BUILD, numbers) if free == [("t",)] else None
         finally:
             self.connection.run(["COMMIT"])
 
@@ -501,8 +482,8 @@ class Builder:
                 skipped.append(notice)
 
         sent = Sent(step, Part.CONCURRENT, sql, action)
-        frame = f"SELECT {self.connection.transaction_settings}, {pinned(self.server)}, {self._patience}"
-        message = [_BEGIN, frame, sql, "COMMIT"] if action.effect is Effect.SCAN else [sql]
+        frame = f"SELECT {self.connection.transaction_settings}, {pinned(self.found.server)}, {self._patience}"
+        message = [*BEGIN, frame, sql, "COMMIT"] if action.effect is Effect.SCAN else [sql]
         try:
             with self.connection.notices(on_notice):
                 self.connection.run(message)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from budget_engine.migration.chain import DB, Chain, text_of
-from budget_engine.migration.survey import BEGIN_READ_ONLY, PIN, Survey, literal
-from budget_engine.postgres.connection import Connection, Rows
+from budget_engine.migration.survey import PIN, Survey, literal
+from budget_engine.postgres.connection import Connection
 
 _ENTRIES = 5  # of the history: enough to see the last run
 
@@ -57,12 +57,12 @@ WHERE nspname = 'budget_engine' AND relname = 'history' AND has_schema_privilege
 _HISTORY = f"""
 SELECT step, part, to_char(finished_at, 'YYYY-MM-DD HH24:MI:SSOF'), round(1000 * extract(epoch FROM duration)),
        role_name, version
-FROM budget_engine.history WHERE schema_name = current_setting('budget_engine.path')::json ->> 0
+FROM budget_engine.history WHERE {{ours}}
 ORDER BY id DESC LIMIT {_ENTRIES}"""
 
 _APPLIED = """
 SELECT DISTINCT ON (step) step, checksum FROM budget_engine.history
-WHERE schema_name = current_setting('budget_engine.path')::json ->> 0 ORDER BY step, id DESC"""
+WHERE {ours} ORDER BY step, id DESC"""
 
 
 def read(connection: Connection, chain: Chain, found: Survey) -> Surroundings:
@@ -71,17 +71,13 @@ def read(connection: Connection, chain: Chain, found: Survey) -> Surroundings:
     unusual = text_of(DB / "unusual.sql")
     query = unusual[unusual.index("WITH ") : unusual.rindex(";", 0, unusual.rindex("COMMIT"))]
     names = f"SELECT set_config('budget_engine.tables', {literal(json.dumps(tables))}, true)"
-    _, rows, has_history = _ask(connection, [names, query, _HAS_HISTORY])
-    history, applied = _ask(connection, [_HISTORY, _APPLIED]) if has_history else ([], [])
+    _, _, rows, has_history = connection.ask([PIN, names, query, _HAS_HISTORY])
+    ours = f"schema_name = ANY ({literal(list(found.turn.own))})"
+    about_us = [PIN, _HISTORY.format(ours=ours), _APPLIED.format(ours=ours)]
+    _, history, applied = connection.ask(about_us) if has_history else ([], [], [])
     checksums = {step.label: step.checksum for step in chain.steps}
     return Surroundings(
         unusual=tuple(Unusual(str(what), str(says), str(command or "")) for what, says, command in rows),
         history=tuple(Entry(*map(str, row)) for row in history),
         changed=tuple(str(step) for step, checksum in applied if checksums.get(str(step), checksum) != checksum),
     )
-
-
-def _ask(connection: Connection, queries: Sequence[str]) -> list[Rows]:
-    settings = f"SELECT {connection.transaction_settings}"
-    _, _, _, *answers, _ = connection.run([BEGIN_READ_ONLY, settings, PIN, *queries, "COMMIT"])
-    return answers

@@ -12,6 +12,7 @@ from budget_engine import errors
 from budget_engine.errors import StatementError
 from budget_engine.migration.chain import Chain
 from budget_engine.migration.checks import Check, Kind
+from budget_engine.migration.turn import Turn
 from budget_engine.postgres.connection import Connection, Rows
 
 
@@ -19,7 +20,8 @@ from budget_engine.postgres.connection import Connection, Rows
 class Server:
     """What the server says of itself, of this session, and of the place where new tables go.
 
-    path: the schemas of the search_path that exist, in its order; read_only: why nothing can be written, or None;
+    path: the schemas of the search_path that exist, in its order; homes: those in which tables of the chain exist, the
+    one where new tables go first; read_only: why nothing can be written, or None;
     pooled: a pooler stands between, so that whoever answers is not whom we logged in to.
     """
 
@@ -30,6 +32,8 @@ class Server:
     read_only: str | None
     search_path: str
     pooled: bool
+
+    homes: tuple[str, ...] = ()
 
     @property
     def schema(self) -> str | None:
@@ -44,8 +48,12 @@ class Survey:
     server: Server
     checks: tuple[Check, ...]
 
+    @property
+    def turn(self) -> Turn:
+        """The turn that a run needs."""
+        return Turn(self.server.path, tuple(dict.fromkeys([*self.server.path[:1], *self.server.homes])))
 
-BEGIN_READ_ONLY = "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"
+
 NOTHING_OF_OTHERS = "set_config('search_path', 'pg_catalog, pg_temp', true)"  # no function, no operator of theirs
 
 _SERVER = """
@@ -81,7 +89,7 @@ SELECT c.step, c.kind, c."table", c.name, c.expected, c.actual, c.fixed_by, c.re
             WHEN c.kind = 'policy' AND c.expected LIKE '%(admin)%' AND NOT has_schema_privilege(auth.oid, 'USAGE')
               THEN 'USAGE on schema auth'
             ELSE led_to.lacking END AS lacking,
-       c.fixed_by IS NOT NULL AND row_security_active(relation.oid) AS rows_hidden,
+       home.nspname, c.fixed_by IS NOT NULL AND row_security_active(relation.oid) AS rows_hidden,
        c.actual LIKE '% INVALID' AND EXISTS (
          SELECT FROM pg_locks
          WHERE locktype = 'relation' AND pg_locks.relation = relation.oid AND mode = 'ShareUpdateExclusiveLock'
@@ -126,15 +134,15 @@ def statements(chain: Chain) -> list[str]:
 
 def read(connection: Connection, chain: Chain, *, with_recreate: bool = False) -> Survey:
     """Ask once for every check: one message, no lock but ACCESS SHARE. with_recreate: that step is at hand."""
-    settings = f"SELECT {connection.transaction_settings}"
     try:
-        answers = connection.run([BEGIN_READ_ONLY, settings, _SERVER, *statements(chain), "COMMIT"])
+        [server], *_, rows = connection.ask([_SERVER, *statements(chain)])
     except StatementError as error:
         if not issubclass(errors.for_sqlstate(error.sqlstate), errors.LockTimeoutError):
             raise
         # Printing some definitions takes ACCESS SHARE on their tables: it waits behind ACCESS EXCLUSIVE.
         raise errors.UnreadableCatalogsError(why=error.message, where="\n".join(error.holders)) from error
-    return Survey(_server(answers[2][0], connection), checks_of(answers[-2], chain, with_recreate=with_recreate))
+    checks = checks_of(rows, chain, with_recreate=with_recreate)
+    return Survey(_server(server, checks, connection), checks)
 
 
 def checks_of(rows: Rows, chain: Chain, *, with_recreate: bool = False) -> tuple[Check, ...]:
@@ -144,7 +152,7 @@ def checks_of(rows: Rows, chain: Chain, *, with_recreate: bool = False) -> tuple
 
 
 def _check(row: Sequence[str | None], on_request: str) -> Check:
-    step, kind, table, name, expected, actual, fixed_by, required, found, lacking, hidden, built = row
+    step, kind, table, name, expected, actual, fixed_by, required, found, lacking, home, hidden, built = row
     check = Check(
         str(step),
         Kind(kind),
@@ -155,6 +163,7 @@ def _check(row: Sequence[str | None], on_request: str) -> Check:
         fixed_by,
         required == "t",
         found,
+        home,
         lacking,
         rows_hidden=hidden == "t",
         being_built=built == "t",
@@ -162,11 +171,13 @@ def _check(row: Sequence[str | None], on_request: str) -> Check:
     return replace(check, fixed_by=None, lacking=None, on_request=fixed_by) if fixed_by == on_request else check
 
 
-def _server(row: Sequence[str | None], connection: Connection) -> Server:
+def _server(row: Sequence[str | None], checks: Sequence[Check], connection: Connection) -> Server:
     version, role, name, path, read_only, search_path, pid = row
     pooled = pid != str(connection.backend_pid)
     schemas = tuple(schema for schema in json.loads(str(path)) if schema not in ("pg_catalog", "pg_temp"))
-    return Server(str(version).split()[0], str(role), str(name), schemas, read_only, str(search_path), pooled)
+    existing = {check.home for check in checks if check.found}
+    homes = tuple(schema for schema in schemas if schema in existing)
+    return Server(str(version).split()[0], str(role), str(name), schemas, read_only, str(search_path), pooled, homes)
 
 
 BRIEFLY = "5s"  # for who only wants to foretell
@@ -207,10 +218,9 @@ def _orphans(check: Check) -> Iterator[str]:
 
 
 def _count_orphans(connection: Connection, check: Check, query: str, timeout: str) -> Orphans:
-    settings = f"SELECT {connection.transaction_settings}, set_config('statement_timeout', '{timeout}', true)"
-    counting = f"SELECT count(*) FROM ({query}) AS orphan"
+    limit = f"set_config('statement_timeout', '{timeout}', true)"
     try:
-        _, _, [(count,)], _ = connection.run([BEGIN_READ_ONLY, settings, counting, "COMMIT"])
+        [[(count,)]] = connection.ask([f"SELECT count(*) FROM ({query}) AS orphan"], limit)
     except StatementError as error:
         return Orphans(check.table, query, None, str(error))
     return Orphans(check.table, query, int(count or 0))

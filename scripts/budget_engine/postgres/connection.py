@@ -37,7 +37,18 @@ OnDone = Callable[[int, Rows], None]  # which statement is done, and its rows
 APPLICATION_NAME = "budget-engine-recipes"
 _STATEMENT_TIMEOUT = "60s"  # for catalog work, instead of what the role brings along for its queries
 _MOMENT_S = 0.1  # without an answer, after which a watcher may look around
+DEFAULT_PORT = 5432
 _CANCEL_S = 5.0  # how long a request to cancel may take to reach the server
+# What each transaction of ours begins with: to compile queries as large as ours takes longer than to run them, and
+# others wait for our locks meanwhile. (A SET is not planned, so that it is not compiled itself.)
+BEGIN = ("BEGIN ISOLATION LEVEL READ COMMITTED", "SET LOCAL jit = off")
+BEGIN_READ_ONLY = (f"{BEGIN[0]} READ ONLY", BEGIN[1])
+# Of pg_settings: what a role or database tells the planner for its own queries, and makes ours slow (a hundred times,
+# without index scans in large catalogs). Not a list, because each version has others; nor the category, which is
+# translated.
+MISGUIDING = """context = 'user' AND setting <> boot_val
+AND name ~ '^(enable_|geqo|min_parallel_)|_(cost|collapse_limit)$'"""
+_AS_BUILT = f"(SELECT count(set_config(name, boot_val, true)) FROM pg_settings WHERE {MISGUIDING})"
 OLDEST_VERSION = 140000  # CREATE OR REPLACE TRIGGER and string_to_table came with PostgreSQL 14
 
 # Of a login that fails, libpq keeps only words, no SQLSTATE. These are the server's, PgBouncer's, libpq's and psycopg's
@@ -112,6 +123,13 @@ class Connection:
         return self._connection.info.backend_pid
 
     @property
+    def host(self) -> str:
+        """The host that answered, with its port where it is another than usual; of a socket the folder."""
+        info = self._connection.info
+        host = f"[{info.host}]" if ":" in info.host else info.host
+        return host if info.port == DEFAULT_PORT or host.startswith(("/", "@")) else f"{host}:{info.port}"
+
+    @property
     def is_near(self) -> bool:
         """Whether the server is on this machine, for all that its name says: a tunnel leads elsewhere."""
         host, address = self._connection.info.host, self._connection.info.hostaddr
@@ -150,6 +168,15 @@ class Connection:
         """
         with self._cancelled_by_ctrl_c(), self._watched():
             return self._run(statements, on_done)
+
+    def ask(self, queries: Sequence[str], *settings: str) -> list[Rows]:
+        """Send the queries as one message, a transaction that writes nothing; return the rows of each.
+
+        settings: what is to hold for it beside our own, as SELECT lists. Raises as run() does.
+        """
+        ours = ", ".join([self.transaction_settings, *settings])
+        answers = self.run([*BEGIN_READ_ONLY, f"SELECT {ours}", *queries, "COMMIT"])
+        return answers[len(BEGIN_READ_ONLY) + 1 : -1]
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -261,9 +288,8 @@ def transaction_settings(target: Target, lock_timeout_ms: int) -> str:
     }
     if target.search_path is not None:
         settings["search_path"] = target.search_path
-    return ", ".join(
-        sql.SQL("set_config({}, {}, true)").format(name, value).as_string() for name, value in settings.items()
-    )
+    ours = [sql.SQL("set_config({}, {}, true)").format(name, value).as_string() for name, value in settings.items()]
+    return ", ".join([*ours, _AS_BUILT])
 
 
 def _is_loopback(name: str) -> bool:

@@ -151,14 +151,14 @@ def _stranger_can(test: str, path: Path) -> bool:
 # ── start, stop, running ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def start(cluster: Cluster) -> str:
-    """Return the URL of the running server, started first if it is not running."""
+def start(cluster: Cluster) -> bool:
+    """Start the server; False if it was running."""
     with _explained(cluster):
-        if not running(cluster):
-            _create_account(cluster)
-            with _locked(_lock_file(cluster)) as lock:
-                _bring_up(cluster, lock)
-    return cluster.url
+        if running(cluster):
+            return False
+        _create_account(cluster)
+        with _locked(_lock_file(cluster)) as lock:
+            return _bring_up(cluster, lock)
 
 
 def stop(cluster: Cluster) -> bool:
@@ -177,15 +177,15 @@ def running(cluster: Cluster) -> bool:
         return private and _ready(cluster) and _listening(cluster)
 
 
-def _bring_up(cluster: Cluster, lock: int) -> None:
-    """Start the server, under the lock, from whatever state the last one left."""
+def _bring_up(cluster: Cluster, lock: int) -> bool:
+    """Start the server, under the lock, from whatever state the last one left; False if somebody else just did."""
     for folder in (cluster.data.parent, cluster.sockets):
         _make_private(folder, cluster)
     # One whose starter was killed, or that is going down, gets its time; one that is ready has lost its socket.
     patience = 1.0 if _ready(cluster) else START_SECONDS
     _until(lambda: running(cluster) or _pid(cluster) is None, patience)
     if running(cluster):
-        return
+        return False
     _stop(cluster)
     binaries = _reachable_binaries(cluster)
     if not (cluster.data / "PG_VERSION").exists():
@@ -195,6 +195,7 @@ def _bring_up(cluster: Cluster, lock: int) -> None:
         stale.unlink(missing_ok=True)
     if not _until(lambda: _serve(cluster, binaries), ORPHAN_SECONDS):
         raise _failed("was killed, and processes of it still use its data", cluster)
+    return True
 
 
 def _stop(cluster: Cluster) -> bool:
@@ -316,11 +317,16 @@ def _lock_file(cluster: Cluster) -> Path:
 
 
 def _make_passage(folder: Path) -> None:
-    """Make the folder and its missing parents such that others can pass, but not look: what lies inside is private."""
+    """Make the folder and its missing parents such that others can pass, but not look: what lies inside is private.
+
+    One that is made here says to Git that nothing in it is to be kept; one that stands is its owner's affair.
+    """
     for missing in [step for step in (*reversed(folder.parents), folder) if not step.exists()]:
         with contextlib.suppress(FileExistsError):
             missing.mkdir()
             missing.chmod(0o711)
+            if missing == folder:
+                (folder / ".gitignore").write_text("*\n")
 
 
 def _make_private(folder: Path, cluster: Cluster) -> None:

@@ -1,0 +1,317 @@
+"""The file .env: which one counts, what it says, and what in it, or around it, may lead to the wrong database.
+
+It is looked for in the home of the run (the folder of the tasks.py in use) and upwards, to the top of the repository
+that holds it. What lies further up belongs to somebody else: nothing is taken from there, and nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from io import StringIO
+from itertools import pairwise, takewhile
+from pathlib import Path
+from typing import NamedTuple
+
+from dotenv.parser import Binding, parse_stream
+from dotenv.variables import parse_variables
+
+from budget_engine import errors, libpq
+
+URL = "DATABASE_URL"
+CHOICE = "ENV_FILE"  # in the environment: the one file to be read
+BLANKS = " \t\r\n\f\v\u00a0\u200b\ufeff"
+QUOTES = "\"'`\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb"  # straight and typographic
+
+_OTHERS = ("LOCK_TIMEOUT", "LOCK_WAIT", "CONNECT_TIMEOUT")  # settings that an application may have under these names
+_NAME = re.compile(r"[\w.-]+")
+_POSTGRES_URL = re.compile(r"(?:jdbc:|prisma\+)?(?:postgres|postgresql|psql|pgsql|postgis)(?:\+\w+)?://", re.I)
+_LETTERS = "DATABASEURL"
+_SLIP_OF_THE_PEN = re.compile(  # at each place: one letter less or another one, one more, two that have changed places
+    "|".join(
+        f"{_LETTERS[:at]}(?:.?{_LETTERS[at + 1 :]}|.{_LETTERS[at:]}|{_LETTERS[at : at + 2][::-1]}{_LETTERS[at + 2 :]})"
+        for at in range(len(_LETTERS) + 1)
+    )
+)
+_PART_OF_A_URL = re.compile(r"(?:PG|POSTGRES|DB).*(?:HOST|SERVER|NAME)", re.I)
+
+
+class Reading(NamedTuple):
+    """What the files say: setting → its value, the file it is from; what in them was ignored."""
+
+    given: dict[str, tuple[str, str]]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EnvFile:
+    """One file, as python-dotenv reads it. name: as messages call it; is_ours: in the home of the run."""
+
+    name: str
+    is_ours: bool
+    bindings: tuple[Binding, ...]
+    values: Mapping[str, str]
+
+    @property
+    def settings(self) -> dict[str, tuple[str, str]]:
+        """What is taken from it: everything, or of an application's file the URL alone."""
+        return {name: (value, self.name) for name, value in self.values.items() if self.is_ours or name == URL}
+
+
+def read(home: Path, environ: Mapping[str, str]) -> Reading:
+    """Read the file in the home of the run and, where the environment has no DATABASE_URL, the one that has it."""
+    home = home.resolve()
+    paths, beyond = _places(home, environ)
+    files = list(_as_far_as_needed(paths, home, environ))
+    given = {name: value for file in files for name, value in file.settings.items()}
+    said = [note for file in files for note in notes(file)]
+    if URL in environ:
+        return Reading(given, tuple(said))
+    if URL in given:
+        return Reading(given, (*said, *_notes_on_others(given[URL][0], paths[len(files) :], home, environ)))
+    _refuse_other_names(files)
+    if CHOICE in environ:
+        raise errors.EnvFileChoiceError(why=f"names a file without {URL}", where=str(paths[0]))
+    _refuse_what_lies_beyond(beyond, home, environ)
+    return Reading(given, (*said, *_notes_on_other_names(files, environ)))
+
+
+def is_embedded(text: str) -> bool:
+    """Whether this asks for the embedded server by name."""
+    return text.strip(BLANKS + QUOTES).lower() == "embedded"
+
+
+# ── where it is looked for ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _places(home: Path, environ: Mapping[str, str]) -> tuple[list[Path], list[Path]]:
+    """Return the files that count, the nearest first, and those beyond, of which one may be meant."""
+    if CHOICE in environ:
+        return [_chosen(environ[CHOICE])], []
+    top, homes = _top(home), _homes_of_users(home, environ)
+    allowed = [home, *_allowed(home.parents, homes)]
+    inside = [folder for folder in allowed if folder.is_relative_to(top)]
+    others = [*_allowed(_in_the_main_checkout(inside, top), homes), *_allowed(_around_the_link(home, environ), homes)]
+    beyond = dict.fromkeys(folder for folder in [*others, *allowed] if folder not in inside)
+    return [folder / ".env" for folder in inside], [folder / ".env" for folder in beyond]
+
+
+def _chosen(text: str) -> Path:
+    if not text.strip():
+        raise errors.EnvFileChoiceError(why="is set, but empty", where=f"environment variable {CHOICE}")
+    path = Path(text).expanduser().absolute()  # of the current folder, as shells complete it
+    return path.parent.resolve() / path.name
+
+
+def _top(home: Path) -> Path:
+    """Return the top of the repository that holds it: of the outermost superproject, where that is a submodule."""
+    tops = [folder for folder in (home, *home.parents) if (folder / ".git").exists()]
+    for below, above in pairwise(tops):
+        if not _is_submodule(below, above):
+            return below
+    return tops[-1] if tops else home
+
+
+def _is_submodule(below: Path, above: Path) -> bool:
+    """Whether git keeps the one among the modules of the other; a linked worktree of such a module is no submodule."""
+    modules, kept = _git_folder(above) / "modules", _git_folder(below)
+    return kept.is_relative_to(modules) and (kept.parent.name != "worktrees" or kept.parents[1] == modules)
+
+
+def _git_folder(top: Path) -> Path:
+    """Return where git keeps what belongs to this checkout: .git, or where the file of that name leads."""
+    git = top / ".git"
+    with suppress(OSError, UnicodeDecodeError, ValueError):
+        if git.is_file() and (leads_to := re.match(r"gitdir:\s*(.+)", git.read_text(encoding="utf-8"))):
+            return (top / leads_to[1].strip()).resolve()
+    return git.resolve()
+
+
+def _in_the_main_checkout(folders: Iterable[Path], top: Path) -> Iterator[Path]:
+    """Yield the same folders of the main checkout, where this one is a linked worktree beside it."""
+    kept = _git_folder(top)
+    if kept.parent.name == "worktrees" and kept.parents[1].name == ".git":
+        yield from (kept.parents[2] / folder.relative_to(top) for folder in folders)
+
+
+def _around_the_link(home: Path, environ: Mapping[str, str]) -> Sequence[Path]:
+    """Return the folders above the link through which somebody's shell came here, if it did."""
+    typed = Path(environ.get("PWD", ""))
+    return typed.parents if typed.is_absolute() and typed.resolve() == home else ()
+
+
+def _homes_of_users(home: Path, environ: Mapping[str, str]) -> set[Path]:
+    """Return the home folders of who runs this, of who did so by sudo, and of whose folder it is."""
+    folders = [Path(environ.get("HOME", ""))]
+    with suppress(RuntimeError):  # nobody knows
+        folders.append(Path("~").expanduser())
+    with suppress(KeyError, RuntimeError):  # no sudo, or no such user
+        folders.append(Path(f"~{environ['SUDO_USER']}").expanduser())
+    with suppress(KeyError, RuntimeError, OSError, NotImplementedError):  # a user without a name; Windows
+        folders.append(Path(f"~{home.owner()}").expanduser())
+    return {folder.resolve() for folder in folders if folder.is_absolute()}
+
+
+def _allowed(folders: Iterable[Path], homes: Iterable[Path]) -> Iterator[Path]:
+    """Go upwards as far as one may."""
+    return takewhile(lambda folder: not _is_barred(folder.resolve(), homes), folders)
+
+
+def _is_barred(folder: Path, homes: Iterable[Path]) -> bool:
+    """Whether it is a user's home folder, or above one, or (/tmp) a folder in which anybody may put a file."""
+    anybodys = stat.S_ISVTX | stat.S_IWOTH
+    with suppress(OSError):  # it is not there: a folder of the main checkout
+        if folder.stat().st_mode & anybodys == anybodys:
+            return True
+    return any(home.is_relative_to(folder) for home in homes)
+
+
+# ── what it says ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _as_far_as_needed(paths: Iterable[Path], home: Path, environ: Mapping[str, str]) -> Iterator[EnvFile]:
+    """Read one after the other, until there is a DATABASE_URL."""
+    for path in paths:
+        file = _read(path, home, environ)
+        yield file
+        if URL in environ or URL in file.values:
+            return
+
+
+def _read(path: Path, home: Path, environ: Mapping[str, str]) -> EnvFile:
+    is_ours, is_chosen = path.is_relative_to(home), CHOICE in environ
+    name = str(path.relative_to(home) if is_ours else path)
+    none: list[type[OSError]] = [] if is_chosen else [FileNotFoundError, NotADirectoryError]
+    none += [] if is_chosen or is_ours else [IsADirectoryError]  # an application's virtual environment, perhaps
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except tuple(none):
+        text = ""
+    except OSError as error:
+        remedy = f"Correct {CHOICE}, or unset it." if is_chosen else ""
+        raise errors.EnvFileError(file=name, where=f"{path}: {error.strerror}", remedy=remedy) from None
+    except UnicodeDecodeError:
+        raise errors.EnvEncodingError(file=name, where=str(path)) from None
+    return parse(text, environ, name, is_ours=is_ours)
+
+
+def parse(text: str, environ: Mapping[str, str], name: str = ".env", *, is_ours: bool = True) -> EnvFile:
+    """Read it as python-dotenv does; refuse a URL that cannot be read whole, where it would count."""
+    bindings = tuple(parse_stream(StringIO(text)))
+    if URL not in environ:
+        _refuse_broken_url(bindings, name)
+        _refuse_shortened_url(bindings, name)
+    values: dict[str, str] = {}
+    for binding in bindings:
+        if binding.key:
+            atoms = parse_variables(binding.value or "")
+            values[binding.key] = "".join(atom.resolve({**values, **environ}) for atom in atoms)
+    return EnvFile(name, is_ours, bindings, values)
+
+
+def _refuse_broken_url(bindings: Iterable[Binding], name: str) -> None:
+    """Ignoring such a line would send the recipes to the embedded server."""
+    for binding in bindings:
+        if binding.error and re.search(rf"^[^#\n]*\b{URL}\b", binding.original.string, re.M):
+            raise errors.EnvLineError(file=name, where=f"line {_line(binding)}")
+
+
+def _refuse_shortened_url(bindings: Sequence[Binding], name: str) -> None:
+    """Refuse a URL that goes on behind a raw " #", or on the next line: the beginning may pass for another URL."""
+    for binding, next_one in zip(bindings, [*bindings[1:], None], strict=False):
+        if binding.key != URL:
+            continue
+        _, _, rest = binding.original.string.partition(binding.value or "\n")
+        if re.match(r"\s+#.*@", rest) or (next_one and _may_go_on(next_one)):
+            remedy = "Write the URL on one line, in single quotes: without them a comment begins at a # behind a blank."
+            raise errors.EnvLineError(file=name, where=f"line {_line(binding)}", remedy=remedy)
+
+
+def _may_go_on(binding: Binding) -> bool:
+    """Tell whether this may be the rest of the URL above: no NAME=VALUE, no comment, but one word, or with an @."""
+    is_pair = binding.value is not None and _NAME.fullmatch(binding.key or "")
+    is_comment = binding.key is None and not binding.error
+    return not is_pair and not is_comment and re.fullmatch(r"\S+|.*@.*", binding.original.string.strip()) is not None
+
+
+def _line(binding: Binding) -> int:
+    text = binding.original.string  # begins with the blank lines above the binding
+    return binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
+
+
+# ── what it, or the environment, says and does not count ───────────────────────────────────────────────────────────
+
+
+def notes(file: EnvFile) -> Iterator[str]:
+    """Say what python-dotenv would pass over in silence; of an application's file only what concerns the URL."""
+    if file.is_ours:
+        broken = [_line(binding) for binding in file.bindings if binding.error]
+        yield from (f"ignored in {file.name}: line {line}, which is not of the form NAME=VALUE" for line in broken)
+    lines = [str(_line(binding)) for binding in file.bindings if binding.key == URL]
+    if len(lines) > 1:
+        yield f"ignored in {file.name}: every {URL} but the last one (lines {', '.join(lines)})"
+    if file.is_ours and (ineffective := [name for name in file.values if name in libpq.VARIABLES]):
+        yield f"ignored in {file.name}: {', '.join(ineffective)} (libpq's: only in the environment)"
+    if not file.is_ours and lines and (theirs := [name for name in _OTHERS if name in file.values]):
+        yield f"ignored in {file.name}: {', '.join(theirs)} (not in this project's folder: only {URL} is read)"
+
+
+def _notes_on_others(used: str, paths: Iterable[Path], home: Path, environ: Mapping[str, str]) -> Iterator[str]:
+    """Say which files further up have another URL than the one in use."""
+    for path in paths:
+        with suppress(errors.SettingsError):  # whatever is wrong with it: it does not count
+            file = _read(path, home, environ)
+            if file.values.get(URL, used) != used:
+                yield f"ignored in {file.name}: another DATABASE_URL"
+
+
+def _refuse_what_lies_beyond(paths: Iterable[Path], home: Path, environ: Mapping[str, str]) -> None:
+    """Refuse to fall back on the embedded server where a file that does not count may hold the URL that is meant."""
+    for path in paths:
+        if _has_url(path, home, environ):
+            raise errors.BeyondError(file=path, quoted=shlex.quote(str(path)))
+
+
+def _has_url(path: Path, home: Path, environ: Mapping[str, str]) -> bool:
+    try:
+        value = _read(path, home, environ).values.get(URL, "")
+    except errors.EnvLineError:
+        return True
+    return bool(value.strip(BLANKS + QUOTES)) and not is_embedded(value)
+
+
+def _refuse_other_names(files: Iterable[EnvFile]) -> None:
+    """Refuse to fall back on the embedded server where a URL stands under another name."""
+    where = [
+        f"{file.name}, line {_line(binding)}: {binding.key if _NAME.fullmatch(binding.key) else 'without a name'}"
+        for file in files
+        for binding in file.bindings
+        if binding.key and _is_url(binding.key, file.values[binding.key])
+    ]
+    if where:
+        raise errors.OtherNameError(where="\n".join(where))
+
+
+def _is_url(name: str, value: str) -> bool:
+    """Whether it is meant for DATABASE_URL, or could be: by its value, by its name, or as a URL without a name."""
+    plain = re.sub("[^A-Z]", "", name.upper())
+    is_postgres = any(_POSTGRES_URL.match(text.strip(BLANKS + QUOTES)) for text in (value, name))
+    return is_postgres or _SLIP_OF_THE_PEN.fullmatch(plain) is not None
+
+
+def _notes_on_other_names(files: Iterable[EnvFile], environ: Mapping[str, str]) -> Iterator[str]:
+    """Say what may be meant for a URL, and is not read: parts of one; in the environment, other tools' URLs."""
+    for file in files:
+        if parts := [name for name, value in file.values.items() if value and _is_part(name)]:
+            yield f"ignored in {file.name}: {', '.join(parts)} (only {URL} says which database)"
+    names = (name for name, value in environ.items() if value and _NAME.fullmatch(name))
+    if others := [name for name in names if _PART_OF_A_URL.match(name) or _is_url(name, environ[name])]:
+        yield f"ignored in the environment: {', '.join(others)} (only {URL} says which database)"
+
+
+def _is_part(name: str) -> bool:
+    return _PART_OF_A_URL.match(name) is not None and _NAME.fullmatch(name) is not None and name not in libpq.VARIABLES

@@ -1,0 +1,505 @@
+"""Which .env counts, and that no URL in or around it is passed over in silence for the embedded server."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Db, Run, clean_environment, run
+from test_command_line import tree as checkout
+
+from scripts import env_file
+from scripts.chain import ROOT
+from scripts.errors import BeyondError, EnvFileChoiceError, EnvFileError, OtherNameError, SettingsError
+from scripts.settings import Settings, load
+
+__all__ = ["checkout"]  # the fixture
+APP, OTHER = "postgresql://app@db.example.com/app", "postgresql://app@db.example.com/other"
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Path:
+    """An application's repository, with our files in vendor/budget."""
+    app = tmp_path / "app"
+    (app / ".git").mkdir(parents=True)
+    home_of(app).mkdir(parents=True)
+    return app
+
+
+def home_of(app: Path) -> Path:
+    return app / "vendor" / "budget"
+
+
+def put(folder: Path, *lines: str) -> Path:
+    """Write a .env."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".env").write_text("".join(f"{line}\n" for line in lines))
+    return folder / ".env"
+
+
+def lead(folder: Path, gitdir: Path | str) -> None:
+    """Make the folder a submodule or a worktree, as git does it: by a file .git."""
+    (folder / ".git").write_text(f"gitdir: {gitdir}\n")
+
+
+def refused(home: Path, **environ: str) -> SettingsError:
+    with pytest.raises(SettingsError) as caught:
+        load(home, environ)
+    assert caught.value.exit_code == 3
+    return caught.value
+
+
+def name_of(settings: Settings) -> str:
+    assert settings.target is not None
+    return settings.target.conninfo["dbname"]
+
+
+# ── where it is looked for ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_subfolder_takes_that_of_its_repository(app: Path) -> None:
+    file = put(app, f"DATABASE_URL={APP}")
+    found = load(home_of(app), {})
+    assert (name_of(found), found.source, found.notes) == ("app", str(file), ())
+
+
+def test_nearest_wins_and_another_url_further_up_is_a_note(app: Path) -> None:
+    put(app, f"DATABASE_URL={APP}")
+    put(home_of(app).parent, f"DATABASE_URL={OTHER}")
+    put(home_of(app), "LOCK_TIMEOUT=1s")
+    found = load(home_of(app), {})
+    assert (name_of(found), found.source) == ("other", str(home_of(app).parent / ".env"))
+    assert found.notes == (f"ignored in {app / '.env'}: another DATABASE_URL",)
+    put(app, f"DATABASE_URL={OTHER}")
+    assert load(home_of(app), {}).notes == ()
+
+
+def test_of_an_applications_file_only_the_url_is_read(app: Path) -> None:
+    put(
+        app,
+        f"DATABASE_URL={APP}",
+        "LOCK_TIMEOUT=10",
+        "LOCK_WAIT=soon",
+        "CONNECT_TIMEOUT=5000",
+        "PGHOST=x",
+        "not a line",
+    )
+    put(home_of(app), "CONNECT_TIMEOUT=3s")
+    found = load(home_of(app), {})
+    assert (found.lock_timeout_ms, found.lock_wait_s, found.connect_timeout_s) == (2000, 60, 3)
+    assert found.notes == (
+        f"ignored in {app / '.env'}: LOCK_TIMEOUT, LOCK_WAIT, CONNECT_TIMEOUT"
+        " (not in this project's folder: only DATABASE_URL is read)",
+    )
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("name", ["vendor/budget", "budget", "worktrees/budget"])
+def test_submodule_takes_that_of_its_superproject(app: Path, name: str, *, absolute: bool) -> None:
+    lead(home_of(app), app / ".git/modules" / name if absolute else f"../../.git/modules/{name}")
+    put(app, f"DATABASE_URL={APP}")
+    assert name_of(load(home_of(app), {})) == "app"
+
+
+def test_submodule_of_a_submodule(app: Path) -> None:
+    inner = home_of(app) / "lib" / "budget"
+    inner.mkdir(parents=True)
+    lead(home_of(app), "../../.git/modules/vendor/budget")
+    lead(inner, "../../../../.git/modules/vendor/budget/modules/lib/budget")
+    put(app, f"DATABASE_URL={APP}")
+    assert name_of(load(inner, {})) == "app"
+
+
+def test_submodule_of_a_linked_worktree_of_the_application(app: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    home_of(tree).mkdir(parents=True)
+    lead(tree, app / ".git/worktrees/tree")
+    lead(home_of(tree), app / ".git/worktrees/tree/modules/vendor/budget")
+    put(app, f"DATABASE_URL={APP}")
+    assert refused(home_of(tree)).what == BeyondError(file=app / ".env", quoted="").what
+    put(tree, f"DATABASE_URL={OTHER}")
+    assert name_of(load(home_of(tree), {})) == "other"
+
+
+def test_superproject_that_has_no_git_any_more(app: Path) -> None:
+    shutil.rmtree(app / ".git")
+    lead(home_of(app), "../../.git/modules/vendor/budget")
+    put(app, f"DATABASE_URL={APP}")
+    assert isinstance(refused(home_of(app)), BeyondError)
+
+
+BEYOND = {
+    "a clone inside another repository": lambda app: (home_of(app) / ".git").mkdir(),
+    "a clone whose .git lies elsewhere": lambda app: lead(home_of(app), app.parent / "modules/budget"),
+    "a submodule of another one": lambda app: lead(home_of(app), app.parent / "other/.git/modules/vendor/budget"),
+    "a worktree of ours inside it": lambda app: lead(home_of(app), app.parent / "budget/.git/worktrees/budget"),
+    "a worktree of a submodule": lambda app: lead(home_of(app), app / ".git/modules/lib/worktrees/budget"),
+    "a .git that cannot be read": lambda app: (home_of(app) / ".git").write_bytes(b"\xff"),
+    "no .git at all": lambda app: shutil.rmtree(app / ".git"),
+}
+
+
+@pytest.mark.parametrize("make", BEYOND.values(), ids=BEYOND)
+def test_what_lies_beyond_the_repository_is_not_guessed_about(app: Path, make: object) -> None:
+    assert callable(make)
+    make(app)
+    file = put(app, f"DATABASE_URL={APP}")
+    error = refused(home_of(app))
+    assert isinstance(error, BeyondError)
+    assert str(file) in error.what
+    assert f"ENV_FILE={file}" in error.remedy
+    assert "DATABASE_URL=embedded" in error.remedy
+    # Both ways out lead out.
+    assert name_of(load(home_of(app), {"ENV_FILE": str(file)})) == "app"
+    assert load(home_of(app), {"DATABASE_URL": "embedded"}).target is None
+    put(home_of(app), "DATABASE_URL=embedded")
+    assert load(home_of(app), {}).target is None
+    # And no way in: here is a URL.
+    put(home_of(app), f"DATABASE_URL={OTHER}")
+    found = load(home_of(app), {})
+    assert (name_of(found), found.source, found.notes) == ("other", ".env", ())
+
+
+def test_worktree_beside_its_main_checkout(tmp_path: Path) -> None:
+    main, tree = tmp_path / "main", tmp_path / "tree"
+    (main / ".git/worktrees/tree").mkdir(parents=True)
+    tree.mkdir()
+    lead(tree, main / ".git/worktrees/tree")
+    assert load(tree, {}).target is None
+    file = put(main, f"DATABASE_URL={APP}")
+    assert f"ENV_FILE={file}" in refused(tree).remedy
+    (tree / "sub").mkdir()
+    put(main / "sub", f"DATABASE_URL={OTHER}")
+    assert f"ENV_FILE={main / 'sub/.env'}" in refused(tree / "sub").remedy
+    put(tree, f"DATABASE_URL={OTHER}")
+    assert name_of(load(tree, {})) == "other"
+
+
+@pytest.mark.parametrize(
+    "content", ["DATABASE_URL=\n", "DATABASE_URL=embedded\n", "LOCK_WAIT=1s\n", "#DATABASE_URL=x\n"]
+)
+def test_files_beyond_that_name_no_database_are_no_obstacle(app: Path, content: str) -> None:
+    (home_of(app) / ".git").mkdir()
+    (app / ".env").write_text(content)
+    assert load(home_of(app), {}).target is None
+
+
+@pytest.mark.parametrize("below", [True, False], ids=["in the repository", "beyond it"])
+def test_file_further_up_that_cannot_be_read_may_hold_the_url(app: Path, *, below: bool) -> None:
+    """A loop of links, because root may read every file."""
+    if not below:
+        (home_of(app) / ".git").mkdir()
+    (app / ".env").symlink_to(".env")
+    error = refused(home_of(app))
+    assert isinstance(error, EnvFileError)
+    assert str(app / ".env") in error.where
+    assert load(home_of(app), {"DATABASE_URL": APP}).target
+    put(home_of(app), f"DATABASE_URL={APP}")
+    assert load(home_of(app), {}).notes == ()
+    (app / ".env").unlink()
+    put(home_of(app))
+    (app / ".env").write_bytes(f"DATABASE_URL={APP}".encode("utf-16"))
+    assert str(app / ".env") in refused(home_of(app)).what
+    (app / ".env").write_text(f'DATABASE_URL="{APP}\n')
+    assert str(app / ".env") in refused(home_of(app)).what
+
+
+def test_virtual_environment_of_that_name_further_up_is_none(app: Path) -> None:
+    (app / ".env").mkdir()
+    assert load(home_of(app), {}).target is None
+
+
+def test_environment_wins_and_nothing_further_up_is_read(app: Path) -> None:
+    (app / ".env").symlink_to(".env")
+    put(home_of(app), "LOCK_WAIT=7s")
+    found = load(home_of(app), {"DATABASE_URL": OTHER})
+    assert (name_of(found), found.lock_wait_s, found.notes) == ("other", 7, ())
+
+
+# ── not in a user's home folder, nor above ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("of", ["HOME", "SUDO_USER", "owner"])
+def test_never_in_a_users_home_folder_or_above(app: Path, monkeypatch: pytest.MonkeyPatch, of: str) -> None:
+    """The repository reaches up to it: somebody keeps his home folder's files in one."""
+    vendor = home_of(app).parent
+    for folder in (app, vendor):
+        put(folder, f"DATABASE_URL={APP}")
+    assert name_of(load(home_of(app), {})) == "app"
+    monkeypatch.setattr(Path, "expanduser", lambda path: vendor if path == Path(f"~{of}") else path)
+    monkeypatch.setattr(Path, "owner", lambda path: "owner")
+    environ = {"HOME": str(vendor)} if of == "HOME" else {"SUDO_USER": "SUDO_USER", "HOME": "/root"}
+    assert load(home_of(app), environ).target is None
+    put(home_of(app), f"DATABASE_URL={OTHER}")
+    assert name_of(load(home_of(app), environ)) == "other"
+
+
+def test_not_above_the_home_folder_of_a_user_who_lives_elsewhere(app: Path) -> None:
+    (app / "ada").mkdir()
+    put(app, f"DATABASE_URL={APP}")
+    assert load(home_of(app), {"HOME": str(app / "ada")}).target is None
+    assert name_of(load(home_of(app), {})) == "app"
+
+
+def test_main_checkout_that_is_a_users_home_folder(tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    lead(tmp_path / "tree", tmp_path / "ada/.git/worktrees/tree")
+    put(tmp_path / "ada", f"DATABASE_URL={APP}")
+    assert load(tmp_path / "tree", {"HOME": str(tmp_path / "ada")}).target is None
+    assert isinstance(refused(tmp_path / "tree"), BeyondError)
+
+
+@pytest.mark.parametrize("home", ["", "relative", "/nowhere"])
+def test_home_that_is_none(app: Path, monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+    monkeypatch.chdir(app)
+    put(app, f"DATABASE_URL={APP}")
+    assert name_of(load(home_of(app), {"HOME": home})) == "app"
+
+
+def test_home_of_the_run_may_be_a_users_home_folder(app: Path) -> None:
+    put(home_of(app), f"DATABASE_URL={APP}")
+    assert name_of(load(home_of(app), {"HOME": str(home_of(app))})) == "app"
+
+
+def test_users_home_folder_behind_a_link(app: Path) -> None:
+    put(app, f"DATABASE_URL={APP}")
+    (app.parent / "link").symlink_to(app)
+    assert load(home_of(app), {"HOME": str(app.parent / "link")}).target is None
+    assert name_of(load(home_of(app.parent / "link"), {"HOME": "/nowhere"})) == "app"
+
+
+def test_not_in_a_folder_where_anybody_may_put_a_file(app: Path) -> None:
+    """Nor above: /tmp/.git and /tmp/.env would be a way in for everybody else on this machine."""
+    put(app, f"DATABASE_URL={APP}")
+    app.chmod(0o1777)
+    assert load(home_of(app), {}).target is None
+    app.chmod(0o777)  # of some shares all is: that says nothing
+    assert name_of(load(home_of(app), {})) == "app"
+
+
+def test_folder_that_a_link_leads_to(app: Path, tmp_path: Path) -> None:
+    """A shell that went through the link is in the application; Python sees the folder behind it."""
+    (tmp_path / "budget" / ".git").mkdir(parents=True)
+    home_of(app).rmdir()
+    home_of(app).symlink_to(tmp_path / "budget")
+    put(app, f"DATABASE_URL={APP}")
+    assert isinstance(refused(tmp_path / "budget", PWD=str(home_of(app))), BeyondError)
+    for elsewhere in ("", "relative", "/", str(home_of(app).parent), str(tmp_path / "budget")):
+        assert load(tmp_path / "budget", {"PWD": elsewhere}).target is None
+
+
+# ── ENV_FILE ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_chosen_file_and_no_other(app: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(app, f"DATABASE_URL={APP}", "LOCK_WAIT=1s")
+    put(home_of(app), f"DATABASE_URL={OTHER}", "CONNECT_TIMEOUT=3s")
+    monkeypatch.chdir(app)
+    for path in (".env", str(app / ".env"), "vendor/../.env"):
+        found = load(home_of(app), {"ENV_FILE": path})
+        assert (name_of(found), found.source, found.lock_wait_s) == ("app", str(app / ".env"), 60)
+        assert found.connect_timeout_s == Settings.connect_timeout_s
+    staging = home_of(app) / ".env.staging"
+    staging.write_text(f"DATABASE_URL={APP}\nLOCK_WAIT=1s\n")
+    found = load(home_of(app), {"ENV_FILE": str(staging)})
+    assert (name_of(found), found.source, found.lock_wait_s) == ("app", ".env.staging", 1)
+    assert name_of(load(home_of(app), {"ENV_FILE": str(staging), "DATABASE_URL": OTHER})) == "other"
+    (app.parent / "link").symlink_to(app)
+    assert load(home_of(app.parent / "link"), {"ENV_FILE": str(staging)}) == found
+    assert load(home_of(app), {"ENV_FILE": str(home_of(app.parent / "link") / ".env.staging")}) == found
+
+
+@pytest.mark.parametrize("chosen", ["", " ", "missing", "empty", "vendor", "vendor/budget/missing", "empty/x"])
+def test_choice_that_leads_to_no_database(app: Path, monkeypatch: pytest.MonkeyPatch, chosen: str) -> None:
+    monkeypatch.chdir(app)
+    (app / "empty").touch()
+    put(home_of(app), f"DATABASE_URL={OTHER}")
+    error = refused(home_of(app), ENV_FILE=chosen)
+    assert isinstance(error, EnvFileChoiceError if chosen.strip() in {"", "empty"} else EnvFileError)
+    assert "ENV_FILE" in error.what + error.remedy
+
+
+# ── as users run it ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def vendored(tmp_path: Path, checkout: Path) -> Iterator[Path]:
+    """An application with our checkout as a submodule, made by git itself."""
+    if not shutil.which("git"):
+        pytest.skip("there is no git")
+    app = tmp_path / "app"
+
+    def git(folder: Path, *words: str) -> None:
+        who = ["-c", "user.name=x", "-c", "user.email=x", "-c", "protocol.file.allow=always"]
+        folder.mkdir(exist_ok=True)
+        subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True)
+
+    source = tmp_path / "source"
+    shutil.copytree(checkout, source)
+    shutil.copy(ROOT / "requirements.txt", source)  # doctor compares it with what is installed
+    for folder in (source, app):
+        git(folder, "init", "-q")
+    git(source, "add", ".")
+    git(source, "commit", "-qm", "all")
+    git(app, "submodule", "add", "-q", str(source), "vendor/budget")
+    git(app, "commit", "-qm", "all")
+    git(app, "worktree", "add", "-q", "../tree")
+    git(tmp_path / "tree", "submodule", "update", "-q", "--init")
+    yield app
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def invoke(home: Path, *words: str, **environ: str) -> Run:
+    return run([sys.executable, "-m", "invoke", *words], clean_environment() | environ, cwd=home)
+
+
+def test_submodule_made_by_git(vendored: Path, db: Db) -> None:
+    file = put(vendored, f"DATABASE_URL={db.url}")
+    done = invoke(home_of(vendored), "setup")
+    assert done.code == 0, done
+    assert f" from {file}\n" in done.out
+    assert db.differing() == {}
+    assert not (home_of(vendored) / ".postgres").exists()
+    tree = home_of(vendored.parent / "tree")
+    for task in ("setup", "verify", "status", "plan", "doctor", "db.url"):
+        done = invoke(tree, task)
+        assert done.code == 3, done
+        assert f"ENV_FILE={file}" in done.out + done.err, done
+        assert invoke(tree, task, ENV_FILE=str(file)).code == 0
+    assert not (tree / ".postgres").exists()
+
+
+# ── URLs under other names ─────────────────────────────────────────────────────────────────────────────────────────
+
+SECRET = "postgresql://app:QXZJ@db/app"
+OTHER_NAMES = [
+    f"POSTGRES_URL={SECRET}",
+    f"export PG_URI='{SECRET}'",
+    f'TURSO="{SECRET}"',
+    f"SPRING_DATASOURCE_URL=jdbc:{SECRET}",
+    f"X=prisma+{SECRET}",
+    f"X={SECRET.replace('postgresql', 'postgresql+asyncpg')}",
+    f"X={SECRET.replace('postgresql', 'postgis')}",
+    f"X={SECRET.replace('postgresql', 'pgsql')}",
+    f"X={SECRET.replace('postgresql', 'PSQL')}",
+    "PW=QXZJ\nX=postgres://app:${PW}@db/app",
+    SECRET,
+    f"{SECRET}?sslmode=require",
+    "DATABASE_URI=QXZJ",
+    "DATABSE_URL=QXZJ",
+    "Database_url=QXZJ",
+    "DATABASE-URL=QXZJ",
+    "DATABASEURL=QXZJ",
+    "DATABASE_URLS=QXZJ",
+    "DATABASE_ULR=QXZJ",
+    "DATABASE_URL_2=QXZJ",
+    "XDATABASE_URL=QXZJ",
+    "DTABASE_URL=",
+]
+
+
+@pytest.mark.parametrize("line", OTHER_NAMES)
+def test_url_under_another_name_does_not_lead_to_the_embedded_server(app: Path, line: str) -> None:
+    put(app, "A=1", "", *line.split("\n"))
+    for folder, name in ((home_of(app), str(app / ".env")), (app, ".env")):
+        error = refused(folder)
+        assert isinstance(error, OtherNameError)
+        key = line.split("\n")[-1].removeprefix("export ").partition("=")[0]
+        said = "without a name" if "://" in key else key
+        assert error.where == f"{name}, line {3 + line.count(chr(10))}: {said}"
+        assert "QXZJ" not in "\n".join(error.lines())
+    put(app, line, f"DATABASE_URL={APP}")
+    assert name_of(load(home_of(app), {})) == "app"
+    put(app, line)
+    assert load(app, {"DATABASE_URL": "embedded"}).notes == ()
+
+
+@pytest.mark.parametrize(
+    "line", ["DATA_BASES_URLS=x", "DB_URL=x", "DATABASE=x", "REDIS_URL=redis://h", "URL=http://postgres://"]
+)
+def test_other_names_are_other_things(tmp_path: Path, line: str) -> None:
+    put(tmp_path, line)
+    assert load(tmp_path, {}) == load(tmp_path / "nowhere", {})
+
+
+def test_parts_of_a_url_are_a_note(tmp_path: Path) -> None:
+    put(tmp_path, "DB_HOST=h", "POSTGRES_SERVER=h", "PGHOST=h", "DB_PASSWORD=QXZJ", "DB_NAME=", "postgres_db_name=x")
+    assert load(tmp_path, {}).notes == (
+        "ignored in .env: PGHOST (libpq's: only in the environment)",
+        "ignored in .env: DB_HOST, POSTGRES_SERVER, postgres_db_name (only DATABASE_URL says which database)",
+    )
+    put(tmp_path, "DB_HOST=h", f"DATABASE_URL={APP}")
+    assert load(tmp_path, {}).notes == ()
+
+
+def test_urls_of_other_tools_in_the_environment_are_a_note(tmp_path: Path) -> None:
+    environ = {"POSTGRES_URL": SECRET, "DATABASE_URI": "x", "PGHOST": "h", "PGUSER": "QXZJ", "DB_NAME": "", "HOST": "x"}
+    found = load(tmp_path, environ)
+    assert found.target is None
+    note = "ignored in the environment: POSTGRES_URL, DATABASE_URI, PGHOST (only DATABASE_URL says which database)"
+    assert found.notes == (note,)
+    assert refused(tmp_path, **environ, CI="true").where.endswith(f"\n{note}")
+    assert load(tmp_path, environ | {"DATABASE_URL": APP}).notes == ()
+
+
+# As frameworks' and services' documentation has them.
+RAILS = "RAILS_ENV=development\nSECRET_KEY_BASE=x\nDATABASE_URL={}\nCACHE_DATABASE_URL={}\nREDIS_URL=redis://h:6379/1\n"
+EXAMPLES = {
+    "rails": RAILS,
+    "django-environ": "DEBUG=on\nSECRET_KEY=x\nDATABASE_URL={}\nSQLITE_URL=sqlite:///db.sqlite3\nCACHE_URL=memcache://h:1\n",
+    "prisma": '# prisma\nDATABASE_URL="{}"\nDIRECT_URL="{}"\nSHADOW_DATABASE_URL="{}"\n',
+    "supabase": "NEXT_PUBLIC_SUPABASE_URL=https://x.supabase.co\nNEXT_PUBLIC_SUPABASE_ANON_KEY=x\n"
+    "POSTGRES_HOST=db.x.supabase.co\nDATABASE_URL={}\nDIRECT_URL={}\nPOSTGRES_PASSWORD=x\n",
+    "vercel": "POSTGRES_URL={}\nPOSTGRES_PRISMA_URL={}\nPOSTGRES_URL_NON_POOLING={}\nDATABASE_URL={}\n",
+    "neon": "DATABASE_URL={}\nDATABASE_URL_UNPOOLED={}\nPGHOST_UNPOOLED=h\nPOSTGRES_DATABASE=x\n",
+    "compose": "COMPOSE_PROJECT_NAME=x\nPOSTGRES_USER=u\nPOSTGRES_PASSWORD=x\nPOSTGRES_DB=x\n"
+    "DATABASE_URL=postgresql://${{POSTGRES_USER}}:${{POSTGRES_PASSWORD}}@db:5432/${{POSTGRES_DB}}\n",
+    "nextauth": "NEXTAUTH_URL=http://localhost:3000\nNEXTAUTH_SECRET=x\nDATABASE_URL={}\nEMAIL_SERVER=smtp://u:p@h\n",
+    "fastapi": 'DOMAIN=localhost\nPOSTGRES_SERVER=h\nPOSTGRES_PORT=5432\nPOSTGRES_DB=x\nDATABASE_URL="{}"\n',
+    "celery": "DATABASE_URL={}\nTEST_DATABASE_URL={}\nCELERY_RESULT_BACKEND=db+{}\nCELERY_BROKER_URL=amqp://h\n",
+    "phoenix": "export DATABASE_URL={}\nexport POOL_SIZE=10\nexport PHX_HOST=x\nexport SECRET_KEY_BASE=x\n",
+    "heroku": "DATABASE_URL={}\nHEROKU_POSTGRESQL_JADE_URL={}\nDATABASE_CONNECTION_POOL_URL={}\nPORT=5000\n",
+    "hasura": "HASURA_GRAPHQL_DATABASE_URL={}\nPG_DATABASE_URL={}\nDATABASE_URL={}\n",
+    "dbmate": "DATABASE_URL={}\nDBMATE_MIGRATIONS_DIR=db\nDBMATE_SCHEMA_FILE=x\nTEST_DATABASE_URL={}\n",
+}
+WITHOUT = {
+    "laravel": "APP_NAME=Laravel\nAPP_URL=http://localhost\nDB_CONNECTION=mysql\nDB_HOST=127.0.0.1\nDB_PORT=3306\n"
+    "DB_DATABASE=laravel\nDB_USERNAME=root\nDB_PASSWORD=\nREDIS_HOST=127.0.0.1\nMAIL_HOST=mailpit\n",
+    "compose without a URL": "POSTGRES_USER=u\nPOSTGRES_PASSWORD=x\nPOSTGRES_DB=x\nPOSTGRES_PORT=5432\n",
+    "next": "NEXT_PUBLIC_API_URL=http://localhost:3000\nAUTH_SECRET=x\nOPENAI_API_KEY=x\nNODE_ENV=development\n",
+    "vite": "VITE_APP_TITLE=x\nVITE_SUPABASE_URL=https://x.supabase.co\n",
+}
+
+
+@pytest.mark.parametrize("text", EXAMPLES.values(), ids=EXAMPLES)
+def test_no_false_alarm_beside_a_url(app: Path, text: str) -> None:
+    for folder in (app, home_of(app)):
+        (folder / ".env").write_text(text.format(*[APP] * 4))
+        found = load(home_of(app), {})
+        assert found.target is not None
+        assert found.notes == ()
+
+
+@pytest.mark.parametrize("text", WITHOUT.values(), ids=WITHOUT)
+def test_no_false_alarm_where_there_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / ".env").write_text(text)
+    found = load(tmp_path, {})
+    assert found.target is None
+    assert len(found.notes) == ("DB_HOST" in text)
+
+
+def test_slip_of_the_pen_is_one_edit() -> None:
+    """All that one edit makes, and nothing of two."""
+    meant = "DATABASEURL"
+    less = {meant[:at] + meant[at + 1 :] for at in range(len(meant))}
+    other = {meant[:at] + "X" + meant[at + 1 :] for at in range(len(meant))}
+    more = {meant[:at] + "X" + meant[at:] for at in range(len(meant) + 1)}
+    swapped = {meant[:at] + meant[at : at + 2][::-1] + meant[at + 2 :] for at in range(len(meant) - 1)}
+    typed = {meant} | less | other | more | swapped
+    assert {word for word in typed if not env_file._SLIP_OF_THE_PEN.fullmatch(word)} == set()
+    twice = {word[:at] + "Y" + word[at:] for word in (other | more) for at in range(len(word) + 1)}
+    assert {word for word in twice if env_file._SLIP_OF_THE_PEN.fullmatch(word)} == set()

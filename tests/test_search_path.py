@@ -1,0 +1,106 @@
+"""Which schema: all ways to name it mean the same, two that disagree are refused, each answer says which it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import Db
+
+from scripts import chain
+
+STEMS = [step.stem for step in chain.load() if "fix" not in step.stem]
+TABLES = sorted(table for step in chain.load() for table in step.tables)
+WAYS = {
+    "schema": {"&schema": "=app"},
+    "JDBC's": {"&currentSchema": "=app,public"},
+    "search_path": {"&search_path": "=app,%20public"},
+    "options": {"&options": "=-c%20search_path%3Dapp"},
+    "PGOPTIONS": {"PGOPTIONS": "-c search_path=app"},
+    "all of them": {
+        "&schema": "=app",
+        "&currentSchema": "=app",
+        "&options": "=-csearch_path=app",
+        "PGOPTIONS": "-c jit=off",
+    },
+}
+
+
+def environment(db: Db, given: dict[str, str]) -> dict[str, str]:
+    parameters = "".join(name + value for name, value in given.items() if name.startswith("&"))
+    return {"DATABASE_URL": db.url + parameters, **{name: v for name, v in given.items() if not name.startswith("&")}}
+
+
+def tables_by_schema(db: Db) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for schema, table in db.rows(f"""SELECT schemaname, tablename FROM pg_tables
+            WHERE tablename IN ({", ".join(f"'{table}'" for table in TABLES)}) ORDER BY 1, 2"""):
+        found.setdefault(schema, []).append(table)
+    return found
+
+
+@pytest.mark.parametrize("given", WAYS.values(), ids=WAYS)
+def test_every_way_to_name_a_schema_leads_there(db: Db, given: dict[str, str]) -> None:
+    db.execute("CREATE SCHEMA app")
+    done = db.invoke("setup", env=environment(db, given))
+    assert done.code == 0, done
+    assert tables_by_schema(db) == {"app": TABLES}
+    assert "schema app;" in done.out
+    assert "note " not in done.out
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"&schema": "=app", "&currentSchema": "=public"},
+        {"&schema": "=app", "&search_path": "=app,public"},
+        {"&currentSchema": "=app", "&options": "=-c%20search_path%3Dpublic"},
+        {"&options": "=-c%20search_path%3Dapp%20-c%20search_path%3Dpublic"},
+        {"PGOPTIONS": "-c search_path=app -c search_path=public"},
+    ],
+    ids=lambda given: " ".join(given),
+)
+def test_two_that_disagree_are_refused(db: Db, given: dict[str, str]) -> None:
+    db.execute("CREATE SCHEMA app")
+    done = db.invoke("setup", env=environment(db, given))
+    assert done.code == 3, done
+    assert "search_path" in done.err
+    assert all(name.strip("&") in done.err for name in given)
+    assert tables_by_schema(db) == {}
+
+
+def test_url_wins_over_the_environment_with_a_note(db: Db) -> None:
+    db.execute("CREATE SCHEMA app; CREATE SCHEMA other")
+    done = db.invoke("setup", env=environment(db, {"&schema": "=app", "PGOPTIONS": "-c search_path=other"}))
+    assert tables_by_schema(db) == {"app": TABLES}
+    assert "note      ignored in PGOPTIONS: search_path (DATABASE_URL names another)" in done.out
+
+
+def test_tables_of_a_later_schema_are_named_as_such(db: Db) -> None:
+    """Else "nothing to do" would be read as said of the first one, which is empty."""
+    db.migrate(*STEMS)
+    db.execute('CREATE SCHEMA "App 2"; CREATE TABLE public.other ()')
+    behind = {"DATABASE_URL": f"{db.url}&search_path=nowhere,%22App 2%22,public"}
+    for task in ("setup", "plan", "verify", "status", "rehearse", "doctor"):
+        done = db.invoke(task, env=behind)
+        assert done.code == 0, done
+        [note] = [line for line in done.out.replace("\n  ", " ").splitlines() if line.startswith("note ")]
+        assert all(name in note for name in (*TABLES, "public", "App 2"))
+    for task in ("plan", "verify", "status"):
+        document = json.loads(db.invoke(task, "--format", "json", env=behind).out)
+        assert document["server"]["tables"] == {"public": TABLES}
+        [note] = [note for note in document["notes"] if "App 2" in note]
+    assert tables_by_schema(db) == {"public": TABLES}
+
+
+def test_table_of_a_later_schema_among_those_of_the_first(db: Db) -> None:
+    db.migrate(*STEMS)
+    db.execute("CREATE SCHEMA app; ALTER TABLE turn_metrics SET SCHEMA app; CREATE TABLE app.slots AS TABLE slots")
+    for path, behind in (
+        ("app,public", {"public": [table for table in TABLES if table not in ("turn_metrics", "slots")]}),
+        ("public,app", {"app": ["turn_metrics"]}),
+        ("public", {}),
+    ):
+        env = {"DATABASE_URL": f"{db.url}&search_path={path}"}
+        server = json.loads(db.invoke("verify", "--format", "json", env=env).out)["server"]
+        assert {home: tables for home, tables in server["tables"].items() if home != server["schema"]} == behind

@@ -258,7 +258,8 @@ def psql(_: Context) -> None:
 def test(c: Context, only: str = "", postgres: int = 18) -> None:  # noqa: PT028
     """Run the tests, on embedded servers of their own."""
     os.chdir(ROOT)
-    command = shlex.join([sys.executable, "-m", "pytest", "-n", "auto", "-o", f"cache_dir={CACHE}/pytest"])
+    options = ["-n", "auto", "--dist", "worksteal", "-o", f"cache_dir={CACHE}/pytest"]
+    command = shlex.join([sys.executable, "-m", "pytest", *options])
     c.run(f"{command} {only}", pty=sys.stdout.isatty(), env={**CACHES, "TEST_POSTGRES": str(postgres)})
 
 

@@ -12,6 +12,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import budget_engine.output.console  # noqa: E402, F401 - Invoke prints its version and help before it has loaded tasks.py
+
+del sys.path[0]
 
 
 def distrust(lost: ImportError) -> None:
@@ -53,6 +57,6 @@ try:
     program.run(["invoke", "--search-root", str(ROOT), *sys.argv[1:]])
 except SystemExit as end:
     lost = end.__cause__  # of a task that has said so
-    if isinstance(lost, ImportError) and not (lost.name or "").startswith("scripts"):
+    if isinstance(lost, ImportError) and not (lost.name or "").startswith("budget_engine"):
         distrust(lost)
     raise

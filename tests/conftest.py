@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,13 +20,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import psutil  # type: ignore[import-untyped]
 import psycopg
 import pytest
 import warm
-from versions import MAJOR, PACKAGED, locate, packaged
+from versions import MAJOR, PACKAGED, concern, locate, packaged
 
-from scripts import embedded, turn
-from scripts.chain import ROOT
+from budget_engine.migration import turn
+from budget_engine.postgres import embedded
+from budget_engine.migration.chain import ROOT
 
 # A suite that a script runs in the background is started with Ctrl-C ignored; all that it starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,6 +39,8 @@ MIGRATIONS = ROOT / "db" / "migrations"
 VERIFICATIONS = ROOT / "db" / "verify"
 # What a run in the schema public has for itself, and others wait for.
 THE_TURN = f"SELECT pg_advisory_xact_lock({turn.RUN}, 'public'::regnamespace::oid::int4)"
+# Making a database takes a tenth of the time in memory, if there is room: a container's /dev/shm often has 64 MB.
+MEMORY, NEEDED = Path("/dev/shm"), 2 << 30
 # FAULT_SEED repeats a sample of faults; the processes of one pytest -n have to draw the same one.
 SEED = os.environ.get("FAULT_SEED") or os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(random.randrange(10**6))
 
@@ -96,15 +99,8 @@ class Db:
 
     def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
         """Start `invoke WORDS…` on this database, to be watched, signalled and waited for (see until, ended)."""
-        return subprocess.Popen(
-            [sys.executable, "-m", "invoke", *words],
-            cwd=ROOT,
-            env=clean_environment() | {"DATABASE_URL": self.url} | env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        environment = clean_environment() | {"DATABASE_URL": self.url} | env
+        return warm.start(words, environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def psql(self, *arguments: str, role: str = "postgres") -> Run:
         """Run psql with ON_ERROR_STOP; its exit code is 3 where a statement failed."""
@@ -123,8 +119,9 @@ class Db:
 
     def differing(self) -> dict[str, tuple[str, str | None, str | None]]:
         """Return item → (expected, actual, mended_by) of every promise of the chain that does not stand."""
-        stems = sorted(path.stem for path in VERIFICATIONS.glob("*.sql"))
-        items = [item for stem in stems for item in self.verification(stem)]
+        with self.connect() as connection:
+            queries = [path.read_text() for path in sorted(VERIFICATIONS.glob("*.sql"))]
+            items = [item for query in queries for item in connection.execute(query.encode())]
         return {name: (expected, actual, by) for name, expected, actual, by in items if expected != actual}
 
     def dump(self, *, data: bool = False) -> str:
@@ -143,7 +140,9 @@ def clean_environment() -> dict[str, str]:
 
 
 def run(command: list[str], environment: Mapping[str, str], timeout: float = 120, cwd: Path = ROOT) -> Run:
-    """Run a command, in the project's folder unless told otherwise."""
+    """Run a command, in the project's folder unless told otherwise; Invoke there as Db.invoke does."""
+    if command[:3] == [sys.executable, "-m", "invoke"] and cwd == ROOT:
+        return Run(*warm.run(tuple(command[3:]), environment, timeout))
     done = subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -165,6 +164,18 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> No
         time.sleep(0.01)
 
 
+def place_of_data() -> str:
+    """Choose the folder for the servers' data; whoever sets TMPDIR has chosen."""
+    if "TMPDIR" in os.environ or not os.access(MEMORY, os.W_OK | os.X_OK):
+        return tempfile.gettempdir()
+    room = min(shutil.disk_usage(MEMORY).free, psutil.virtual_memory().available)
+    return str(MEMORY) if room >= NEEDED else tempfile.gettempdir()
+
+
+# The first process chooses for all; the name is theirs, not the user's.
+DATA = os.environ.setdefault("TEST_DATA", place_of_data())
+
+
 @contextmanager
 def private_server(
     *, major: int = MAJOR, binaries: Path | None = None, durable: bool = False, **settings: str
@@ -174,7 +185,7 @@ def private_server(
     major: its version; binaries: a packaged server's, instead; durable: whether it is to survive a power cut; settings:
     of the embedded server's own, which come with its start.
     """
-    home = Path(tempfile.mkdtemp(prefix="budget-engine-tests-"))
+    home = Path(tempfile.mkdtemp(prefix="budget-engine-tests-", dir=None if durable else DATA))
     home.chmod(0o755)  # as root the server runs as another user, who must be able to reach its data
     cluster = embedded.locate(home, int(binaries.parent.name), binaries) if binaries else locate(home, major)
     with pytest.MonkeyPatch.context() as patch:
@@ -243,16 +254,40 @@ def db(request: pytest.FixtureRequest) -> Iterator[Db]:
         yield db
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--of-the-version", action="store_true", help="leave out what meets no server of TEST_POSTGRES")
+
+
 def pytest_configure() -> None:
     """Have the chosen version's binaries before the test processes start, which would all install them."""
     locate(ROOT)
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many processes keep the processors busy: a third of the tests' time is waiting."""
+    processors = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return processors * 3 // 2
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the slow ones, for which nobody shall wait at the end; mark what the version is nothing to."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    if config.getoption("--of-the-version"):
+        reason = "they meet no PostgreSQL of the chosen version: --of-the-version"
+        for item in items:
+            if not concern(item):
+                item.add_marker(pytest.mark.skip(reason))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say what was left out, and why: pytest -q would hide it behind a letter. And what the tests ran on."""
-    skipped = terminalreporter.stats.get("skipped", [])
-    left_out = Counter((report.location[0], report.longrepr[2].removeprefix("Skipped: ")) for report in skipped)
-    for (file, reason), tests in left_out.items():
-        terminalreporter.write_line(f"left out: {tests} tests of {file} ({reason})")
+    left_out: dict[str, list[str]] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        left_out.setdefault(text.longrepr[2].removeprefix("Skipped: "), []).append(text.location[0])
+    for reason, tests in left_out.items():
+        files = set(tests)
+        where = f"{len(files)} files" if len(files) > 1 else files.pop()
+        terminalreporter.write_line(f"left out: {len(tests)} tests of {where} ({reason})")
     version = run([str(locate(ROOT).binaries / "postgres"), "--version"], clean_environment())
-    terminalreporter.write_line(f"{version.out.strip()}, Python {platform.python_version()}")
+    where = "in memory" if str(MEMORY) == DATA else "on disk"
+    terminalreporter.write_line(f"{version.out.strip()}, its data {where} ({DATA}); Python {platform.python_version()}")

@@ -254,13 +254,17 @@ def altered(change: str) -> str:
 
 def contents(db: Db) -> Contents:
     """Return the rows of every table of the users' (and not of the diary), in an order of their own."""
-    tables = db.rows("""
+    tables = """
         SELECT format('%I.%I', nspname, relname) FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
-        WHERE relkind IN ('r', 'p') AND nspname !~ '^pg_|^information_schema$|^budget_engine$' ORDER BY 1""")
+        WHERE relkind IN ('r', 'p') AND nspname !~ '^pg_|^information_schema$|^budget_engine$' ORDER BY 1"""
     query = """
         SELECT coalesce(json_agg(line ORDER BY line ->> 'id', line::text), '[]')
         FROM (SELECT to_jsonb(t) AS line FROM {} AS t OFFSET 0) AS lines"""
-    return {table: db.value(query.format(table)) for (table,) in tables}
+    with db.connect() as connection:
+        return {
+            table: connection.execute(query.format(table).encode()).fetchall()[0][0]
+            for (table,) in connection.execute(tables).fetchall()
+        }
 
 
 def lost(before: Contents, after: Contents, renamed: dict[str, str]) -> list[tuple[str, Any, Any]]:

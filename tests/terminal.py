@@ -7,13 +7,11 @@ import os
 import pty
 import signal
 import struct
-import subprocess
-import sys
 import tempfile
 import termios
 from collections.abc import Mapping
 
-from budget_engine.migration.chain import ROOT
+import warm
 from conftest import Db, Run, clean_environment
 
 
@@ -30,15 +28,7 @@ def on_terminal(
     for size in ("COLUMNS", "LINES"):  # they would win over the terminal's own
         environment.pop(size, None)
     with tempfile.TemporaryFile("w+") as errors:  # no pipe, which would be full at some time
-        process = subprocess.Popen(
-            [sys.executable, "-m", "invoke", *words],
-            cwd=ROOT,
-            env=environment,
-            stdin=theirs,
-            stdout=theirs,
-            stderr=errors,
-            start_new_session=True,
-        )
+        process = warm.start(words, environment, stdin=theirs, stdout=theirs, stderr=errors)
         os.close(theirs)
         seen = b""
         while chunk := _read(ours):

@@ -8,14 +8,17 @@ import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import pytest
 from bench import traffic
 from bench.load import Busy, Window
 from bench.ways import WAYS, WHAT
 from conftest import Db, Run, clean_environment, run
+from versions import MAJOR
 
 
 def bench(*words: str, out: Path) -> Run:
-    done = run([sys.executable, "-m", "invoke", "bench", *words, f"--out={out}"], clean_environment(), timeout=600)
+    environment = clean_environment() | {"TEST_POSTGRES": str(MAJOR)}
+    done = run([sys.executable, "-m", "invoke", "bench", *words, f"--out={out}"], environment, timeout=600)
     assert done.code == 0, done
     return done
 
@@ -31,6 +34,7 @@ def rows(done: Run, name: str) -> list[list[str]]:
     return [cells for first, *cells in lines if first == name]
 
 
+@pytest.mark.slow
 def test_startup_is_measured_and_drawn(tmp_path: Path) -> None:
     done = bench("--rounds=1", "--only=none", out=tmp_path)
     drawn = charts(tmp_path)
@@ -41,6 +45,7 @@ def test_startup_is_measured_and_drawn(tmp_path: Path) -> None:
     assert re.search(r"^Peak memory of invoke setup from nothing: \d+ MB", done.out, re.M)
 
 
+@pytest.mark.slow
 def test_load_is_measured_and_drawn(tmp_path: Path) -> None:
     done = bench("--load", "--sizes=300", "--slots=500", "--baseline=0.5", out=tmp_path)
     drawn = charts(tmp_path)

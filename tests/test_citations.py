@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from scripts.chain import ROOT
+from budget_engine.migration.chain import ROOT
 
 PATTERNS = (
     "*.md",

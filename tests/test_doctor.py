@@ -106,6 +106,120 @@ def test_hindrance(db: Db, sql: str, query: str, code: int, topic: str) -> None:
     assert db.invoke("setup", env=url).code == code
 
 
+def filled(table: str, columns: int = 1600) -> str:
+    """Write what uses up the columns of a table; all but the last ones that were added are dropped again."""
+    return f"""
+        DO $$ BEGIN
+          EXECUTE (SELECT format('ALTER TABLE {table} %s', string_agg('ADD c' || i || ' int', ','))
+                   FROM pg_class, generate_series(1, {columns} - relnatts) AS i WHERE oid = '{table}'::regclass);
+          EXECUTE (SELECT format('ALTER TABLE {table} %s', string_agg(format('DROP %I', attname), ','))
+                   FROM pg_attribute WHERE attrelid = '{table}'::regclass AND attname ~ '^c[0-9]+$');
+        END $$;"""
+
+
+# What stands around tables that are as promised, and keeps a statement from working.
+AROUND = {
+    "unlogged turns": states.by_hand() + "ALTER TABLE prompt_snapshots DROP CONSTRAINT prompt_snapshots_turn_id_fkey;"
+                                         "ALTER TABLE turns SET UNLOGGED",
+    "unlogged core": states.CORE + "ALTER TABLE turns SET UNLOGGED; ALTER TABLE games SET UNLOGGED;"
+                                   "ALTER TABLE entry_points SET UNLOGGED",
+    "unlogged worlds": "CREATE UNLOGGED TABLE worlds (id text PRIMARY KEY, version text NOT NULL, status text NOT NULL,"
+                       " doc jsonb NOT NULL, created_at timestamptz NOT NULL, updated_at timestamptz NOT NULL)",
+    "uuid, unlogged turns": states.with_uuid() + "ALTER TABLE turns SET UNLOGGED",
+    "columns used up": states.by_hand() + filled("slots"),
+    "one column left": states.by_hand() + filled("slots", 1599),
+    "no column left for the fix": states.with_uuid() + filled("prompt_snapshots", 1599),
+    "heir with another type": states.by_hand() + "CREATE TABLE heir (must_keep text NOT NULL) INHERITS (slots)",
+    "heir's heir": states.by_hand() + "CREATE TABLE heir () INHERITS (slots); CREATE TABLE theirs (min_chars bigint)"
+                                      " INHERITS (heir)",
+    "heir of prompt_snapshots": states.by_hand() + "CREATE TABLE heir (budget_report text) INHERITS (prompt_snapshots)",
+    "heir without room": states.by_hand() + "CREATE TABLE heir () INHERITS (slots);" + filled("heir"),
+    "typed slots": "CREATE TYPE slot AS (id uuid, type text, name text, description text, max_len int, priority int,"
+                   " created_at timestamptz, updated_at timestamptz); CREATE TABLE slots OF slot (PRIMARY KEY (id),"
+                   " UNIQUE (type, name), type NOT NULL, name NOT NULL, description NOT NULL, created_at NOT NULL,"
+                   " updated_at NOT NULL)",
+    "published without identity": states.by_hand() + "ALTER TABLE slots REPLICA IDENTITY NOTHING;"
+                                                     "CREATE PUBLICATION p FOR ALL TABLES",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state", AROUND.values(), ids=AROUND)
+def test_what_keeps_a_statement_from_working_is_said_before_and_cleared_by_the_commands(
+    db: Db, state: str, tmp_path: Path
+) -> None:
+    db.execute(state)
+    before, rows = db.dump(data=True), states.contents(db)
+    assert amiss(db.invoke("doctor"), 6) == {"chain": PROBLEM}
+    for task in ("verify", "status --check", "plan", "plan --sql", "rehearse", "setup"):
+        done = db.invoke(*task.split())
+        assert done.code == 6, (task, done)
+    assert db.dump(data=True) == before
+    commands = tmp_path / "commands.sql"
+    commands.write_text("\n".join(re.findall(r"^    (.*)$", done.err, re.M)))
+    assert db.psql("-f", str(commands)).code == 0, done
+    again = db.invoke("setup")
+    assert (again.code, db.differing()) == (0, {}), (commands.read_text(), again)
+    held = sorted(str(sorted(row.items())) for table in states.contents(db).values() for row in table)
+    assert len(held) >= sum(map(len, rows.values()))
+
+
+HARMLESS = {
+    "unlogged on both sides": states.by_hand() + "CREATE UNLOGGED TABLE other (turn bigint REFERENCES turns)",
+    "unlogged slots": states.by_hand() + "ALTER TABLE slots SET UNLOGGED",
+    "unlogged prompt_snapshots": states.by_hand("bigint") + "ALTER TABLE prompt_snapshots SET UNLOGGED",
+    "heir": states.by_hand() + "CREATE TABLE heir (must_keep boolean NOT NULL DEFAULT true) INHERITS (slots)",
+    "two columns left": states.by_hand() + filled("slots", 1598),
+    "identity nobody needs": states.by_hand() + "ALTER TABLE slots REPLICA IDENTITY NOTHING",
+    "inserts alone are published": states.by_hand() + "ALTER TABLE slots REPLICA IDENTITY NOTHING;"
+                                                      "CREATE PUBLICATION p FOR TABLE slots WITH (publish = 'insert')",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state", HARMLESS.values(), ids=HARMLESS)
+def test_what_keeps_nothing_from_working_is_in_nobodys_way(db: Db, state: str) -> None:
+    db.execute(state)
+    assert db.invoke("doctor").code == 0
+    assert db.invoke("setup").code == 0
+    assert db.differing() == {}
+
+
+@pytest.mark.parametrize("path", ["pg_catalog, public", "information_schema, public", "pg_temp, public", "pg_catalog"])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_path_that_leads_into_a_schema_of_the_servers(db: Db, role: str, path: str, by_hand: bool) -> None:
+    """Half the steps would run, then one would be refused, or its table be gone with the session."""
+    db.execute(states.by_hand() if by_hand else "")
+    before = db.dump()
+    db.execute(f"ALTER DATABASE {db.name} SET search_path = {path}")
+    for user in ("postgres", role):
+        for task in ("verify", "status --check", "plan", "plan --sql", "rehearse", "setup"):
+            done = db.invoke(*task.split(), role=user)
+            assert (done.code, "?schema=" in done.err) == (1, True), (task, done)
+        page(db.invoke("doctor", role=user), 1)
+    there = f"{db.url}&schema=public"
+    assert db.invoke("doctor", env={"DATABASE_URL": there}).code == 0
+    db.execute(f"ALTER DATABASE {db.name} RESET search_path")
+    assert db.dump() == before
+    assert db.invoke("setup").code == 0
+
+
+def test_path_that_leads_into_a_schema_of_the_servers_where_no_table_is_to_be_made(db: Db) -> None:
+    assert db.invoke("setup").code == 0
+    db.execute("DROP INDEX idx_games_owner; ALTER TABLE prompt_snapshots DROP COLUMN budget_report")
+    db.execute(f"ALTER DATABASE {db.name} SET search_path = pg_catalog, public")
+    assert db.invoke("setup").code == 0
+    assert db.invoke("verify").code == 0
+
+
+def test_column_of_a_table_that_another_role_lets_inherit(db: Db, role: str) -> None:
+    db.execute(states.by_hand() + states.OWN.replace("{role}", role) + "CREATE TABLE heir () INHERITS (slots)")
+    try:
+        for task in ("doctor", "plan", "setup"):
+            done = db.invoke(task, role=role)
+            assert (done.code, "ownership of table heir" in done.out + done.err) == (8, True), done
+    finally:
+        db.execute(f"REASSIGN OWNED BY {role} TO postgres; DROP OWNED BY {role}")
+
+
 @pytest.fixture(scope="module")
 def role(cluster: Cluster) -> Iterator[str]:
     """A role that may log in, and nothing else."""
@@ -629,13 +743,88 @@ def test_tables_behind_the_first_schema(db: Db) -> None:
     assert "would go to app" in " ".join(done.out.split())
 
 
-def test_event_trigger(db: Db) -> None:
-    db.execute("""
-        CREATE FUNCTION look() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END';
-        CREATE EVENT TRIGGER look ON ddl_command_start EXECUTE FUNCTION look()""")
-    assert amiss(db.invoke("doctor"), 0) == {"triggers": NOTE}
+LOOK = "CREATE FUNCTION look() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END';"
+# How an event trigger is made, and whether it can fire on what is due: all, or a column alone.
+EVENT_TRIGGERS = {
+    "any command": ("CREATE EVENT TRIGGER t ON ddl_command_start EXECUTE FUNCTION look()", True, True),
+    "tables": ("CREATE EVENT TRIGGER t ON ddl_command_end WHEN TAG IN ('CREATE TABLE', 'DROP TABLE')"
+               " EXECUTE FUNCTION look()", True, True),
+    "functions": ("CREATE EVENT TRIGGER t ON ddl_command_end WHEN TAG IN ('CREATE FUNCTION') EXECUTE FUNCTION look()",
+                  True, False),
+    "extensions": ("CREATE EVENT TRIGGER t ON ddl_command_end WHEN TAG IN ('CREATE EXTENSION') EXECUTE FUNCTION look()",
+                   False, False),
+    "dropped": ("CREATE EVENT TRIGGER t ON sql_drop EXECUTE FUNCTION look()", False, False),
+    "rewritten": ("CREATE EVENT TRIGGER t ON table_rewrite EXECUTE FUNCTION look()", False, False),
+    "disabled": ("CREATE EVENT TRIGGER t ON ddl_command_start EXECUTE FUNCTION look();"
+                 " ALTER EVENT TRIGGER t DISABLE", False, False),
+    "of a replica": ("CREATE EVENT TRIGGER t ON ddl_command_start EXECUTE FUNCTION look();"
+                     " ALTER EVENT TRIGGER t ENABLE REPLICA", False, False),
+    "always": ("CREATE EVENT TRIGGER t ON ddl_command_start EXECUTE FUNCTION look();"
+               " ALTER EVENT TRIGGER t ENABLE ALWAYS", True, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("made", "all_due", "column_due"), EVENT_TRIGGERS.values(), ids=EVENT_TRIGGERS)
+def test_event_trigger_is_named_where_it_can_fire(db: Db, made: str, all_due: bool, column_due: bool) -> None:
+    db.execute(LOOK + made)
+    assert amiss(db.invoke("doctor"), 0) == ({"triggers": NOTE} if all_due else {})
     assert db.invoke("setup").code == 0
     assert amiss(db.invoke("doctor"), 0) == {}
+    db.execute("ALTER TABLE prompt_snapshots DROP COLUMN budget_report; DROP SCHEMA budget_engine CASCADE")
+    assert amiss(db.invoke("doctor"), 0) == ({"triggers": NOTE} if column_due else {})
+
+
+def test_event_triggers_of_replicas_fire_in_one(db: Db) -> None:
+    db.execute(LOOK + "CREATE EVENT TRIGGER t ON ddl_command_start EXECUTE FUNCTION look()")
+    db.execute(f"ALTER DATABASE {db.name} SET session_replication_role = replica")
+    assert amiss(db.invoke("doctor"), 0) == {"limits": NOTE}
+    db.execute(f"ALTER EVENT TRIGGER t ENABLE REPLICA; ALTER DATABASE {db.name} SET session_replication_role = local")
+    assert amiss(db.invoke("doctor"), 0) == {}
+
+
+def test_every_command_that_setup_sends_is_known_to_the_doctor(db: Db) -> None:
+    """By the server's own account of them."""
+    db.execute(
+        states.with_uuid()
+        + """
+        CREATE TABLE sent (tag text, event text);
+        CREATE FUNCTION note() RETURNS event_trigger LANGUAGE plpgsql
+          AS 'BEGIN INSERT INTO public.sent VALUES (tg_tag, tg_event); END';
+        CREATE EVENT TRIGGER started ON ddl_command_start EXECUTE FUNCTION note();
+        CREATE EVENT TRIGGER dropped ON sql_drop EXECUTE FUNCTION note();
+        CREATE EVENT TRIGGER rewritten ON table_rewrite EXECUTE FUNCTION note()"""
+    )
+    with database(db.cluster, db.name) as copy:
+        assert db.invoke("setup").code == 0
+        sent = db.rows("SELECT DISTINCT tag, event FROM sent")
+        copy.execute("DROP EVENT TRIGGER started; DROP EVENT TRIGGER dropped; DROP EVENT TRIGGER rewritten")
+        for number, (tag, event) in enumerate(sent):
+            copy.execute(f"CREATE EVENT TRIGGER t_{number} ON {event} WHEN TAG IN ('{tag}') EXECUTE FUNCTION note()")
+        done = copy.invoke("doctor")
+    assert {("CREATE TABLE", "ddl_command_start"), ("ALTER TABLE", "ddl_command_start")} <= set(sent)
+    named = re.findall(r"t_\d+", done.out)
+    assert [kind for number, kind in enumerate(sent) if f"t_{number}" not in named] == []
+
+
+# What the search_path is, and which of its names lead nowhere.
+PATHS = {
+    "as Supabase's roles have it": (r'"\$user", public, extensions', "extensions"),
+    "as it is everywhere": ('"$user", public', ""),
+    "quoted": ('public, "no, such ""one", "Public"', 'Public no, such "one'),
+    "twice, in capitals": ("PUBLIC,  nowhere ,NOWHERE,public", "nowhere"),
+    "temporary": ("public, pg_temp", ""),
+}
+
+
+@pytest.mark.parametrize(("path", "absent"), PATHS.values(), ids=PATHS)
+def test_schemas_of_the_path_that_are_not_there(db: Db, path: str, absent: str) -> None:
+    with db.connect() as connection:
+        connection.execute("SELECT set_config('search_path', %s, false)", [path])
+        connection.execute(f"ALTER DATABASE {db.name} SET search_path FROM CURRENT".encode())
+        assert connection.execute("SELECT current_setting('search_path')").fetchall() == [(path,)]
+    assert db.value("SELECT current_setting('search_path')") == path
+    done = db.invoke("doctor")
+    assert " ".join(re.findall(r": (.+) does not exist, or is closed", done.out)) == absent, done
 
 
 def test_room_for_a_second_connection(db: Db) -> None:

@@ -23,9 +23,9 @@ import pytest
 from conftest import clean_environment, run
 from versions import MAJOR, locate, new_in
 
-from scripts import embedded
-from scripts.embedded import Cluster, running, start, stop
-from scripts.errors import UnreachableError
+from budget_engine.postgres import embedded
+from budget_engine.postgres.embedded import Cluster, running, start, stop
+from budget_engine.errors import UnreachableError
 
 PROJECT = Path(__file__).resolve().parent.parent
 ROOT_CASE = os.geteuid() == 0
@@ -35,7 +35,7 @@ SOMEBODY = pwd.getpwnam("nobody").pw_uid  # any user that is not the one who run
 STARTER = """
 import sys
 from pathlib import Path
-from scripts import embedded
+from budget_engine.postgres import embedded
 try:
     cluster = embedded.locate(Path(sys.argv[1]), int(sys.argv[3]), Path(sys.argv[2]))
     embedded.start(cluster)

@@ -12,10 +12,10 @@ import pytest
 from conftest import Db, Run, clean_environment, run
 from test_command_line import tree as checkout
 
-from scripts import env_file
-from scripts.chain import ROOT
-from scripts.errors import BeyondError, EnvFileChoiceError, EnvFileError, OtherNameError, SettingsError
-from scripts.settings import Settings, load
+from budget_engine import env_file
+from budget_engine.migration.chain import ROOT
+from budget_engine.errors import BeyondError, EnvFileChoiceError, EnvFileError, OtherNameError, SettingsError
+from budget_engine.settings import Settings, load
 
 __all__ = ["checkout"]  # the fixture
 APP, OTHER = "postgresql://app@db.example.com/app", "postgresql://app@db.example.com/other"

@@ -91,8 +91,9 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     wheels = folder / "wheels"
     (folder / "scripts").mkdir(parents=True)
     wheels.mkdir()
-    for file in ("scripts/inv", "scripts/as_invoke.py"):
-        shutil.copy(PROJECT / file, folder / "scripts")
+    # What it needs before tasks.py is loaded.
+    for name in ("inv", "as_invoke.py", "__init__.py", "console.py", "errors.py"):
+        shutil.copy(PROJECT / "scripts" / name, folder / "scripts")
     offline = f'--no-index\n--find-links "{wheels.as_uri()}"\n'.replace('"', "")
     (folder / "requirements.txt").write_text(offline + _wheel(wheels, "invoke", **STAND_IN))
     (folder / "requirements-dev.txt").write_text(offline + _wheel(wheels, "devtool"))
@@ -409,6 +410,7 @@ def test_ctrl_c_is_one_line(fresh: Checkout) -> None:
     assert not (fresh.venv / ".inv-stamp").exists()
 
 
+@pytest.mark.slow
 def test_users_own_environment_is_completed_not_replaced(fresh: Checkout) -> None:
     subprocess.run([sys.executable, "-m", "venv", fresh.venv], check=True)
     theirs = fresh.venv / "theirs"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import Run, clean_environment
 
-from scripts import chain
+from budget_engine.migration import chain
 
 MENU = {"setup", "slots-flags", "slots_flags", "turn-metrics", "turn_metrics", "verify", "db.url", "lint"}
 UNDERSCORES = "tasks: {auto_dash_names: false}\n"

@@ -210,6 +210,7 @@ def draw_point(draw: random.Random, seconds: float, messages: int) -> Point:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("walk", range(-(-POINTS // POINTS_OF_ONE_WALK)))
 def test_random_walk(mortal: Mortal, walk: int) -> None:
     draw = random.Random(f"{SEED} {walk}")

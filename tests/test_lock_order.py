@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -66,6 +67,7 @@ def test_a_step_that_waits_for_one_table_holds_up_nobody_on_another(db: Db, stat
         )
         while process.poll() is None:
             writer.execute(write)  # 55P03 if it is held up
+            time.sleep(0.005)
         done = ended(process)
         assert done.code == 7, done
         assert f"pid {holder.info.backend_pid} " in done.out + done.err, done

@@ -30,8 +30,8 @@ from conftest import (
 from proxy import Proxy, containing, on_nth, socket_of
 from states import with_uuid
 
-from scripts import chain, turn
-from scripts.chain import ROOT
+from budget_engine.migration import chain, turn
+from budget_engine.migration.chain import ROOT
 
 TASKS = ["setup", "prereqs", "fix", "slots-flags", "budget-report", "turn-metrics", "verify"]
 STEMS = [step.stem for step in chain.load()]
@@ -235,6 +235,7 @@ def ends(processes: list[subprocess.Popen[str]]) -> list[float]:
     return list(times.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prepare", [lambda db: None, make_old, make_big], ids=["empty", "old", "many rows"])
 def test_twenty_runs_at_once_all_succeed_and_do_each_step_once(db: Db, prepare: Callable[[Db], None]) -> None:
     prepare(db)
@@ -381,6 +382,7 @@ def test_holder_lets_go_after_the_first_attempt(db: Db) -> None:
         assert words in done.out
 
 
+@pytest.mark.slow
 def test_holder_never_lets_go(db: Db) -> None:
     """The queue behind a waiting step is never longer than one LOCK_TIMEOUT."""
     assert db.invoke("setup").code == 0
@@ -393,6 +395,7 @@ def test_holder_never_lets_go(db: Db) -> None:
             asked = time.monotonic()
             third.execute("SELECT count(*) FROM prompt_snapshots")
             waits.append(time.monotonic() - asked)
+            time.sleep(0.005)
         done, took_s = ended(process), time.monotonic() - began
     assert done.code == 7, done
     assert 4 < took_s < 10
@@ -403,6 +406,7 @@ def test_holder_never_lets_go(db: Db) -> None:
     assert db.dump(data=True) == before
 
 
+@pytest.mark.slow
 def test_deadlock_is_tried_again(db: Db) -> None:
     """The step, which holds prompt_snapshots, wants worlds; the other one has that, and wants prompt_snapshots."""
     assert db.invoke("setup").code == 0

@@ -27,8 +27,9 @@ from proxy import COMMITTED, Proxy, containing, cut, on_nth, socket_of
 from psycopg.errors import lookup
 from test_command_line import hang_up, peer, recipe, speak_http, stay_silent, tree
 
-from scripts import chain, errors
-from scripts.console import reported
+from budget_engine import errors
+from budget_engine.migration import chain
+from budget_engine.output.ending import reported
 
 __all__ = ["tree"]  # the fixture
 README = (chain.ROOT / "README.md").read_text(encoding="utf-8")
@@ -548,12 +549,13 @@ def test_mistake_of_our_own_is_no_traceback_and_gives_no_secret_away(broken: Pat
     assert "very-s3cret" not in done.err + done.out
 
 
-STREAMS = [">&-", "2>&-", "<&-", ">&- 2>&- <&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>&1"]
+CLOSED = [">&-", "2>&-", "<&-", ">&- 2>&- <&-"]
+FULL = [">/dev/full", "2>/dev/full", ">/dev/full 2>&1"]
+needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-@pytest.mark.parametrize("streams", STREAMS)
-def test_streams_that_are_closed_or_full_change_no_exit_code(db: Db, streams: str) -> None:
+@pytest.mark.parametrize("streams", CLOSED)
+def test_streams_that_are_closed_change_no_exit_code(db: Db, streams: str) -> None:
     for task, code in {"verify": 5, "setup": 0, "prereqs --recreate": 0, "db.url": 0, "--dry setup": 0}.items():
         done = shell(chain.ROOT, f"invoke {task} {streams}", DATABASE_URL=db.url)
         assert done.code == code, done
@@ -561,6 +563,75 @@ def test_streams_that_are_closed_or_full_change_no_exit_code(db: Db, streams: st
     refused = shell(chain.ROOT, f"invoke setup {streams}", DATABASE_URL="")
     assert refused.code == 3, refused
     assert db.differing() == {}
+
+
+# What says something on stdout, with the exit code that it has when that can be read.
+SAYING = {
+    "verify": 5,
+    "verify --format json": 5,
+    "verify --format junit": 5,
+    "verify --format github": 5,
+    "plan --sql": 0,
+    "plan --format json": 0,
+    "setup": 0,
+    "status": 0,
+    "rehearse": 0,
+    "doctor": 0,
+    "prereqs --recreate": 0,
+    "db.url": 0,
+    "--list": 0,
+    "--help setup": 0,
+}
+
+
+@needs_full
+@pytest.mark.parametrize("streams", FULL)
+def test_what_cannot_be_written_is_no_success(db: Db, streams: str) -> None:
+    """The work is done all the same; a task that ends badly keeps its own exit code."""
+    for task, code in SAYING.items():
+        done = shell(chain.ROOT, f"invoke {task} {streams}", DATABASE_URL=db.url)
+        silent = streams == "2>/dev/full" and task != "db.url" and "--format" not in task and "--sql" not in task
+        assert done.code == (code or int(not silent)), (task, done)
+        if streams == ">/dev/full":
+            assert "error: stdout could not be written: " in done.err, (task, done)
+        assert "Traceback" not in done.err + done.out, done
+        assert "Exception ignored" not in done.err, done
+    assert db.differing() == {}
+
+
+def test_summary_that_cannot_be_written_is_no_success(db: Db, tmp_path: Path) -> None:
+    for code in (5, 1):
+        seen = db.invoke("verify", "--format", "github")
+        done = db.invoke("verify", "--format", "github", env={"GITHUB_STEP_SUMMARY": str(tmp_path)})
+        assert (done.code, done.out) == (code, seen.out), done
+        assert done.err.startswith(seen.err), done
+        assert f"error: {tmp_path} could not be written: " in done.err, done
+        assert db.invoke("setup").code == 0
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", ["invoke", "python3 scripts/inv"])
+def test_listing_that_nobody_reads_to_its_end_is_silent(command: str, unbuffered: str) -> None:
+    """Whether each line is written at once, or all of them at the end."""
+    words = ["--list", "--help setup"]
+    words += ["--help", "--version"] if command != "invoke" else []  # which Invoke prints before it loads tasks.py
+    for word in words:
+        done = shell(chain.ROOT, f"({command} {word}; echo $? >&2) | true", PYTHONUNBUFFERED=unbuffered)
+        assert done.err == "0\n", (word, done)
+
+
+def test_a_pipe_that_does_not_block_gets_everything() -> None:
+    program = textwrap.dedent("""
+        import os, subprocess, sys, time
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        emit = "from scripts.console import CONSOLE; CONSOLE.emit('x' * 300_000)"
+        child = subprocess.Popen([sys.executable, "-c", emit], stdout=write)
+        os.close(write)
+        time.sleep(0.5)
+        print(sum(map(len, iter(lambda: os.read(read, 4096), b""))), child.wait())""")
+    done = run([sys.executable, "-c", program], clean_environment())
+    assert (done.out, done.err) == ("300001 0\n", "")
 
 
 def test_question_that_nobody_can_be_asked(db: Db) -> None:
@@ -580,6 +651,7 @@ LOCALES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locale", LOCALES, ids=["ascii", "C", "latin-1"])
 def test_locale_that_lacks_our_characters(db: Db, locale: dict[str, str]) -> None:
     for words in ("--list", "--help test", "--help fix", "setup", "verify"):

@@ -11,9 +11,9 @@ import pytest
 from conftest import Db
 from states import ORPHANS, by_hand, with_uuid
 
-from scripts import embedded
-from scripts.database import Database
-from scripts.settings import Settings, parse_target
+from budget_engine.postgres import embedded
+from budget_engine.postgres.connection import Connection
+from budget_engine.settings import Settings, parse_target
 
 COMPILING = {"jit": "on", "jit_above_cost": "0"}
 LOOKING = ("doctor", "plan", "status", "verify")

@@ -14,10 +14,12 @@ from conftest import MIGRATIONS, VERIFICATIONS
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from scripts import chain, errors, plan, recreation, report, runner, survey, turn
-from scripts.plan import State
-from scripts.settings import Settings, parse_target
-from scripts.survey import ONLINE, Item
+from budget_engine import errors
+from budget_engine.migration import chain, plan, recreate, runner, survey, turn
+from budget_engine.output import text
+from budget_engine.migration.plan import State
+from budget_engine.settings import Settings, parse_target
+from budget_engine.migration.survey import ONLINE, Item
 
 CHAIN = chain.load()
 STEMS = [step.stem for step in CHAIN]
@@ -177,14 +179,14 @@ def test_outermost_hides_only_what_a_shown_one_says(items: list[Item]) -> None:
 @given(surveys)
 def test_obstacles_name_every_table_that_is_in_the_way(items: list[Item]) -> None:
     obstacles = plan.make(STEMS, items).in_the_way
-    said = "\n".join(report.obstacles(obstacles, {}))
+    said = "\n".join(text.obstacles(obstacles, {}))
     assert {table for table in TABLES if table in said} == {re.split(r"[ .]", item.name)[0] for item in obstacles}
 
 
 @given(surveys)
 def test_steps_say_every_step_its_state_and_why(items: list[Item]) -> None:
     made = plan.make(STEMS, items)
-    lines = report.steps(report.step_rows(made))
+    lines = text.steps(text.step_rows(made))
     heads = [line for line in lines if not line.startswith(" ")]
     assert [head.split()[0] for head in heads] == [chain.label(stem) for stem in STEMS]
     assert all(step.state.value in head for step, head in zip(made.steps, heads, strict=True))
@@ -195,14 +197,14 @@ def test_steps_say_every_step_its_state_and_why(items: list[Item]) -> None:
 
 @given(surveys)
 def test_summary_counts(items: list[Item]) -> None:
-    standing, total = (int(number) for number in re.findall(r"\d+", report.summary(items)))
+    standing, total = (int(number) for number in re.findall(r"\d+", text.summary(items)))
     assert (standing, total) == (sum(item.stands for item in items), len(items))
 
 
 @given(any_items)
 def test_difference_says_what_stands_what_was_promised_and_who_mends_it(item: Item) -> None:
     assume(not item.stands)
-    said = report.difference(item)
+    said = text.difference(item)
     words = [item.name, item.actual or "missing", item.expected]
     words += ["in the way" if item.mended_by is None else chain.label(item.mended_by.removesuffix(ONLINE))]
     assert all(word in said for word in words)
@@ -230,15 +232,15 @@ def test_error_says_what_where_and_what_to_do(what: str, where: list[str], remed
 )
 def test_server_line(names: list[str], words: str) -> None:
     server = survey.Server("18.4", "me", "db", "app", None, "app, public", False)
-    [line] = report.server(server, [Item(STEMS[0], name, "on", "on") for name in names])
+    [line] = text.server(server, [Item(STEMS[0], name, "on", "on") for name in names])
     assert line.endswith(f"; {words}")
     assert all(word in line for word in ("PostgreSQL 18.4", "role me", "database db", "schema app"))
-    assert "pooler" in report.server(dataclasses.replace(server, pooled=True), [])[0]
+    assert "pooler" in text.server(dataclasses.replace(server, pooled=True), [])[0]
 
 
 def test_target_lines_mask_and_note() -> None:
     target = parse_target("postgresql+psycopg2://u:secret-word@h/db?connection_limit=1")
-    lines = report.target(target, Settings(target, ".env", notes=("ignored in .env: line 3",)))
+    lines = text.target(target, Settings(target, ".env", notes=("ignored in .env: line 3",)))
     assert lines[0] == "target    postgresql://u:***@h/db from .env"
     assert [line.split()[0] for line in lines[1:]] == ["note"] * 3
     assert "secret-word" not in "\n".join(lines)
@@ -311,7 +313,7 @@ def test_verification_is_one_select_of_its_own(step: chain.Step) -> None:
 def test_label_and_file(step: chain.Step) -> None:
     assert re.fullmatch(r"[a-z_]+", step.label)
     assert (chain.ROOT / step.file).samefile(MIGRATIONS / f"{step.stem}.sql")
-    assert len(step.label) < len(report.step(step.label, "")), "the label and what follows it must not touch"
+    assert len(step.label) < len(text.step(step.label, "")), "the label and what follows it must not touch"
 
 
 def test_checkout_with_crlf_is_the_same_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,11 +139,39 @@ def twenty_at_once(pooler: Pooler, db: Db) -> None:
     assert db.differing() == {}
 
 
+TEMPORARY = "CREATE TEMPORARY TABLE slots (id text); CREATE TEMPORARY TABLE turns (id uuid)"
+
+
+def test_temporary_tables_of_others_in_the_session_are_not_taken_for_ours(db: Db) -> None:
+    with Pooler(db.cluster, settings={"default_pool_size": "1"}) as pooler:
+        there = {"DATABASE_URL": pooler.url(db)}
+        for task in ("verify", "plan --sql", "rehearse", "setup", "doctor"):
+            with pooler.connect(db) as other:
+                other.execute("DROP TABLE IF EXISTS pg_temp.slots, pg_temp.turns")
+                other.execute(TEMPORARY)
+            done = db.invoke(*task.split(), env=there)
+            assert (done.code, "temporary tables of these names" in done.out + done.err) == (1, True), done
+    assert db.rows("SELECT FROM pg_tables WHERE schemaname = 'public'") == []
+
+
+def test_temporary_tables_do_not_hide_ours(db: Db) -> None:
+    assert db.invoke("setup").code == 0
+    db.execute("ALTER TABLE prompt_snapshots DROP COLUMN budget_report; DROP TABLE turn_metrics")
+    with Pooler(db.cluster, settings={"default_pool_size": "1"}) as pooler:
+        with pooler.connect(db) as other:
+            other.execute(TEMPORARY)
+        for task in ("setup", "verify"):
+            done = through(pooler, db, task)
+            assert done.code == 0, done
+    assert db.differing() == {}
+
+
 def test_twenty_at_once_from_nothing(db: Db, pooler: Pooler) -> None:
     twenty_at_once(pooler, db)
     assert diary(db) == [(stem, "atomic") for stem in NEEDED_FROM_NOTHING]
 
 
+@pytest.mark.slow
 def test_twenty_at_once_with_indexes_to_build(db: Db, pooler: Pooler) -> None:
     db.execute(by_hand() + MANY_ROWS)
     before = many_rows(db)

@@ -11,7 +11,7 @@ from conftest import MIGRATIONS, PACKAGED_TOO, Db, clean_environment, ended, unt
 from psycopg.errors import RaiseException
 from states import by_hand, with_uuid
 
-from scripts import chain
+from budget_engine.migration import chain
 
 # Between two attempts to get both locks.
 WAITING = """

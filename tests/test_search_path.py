@@ -7,7 +7,7 @@ import json
 import pytest
 from conftest import Db
 
-from scripts import chain
+from budget_engine.migration import chain
 
 STEMS = [step.stem for step in chain.load() if "fix" not in step.stem]
 TABLES = sorted(table for step in chain.load() for table in step.tables)

@@ -22,10 +22,11 @@ import pytest
 from conftest import SEED, Run, clean_environment, run
 from test_command_line import peer, refuse_password
 
-from scripts import env_file, libpq, report
-from scripts.database import Database
-from scripts.errors import RecipeError
-from scripts.settings import Settings, Target, completed, mask, parse_target
+from budget_engine import env_file, libpq
+from budget_engine.output import text
+from budget_engine.postgres.connection import Connection
+from budget_engine.errors import RecipeError
+from budget_engine.settings import Settings, Target, completed, mask, parse_target
 
 URLS, AT_ONCE = 10_000, 2_500
 PROCESSES = 36
@@ -167,7 +168,7 @@ def all_said(text: str, *, in_file: bool) -> Iterator[str]:
         yield repr(settings)
         assert settings.target is not None
         target = completed(settings.target, source)
-        yield from [repr(target), *report.target(target, settings), *echoes(target)]
+        yield from [repr(target), *text.target(target, settings), *echoes(target)]
         Database(target, settings).close()
     except RecipeError as error:
         yield from [*error.lines(), repr(error), *traceback.format_exception(error)]

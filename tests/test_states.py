@@ -174,8 +174,11 @@ def test_orphans_are_said_and_kept_and_all_else_is_done(db: Db) -> None:
             )
         }
         assert lost(before, contents(db), {}) == []
-        for said in (done, db.invoke("verify")):
-            assert said.code == 5, said
+        assert done.out.splitlines()[-1].startswith("unfinished: "), done
+        helps = done.err.partition("what to do: ")[2]
+        assert helps.startswith("Mend those rows"), done
+        for said in (done, db.invoke("verify"), db.invoke("status", "--check")):
+            assert (said.code, said.err.partition("what to do: ")[2]) == (5, helps), said
             found = re.search(r"prompt_snapshots: (\d+) rows point to nothing: (SELECT .*)", said.err)
             assert found is not None, said
             assert int(found[1]) == len(db.rows(found[2])) == 1

@@ -6,16 +6,22 @@ import hashlib
 import io
 import os
 import re
+import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import conftest
 import pytest
 import versions
+from conftest import DATA, MEMORY, Db, clean_environment, private_server, run
+
+from budget_engine.postgres import embedded
 from budget_engine.migration.chain import ROOT
 from budget_engine.postgres.connection import OLDEST_VERSION
-from conftest import Db
 
 
 def lock_of(folder: Path, *, whole: bool = True) -> Path:
@@ -45,7 +51,60 @@ def test_the_server_is_of_the_chosen_version(db: Db) -> None:
 
 def test_no_server_of_ours_lies_with_the_users_data(db: Db) -> None:
     """Run with BUDGET_ENGINE_POSTGRES set, too."""
-    assert db.cluster.data.is_relative_to(tempfile.gettempdir())
+    assert db.cluster.data.is_relative_to(DATA)
+    assert DATA in (tempfile.gettempdir(), str(MEMORY))
+
+
+def test_data_lies_in_memory_where_there_is_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setattr(conftest, "NEEDED", 1)
+    monkeypatch.setattr(conftest, "MEMORY", tmp_path / "none")
+    assert conftest.place_of_data() == tempfile.gettempdir()
+    monkeypatch.setattr(conftest, "MEMORY", tmp_path)
+    assert conftest.place_of_data() == str(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert conftest.place_of_data() == tempfile.gettempdir()
+    monkeypatch.delenv("TMPDIR")
+    monkeypatch.setattr(conftest, "NEEDED", 1 << 60)
+    assert conftest.place_of_data() == tempfile.gettempdir()
+
+
+def server() -> None:
+    with private_server():
+        pass
+
+
+def asks_in_a_loop() -> list[bool]:
+    return [major > versions.MAJOR for major in (14, 18)]
+
+
+def calls_in_a_function_of_its_own() -> None:
+    def later() -> None:
+        server()
+
+    later()
+
+
+def starts_the_users() -> None:
+    embedded.start(embedded.locate(ROOT))
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [(server, True), (asks_in_a_loop, True), (calls_in_a_function_of_its_own, True), (starts_the_users, False)],
+)
+def test_what_leads_to_a_server_of_the_chosen_version_is_found(function: Callable[..., Any], expected: bool) -> None:
+    assert versions.leads_here([function]) == expected
+
+
+def test_what_the_version_is_nothing_to_is_left_out_where_that_is_asked_for(request: pytest.FixtureRequest) -> None:
+    assert not versions.concern(request.node)
+    tests = ["tests/test_patience.py", "tests/test_versions.py::test_the_server_is_of_the_chosen_version"]
+    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--of-the-version"]
+    done = run([*words, *tests], clean_environment())
+    assert done.code == 0, done
+    assert re.search(r"^left out: 5 tests of tests/test_patience.py \(.*--of-the-version\)$", done.out, re.M), done
+    assert "1 passed, 5 skipped" in done.out
 
 
 def test_versions_are_all_from_the_oldest_that_is_accepted_to_the_embedded_one() -> None:
@@ -67,8 +126,8 @@ def test_the_newest_packaged_server_that_is_accepted(
 
 
 def test_ci_runs_the_oldest_and_the_newest_and_the_workflow_all() -> None:
-    [words] = re.findall(r"for postgres in (.+);", (ROOT / ".ci/run").read_text())
-    assert [int(word) for word in words.split()] == [versions.MAJORS[0], versions.NEWEST]
+    runs = re.findall(r"inv test --postgres (\d+)(.*)", (ROOT / ".ci/run").read_text())
+    assert runs == [(str(versions.NEWEST), ""), (str(versions.MAJORS[0]), " --only=--of-the-version")]
     workflow = (ROOT / ".github/workflows/ci.yml").read_text()
     assert {int(major) for major in re.findall(r"postgres: \D*(\d+)", workflow)} == set(versions.MAJORS)
 

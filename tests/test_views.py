@@ -17,7 +17,7 @@ import pytest
 import supabase
 from budget_engine.migration import chain
 from conftest import Db, Run, ended, until
-from states import BIGINT, CORE, by_hand, snapshots, with_uuid
+from states import BIGINT, CORE, ORPHANS, by_hand, snapshots, with_uuid
 from terminal import on_terminal
 from test_states import READY, UUID_READY
 
@@ -92,6 +92,25 @@ def test_status_knows_supabase_with_and_without_profiles(db: Db) -> None:
     seen = asked(db, "status")
     assert seen["server"]["row_security"] == "Supabase"
     assert {step["state"] for step in seen["steps"]} == {"done", "half done"}, "the admins' policies are pending"
+
+
+def standing(db: Db) -> dict[str, bool]:
+    """Return of each item whether it stands."""
+    return {item["item"]: item["stands"] for step in asked(db, "verify")["steps"] for item in step["items"]}
+
+
+@pytest.mark.parametrize("world", ["plain", "Supabase", "Supabase with profiles"])
+def test_as_much_is_promised_before_as_after_and_nothing_stands_on_an_empty_database(db: Db, world: str) -> None:
+    if world != "plain":
+        supabase.install(db)
+    if world == "Supabase with profiles":
+        supabase.add_profiles(db)
+    before = standing(db)
+    assert not any(before.values())
+    assert db.invoke("setup").code == 0
+    after = standing(db)
+    assert all(after.values())
+    assert set(after) == set(before)
 
 
 def test_status_names_roles_that_may_write_turns_but_not_turn_metrics(ready: Db) -> None:
@@ -387,6 +406,39 @@ def test_plan_as_sql_is_what_setup_does(db: Db, tmp_path: Any) -> None:
     assert db.invoke("plan", "--sql").out == "-- nothing to do\n"
 
 
+# A state, what is added to the URL, the exit code of plan.
+BLOCKED = {
+    "in the way": (by_hand() + "ALTER TABLE slots ADD must_keep text", "", 6),
+    "no rights": (by_hand(), "&user=reader", 8),
+    "read-only": ("", "&options=-c%20default_transaction_read_only%3Don", 8),
+    "no schema": ("", "&schema=nowhere", 1),
+}
+
+
+@pytest.mark.parametrize(("state", "query", "code"), BLOCKED.values(), ids=BLOCKED)
+def test_plan_as_sql_ends_as_plan_does_and_prints_nothing_that_would_not_run(
+    db: Db, state: str, query: str, code: int
+) -> None:
+    role = f"reader_{db.name}"
+    db.execute(f"CREATE ROLE {role} LOGIN; " + state)
+    try:
+        there = {"DATABASE_URL": db.url + query.replace("reader", role)}
+        done, plan = db.invoke("plan", "--sql", env=there), db.invoke("plan", env=there)
+        assert (done.code, done.out, plan.code) == (code, "", code), done
+        assert plan.err in done.err, done
+    finally:
+        db.execute(f"DROP ROLE {role}")
+
+
+def test_plan_as_sql_does_what_the_rows_allow(db: Db) -> None:
+    db.execute(by_hand("bigint", ORPHANS))
+    assert db.invoke("setup").code == 5
+    db.execute("ALTER TABLE prompt_snapshots DROP COLUMN budget_report")
+    done = db.invoke("plan", "--sql")
+    assert (done.code, "point to nothing" in done.err) == (5, True), done
+    assert "ALTER TABLE prompt_snapshots ADD COLUMN budget_report" in done.out
+
+
 def test_plan_as_sql_stays_in_the_schema_of_the_url(db: Db, tmp_path: Any) -> None:
     db.execute(f"{by_hand()}; CREATE SCHEMA app; SET search_path = app; {by_hand()}")
     before = db.differing()
@@ -465,6 +517,7 @@ def test_rehearsal_of_what_cannot_be_and_of_what_is_done(db: Db, state: str | No
     assert db.invoke("rehearse").code == code
 
 
+@pytest.mark.slow
 def test_rehearsal_never_waits_while_it_holds_up_others(db: Db) -> None:
     """It has slots when prompt_snapshots is not to be had: a reader of slots waits a moment, not LOCK_TIMEOUT."""
     db.execute(by_hand())

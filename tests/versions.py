@@ -8,18 +8,22 @@ them has LLVM; where Debian's packages are installed, some tests run on the newe
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import runpy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
 
 import pytest
 
-from scripts import embedded
-from scripts.chain import ROOT
-from scripts.database import OLDEST_VERSION
+from budget_engine.postgres import embedded
+from budget_engine.migration.chain import ROOT
+from budget_engine.postgres.connection import OLDEST_VERSION
 
 NEWEST = max(embedded.INSTALLATIONS)
 MAJOR = int(os.environ.get("TEST_POSTGRES") or NEWEST)
@@ -45,6 +49,37 @@ def packaged() -> Path | None:
     majors = [int(file.parts[-3]) for file in PACKAGED.glob("*/bin/postgres") if file.parts[-3].isdecimal()]
     newest = max(majors, default=0)
     return PACKAGED / str(newest) / "bin" if newest >= OLDEST_VERSION // 10000 else None
+
+
+def concern(item: pytest.Item) -> bool:
+    """Tell whether a test may meet a server of the chosen version: whether its code, or a fixture's, leads here."""
+    assert isinstance(item, pytest.Function)
+    fixtures = item._fixtureinfo.name2fixturedefs.values()
+    return leads_here([item.function, *(fixture.func for known in fixtures for fixture in known)])
+
+
+def leads_here(functions: list[Callable[..., Any]]) -> bool:
+    """Tell whether these functions, or those that they name, and so on, name locate or the version itself."""
+    met: set[CodeType] = set()
+    while functions:
+        function = inspect.unwrap(functions.pop())
+        if not isinstance(function, FunctionType) or function.__code__ in met:
+            continue
+        met.add(function.__code__)
+        for name in _names(function.__code__):
+            found = function.__globals__.get(name)
+            if name == "MAJOR" or found is locate:
+                return True
+            functions += [found] if isinstance(found, FunctionType) else []
+    return False
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Yield what a function names that is not its own, and what the functions inside it do."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
 
 
 def installed(lock: Path, prefix: Path = Path(sys.prefix)) -> Path:

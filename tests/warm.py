@@ -7,6 +7,7 @@ environment, streams and an end of its own; only what Python reads before our fi
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
 import importlib
@@ -20,33 +21,62 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
+NUMBER = 20  # the characters in which processes and exit codes are told
 
 
 def run(words: tuple[str, ...], environment: Mapping[str, str], timeout: float) -> tuple[int, str, str]:
     """Run `python -m invoke WORDS…` in the project's folder; return its exit code (-N: signal N), stdout and stderr."""
-    command = [sys.executable, "-m", "invoke", *words]
-    if _of_python(environment) != _of_python(os.environ):
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
-        return done.returncode, done.stdout, done.stderr
-    ours, theirs = socket.socketpair()
-    with ours, tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err, ours.makefile("rw") as talk:
-        with theirs:
-            socket.send_fds(_server(), [b"+"], [theirs.fileno(), 0, out.fileno(), err.fileno()])
-        print(json.dumps([words, dict(environment)]), file=talk, flush=True)
-        process = int(talk.readline())
-        ours.settimeout(timeout)
-        try:
-            code = int(talk.readline())
-        except BaseException as why:
-            os.kill(process, signal.SIGKILL)
-            if isinstance(why, TimeoutError):
-                raise subprocess.TimeoutExpired(command, timeout) from None
-            raise
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        with start(words, environment, stdout=out, stderr=err) as process:
+            try:
+                code = process.wait(timeout)
+            except BaseException:
+                process.kill()
+                raise
         for stream in (out, err):
             stream.seek(0)
         return code, out.read(), err.read()
+
+
+def start(words: tuple[str, ...], environment: Mapping[str, str], **streams: Any) -> subprocess.Popen[str]:
+    """Start `python -m invoke WORDS…` there, in a session of its own; streams: as Popen takes them."""
+    kind = _Forked if _of_python(environment) == _of_python(os.environ) else subprocess.Popen
+    command = [sys.executable, "-m", "invoke", *words]
+    return kind(command, cwd=ROOT, env=environment, text=True, start_new_session=True, **streams)
+
+
+class _Forked(subprocess.Popen[str]):
+    """A command that the server forks: no child of ours, so that its end comes through a socket."""
+
+    def _execute_child(self, args: list[str], *how: Any) -> None:
+        """Have it forked; how: as Popen passes it on, of which the ends of the pipes matter here."""
+        _executable, _preexec, _close, _pass, _cwd, environment, _info, _flags, _shell, *pipes = how[:15]
+        self._end, asked = socket.socketpair()
+        with asked:
+            handles = [number if pipe == -1 else pipe for number, pipe in enumerate((pipes[0], pipes[3], pipes[5]))]
+            socket.send_fds(_server(), [b"+"], [asked.fileno(), *handles])
+        self._end.sendall(json.dumps([args[3:], dict(environment)]).encode() + b"\n")
+        self.pid = int(self._end.recv(NUMBER))
+        self._child_created = True
+        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+
+    def _wait(self, timeout: float | None) -> int:
+        if self.returncode is None:
+            self._end.settimeout(timeout)
+            try:
+                self.returncode = int(self._end.recv(NUMBER))
+            except (TimeoutError, BlockingIOError):
+                raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
+            self._end.close()
+        return self.returncode
+
+    def _internal_poll(self, *_: Any, **__: Any) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._wait(0)
+        return self.returncode
 
 
 def _of_python(environment: Mapping[str, str]) -> dict[str, str]:
@@ -87,19 +117,31 @@ def _serve(control: socket.socket) -> None:
 
 def _become(asker: int, *streams: int) -> None:
     """Fork once more: tell the asker how the command ends; return as the command."""
-    with socket.socket(fileno=asker) as connection, connection.makefile("rw") as talk:
-        words, environment = json.loads(talk.readline())
+    with socket.socket(fileno=asker) as connection, connection.makefile() as asked:
+        words, environment = json.loads(asked.readline())
         if process := os.fork():
-            print(process, file=talk, flush=True)
-            print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), file=talk, flush=True)
+            connection.sendall(f"{process:{NUMBER}}".encode())
+            code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+            connection.sendall(f"{code:{NUMBER}}".encode())
             os._exit(0)
+    os.setsid()
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
+    sys.stdout.reconfigure(line_buffering=sys.stdout.isatty())  # type: ignore[union-attr]
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["invoke", *words]
     sys.path[0] = str(ROOT)
+
+
+def _leave(code: object) -> None:
+    """End at once a command that ended well, all being written: to take its modules apart is two thirds of its cost."""
+    if isinstance(code, int):
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
 
 
 if __name__ == "__main__":
@@ -115,4 +157,9 @@ if __name__ == "__main__":
     gc.freeze()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _serve(socket.socket(fileno=int(sys.argv[1])))
-    runpy.run_module("invoke", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module("invoke", run_name="__main__", alter_sys=True)
+        atexit.register(_leave, 0)
+    except SystemExit as end:
+        atexit.register(_leave, end.code)
+        raise

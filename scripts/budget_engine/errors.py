@@ -97,6 +97,22 @@ class NoSchemaError(StepFailedError):
     usual_remedy = "Create it (CREATE SCHEMA …), or name another one in DATABASE_URL (?schema=…)."
 
 
+class SystemSchemaError(NoSchemaError):
+    """New tables would go to a schema of PostgreSQL's own, or would be gone with the session."""
+
+    says = "new tables would go to {schema}, the first schema of the search_path ({search_path}), and may not be there"
+    usual_remedy = "Name the schema that is meant in DATABASE_URL (?schema=public), or first in the role's search_path."
+
+
+class HiddenTableError(UnsupportedError):
+    """A pooler's other client left a temporary table of our name in the session: no name can lead past it."""
+
+    says = "the session has temporary tables of these names: {tables}"
+    usual_remedy = """\
+Another client of the pooler made them, and no table of these names can be made beside them: name the server itself in
+DATABASE_URL (the direct URL), or run the task again when that client has dropped them."""
+
+
 class OptionError(StepFailedError):
     """An option was given without the one that it belongs to."""
 
@@ -123,6 +139,13 @@ class SystemRefusesError(StepFailedError):
 
     says = "the operating system refuses: {why}"
     usual_remedy = "Correct that, then run the task again: what was committed stays."
+
+
+class LostOutputError(StepFailedError):
+    """What the task had to say could not be written."""
+
+    says = "{place} could not be written: {why}"
+    usual_remedy = "Make room, or write it elsewhere, then run the task again: what was committed stays."
 
 
 class UnforeseenError(StepFailedError):
@@ -473,7 +496,7 @@ class MissingError(RecipeError):
 
     exit_code = 5
     says = "something is still missing"
-    usual_remedy = "Run invoke setup."
+    usual_remedy = "Run invoke setup: it brings that, or says which rows refuse it."
 
 
 class RefusedError(RecipeError):
@@ -633,7 +656,7 @@ LIMITS_OF_THE_ROLE = """\
 Concurrent work takes as long as it takes, but the role brings a statement_timeout, lock_timeout or transaction_timeout
 along, which cannot be lifted through a transaction pooler: name the server itself in DATABASE_URL (the direct URL, not
 the pooler's), and run the task again; it finishes what is left."""
-CORRECT_THE_ROWS = "Correct those rows, then run the task again; no row was deleted or changed."
+CORRECT_THE_ROWS = "Correct those rows, then run invoke setup; no row was deleted or changed."
 
 
 def for_sqlstate(sqlstate: str | None) -> type[RecipeError]:

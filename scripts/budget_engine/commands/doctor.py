@@ -6,6 +6,7 @@ Each thing is asked for by itself, so that what fails does not hide the rest; wh
 from __future__ import annotations
 
 import errno
+import json
 import os
 import platform
 import re
@@ -25,11 +26,11 @@ from psycopg import pq, sql
 
 from budget_engine import errors
 from budget_engine.commands import findings
-from budget_engine.commands.findings import Facts, Finding, Host, Limit, Place, Way
+from budget_engine.commands.findings import EventTrigger, Facts, Finding, Host, Limit, Place, Way
 from budget_engine.commands.session import Session, announce, target_of
 from budget_engine.migration import chain, plan, survey
 from budget_engine.migration.chain import ROOT
-from budget_engine.migration.runner import STAY, needing_room
+from budget_engine.migration.runner import HISTORY, STAY, needing_room
 from budget_engine.migration.survey import Survey
 from budget_engine.output.console import CONSOLE
 from budget_engine.output.ending import as_message
@@ -203,7 +204,7 @@ def _session(where: Target, given: Settings, ports: list[str]) -> Iterator[Findi
                 yield from findings.schemas(server, facts)
                 yield from findings.chain(server, found.checks, todo)
                 yield from findings.limits(server, facts, given.lock_timeout_ms)
-                yield from findings.event_triggers(facts, todo)
+                yield from findings.event_triggers(facts, todo, _commands(todo))
                 second = partial(Connection, where, given, answer_s=given.connect_timeout_s)
                 yield findings.connections(_crowded(session.connection, second), todo)
                 yield from () if todo.conflicts else _rows(session, todo)
@@ -211,6 +212,11 @@ def _session(where: Target, given: Settings, ports: list[str]) -> Iterator[Findi
         yield findings.problem("login", error, known=where.display)
     except errors.StatementError as error:
         yield findings.problem("session", as_message(error))
+
+
+def _commands(todo: plan.Plan) -> str:
+    """Return the SQL of what is due: a command that is not in there is not sent."""
+    return "\n".join([*(sql for action in todo.actions for sql in action.sql), HISTORY])
 
 
 def _rows(session: Session, todo: plan.Plan) -> Iterator[Finding]:
@@ -234,10 +240,13 @@ _SESSION = """
 SELECT current_user, current_database(), current_setting('session_replication_role'),
        (SELECT version || ', ' || cipher FROM pg_stat_ssl WHERE pid = pg_backend_pid() AND ssl)"""
 
-_ABSENT = """
-SELECT name FROM regexp_split_to_table(current_setting('search_path'), '[[:space:]]*,[[:space:]]*') AS path (written),
-     LATERAL (SELECT replace(regexp_replace(written, '^"|"$', '', 'g'), '""', '"')) AS plain (name)
-WHERE name <> ALL (current_schemas(false)) AND name NOT IN ('$user', '')"""
+# Supabase's roles have it as "\$user": meant is $user, which need not exist. Names without quotes are folded.
+_ABSENT = r"""
+SELECT DISTINCT name
+FROM regexp_matches(current_setting('search_path'), '"((?:[^"]|"")*)"|([^[:space:],"]+)', 'g') AS part,
+     LATERAL (SELECT coalesce(replace(part[1], '""', '"'), lower(part[2]))) AS plain (name)
+WHERE name::name <> ALL (current_schemas(false)) AND name NOT IN ('$user', '\$user', 'pg_temp', '')
+ORDER BY 1"""
 
 _PLACES = """
 SELECT relname, nspname, array_position(current_schemas(false), nspname)
@@ -245,10 +254,12 @@ FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
 WHERE relname = ANY ({tables}) AND relkind IN ('r', 'p', 'v', 'm', 'f') AND nspname !~ '^pg_'
 ORDER BY relname, nspname"""
 
-# Supabase's own do not refuse what a role of the user's does.
+# Those that fire in such a session. Supabase's own do not refuse what a role of the user's does.
 _EVENT_TRIGGERS = """
-SELECT evtname FROM pg_event_trigger
-WHERE evtenabled IN ('O', 'A') AND evtowner::regrole::text <> 'supabase_admin' ORDER BY 1"""
+SELECT evtname, evtevent, array_to_json(evttags) FROM pg_event_trigger
+WHERE evtenabled::text IN ('A', CASE current_setting('session_replication_role') WHEN 'replica' THEN 'R' ELSE 'O' END)
+  AND current_setting('event_triggers', true) IS DISTINCT FROM 'off'  -- new in 17
+  AND evtowner::regrole::text <> 'supabase_admin' ORDER BY 1"""
 
 
 def _ask(connection: Connection, tables: Collection[str]) -> Facts:
@@ -277,7 +288,10 @@ def _ask(connection: Connection, tables: Collection[str]) -> Facts:
         replication_role=str(replication_role),
         absent_schemas=tuple(str(schema) for (schema,) in absent),
         places=tuple(Place(str(table), str(schema), int(rank) if rank else None) for table, schema, rank in places),
-        event_triggers=tuple(str(trigger) for (trigger,) in event_triggers),
+        event_triggers=tuple(
+            EventTrigger(str(trigger), str(event), tuple(json.loads(tags or "[]")))
+            for trigger, event, tags in event_triggers
+        ),
     )
 
 

@@ -215,6 +215,15 @@ class Place:
 
 
 @dataclass(frozen=True)
+class EventTrigger:
+    """An event trigger that fires in our session, at its event; tags: of these commands alone, where there are any."""
+
+    name: str
+    event: str
+    tags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Facts:
     """What a session of this role in this database begins with, and where the chain's names lead.
 
@@ -232,7 +241,7 @@ class Facts:
     replication_role: str
     absent_schemas: tuple[str, ...]
     places: tuple[Place, ...]
-    event_triggers: tuple[str, ...]
+    event_triggers: tuple[EventTrigger, ...]
 
 
 def tls(facts: Facts) -> Finding:
@@ -263,6 +272,7 @@ def server(server: Server, ports: Sequence[str]) -> Finding:
 
 _TOPICS: dict[type[errors.RecipeError], str] = {
     errors.NoSchemaError: "schema",
+    errors.SystemSchemaError: "schema",
     errors.ReadOnlyError: "writes",
     errors.RightError: "rights",
 }
@@ -331,8 +341,8 @@ def limits(server: Server, facts: Facts, lock_timeout_ms: int) -> Iterator[Findi
             biting.setdefault(why, []).append(limit)
     for why, found in biting.items():
         yield note("limits", f"{', '.join(map(str, found))}: {why}", _lift(found, server))
-    if facts.replication_role != "origin":
-        says = f"session_replication_role = {facts.replication_role}: slots that {server.role} inserts get no defaults"
+    if facts.replication_role == "replica":  # local is as origin
+        says = f"session_replication_role = replica: slots that {server.role} inserts get no defaults"
         yield note("limits", says, f"{_alter(server)} SET session_replication_role = origin;")
     elif not biting:
         lifted = ", ".join(map(str, facts.limits))
@@ -365,11 +375,22 @@ def _alter(server: Server) -> str:
     return "ALTER ROLE " + ('"' + server.role.replace('"', '""') + '"')
 
 
-def event_triggers(facts: Facts, todo: Plan) -> Iterator[Finding]:
-    """Name what may refuse a step from outside."""
-    if facts.event_triggers and todo.to_do:
-        says = f"run at each DDL command, and may refuse it: {', '.join(facts.event_triggers)}"
+def event_triggers(facts: Facts, todo: Plan, commands: str) -> Iterator[Finding]:
+    """Name what may refuse a step from outside; commands: the SQL that is due."""
+    firing = [trigger.name for trigger in facts.event_triggers if _fires(trigger, todo, commands)]
+    if firing and todo.to_do:
+        says = f"run at DDL commands, and may refuse them: {', '.join(firing)}"
         yield note("triggers", says, "Where one does: ALTER EVENT TRIGGER NAME DISABLE; and ENABLE; after setup.")
+
+
+def _fires(trigger: EventTrigger, todo: Plan, commands: str) -> bool:
+    if trigger.event == "sql_drop" and not any(check.replaces or check.unfinished for check in todo.missing):
+        return False  # we drop nothing else: unfinished indexes, a default and a NOT NULL of what gives way
+    words = [tag.replace(" ", "(?: OR REPLACE| UNIQUE)? ") for tag in trigger.tags]
+    return trigger.event in _EVENTS and (not words or re.search(rf"\b({'|'.join(words)})\b", commands) is not None)
+
+
+_EVENTS = ("ddl_command_start", "ddl_command_end", "sql_drop")  # nothing of ours rewrites a table; logged in we are
 
 
 def rows(orphans: Sequence[Orphans], unseen: Sequence[str]) -> Iterator[Finding]:

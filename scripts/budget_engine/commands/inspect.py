@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 from budget_engine import errors
 from budget_engine.commands.session import (
     Session,
     announced,
     hindrances,
+    no_place,
     refuse_what_is_missing,
     waits_for,
 )
@@ -23,7 +23,7 @@ from budget_engine.output import formats, text
 from budget_engine.output.console import CONSOLE, PEOPLE
 from budget_engine.output.ending import as_message
 from budget_engine.postgres import blockers
-from budget_engine.postgres.connection import Connection
+from budget_engine.postgres.connection import Connection, transaction_settings
 from budget_engine.settings import Settings, Target
 
 _MOMENT_MS = 100
@@ -37,8 +37,8 @@ def verify(*, form: str, quiet: bool, verbose: bool, remedies: bool) -> None:
         if form == PEOPLE and not remedies:
             _say_steps(look, verbose=verbose)
         with _ending_of(look):
-            if look.found.server.schema is None:
-                raise errors.NoSchemaError(search_path=look.found.server.search_path)
+            for hindrance in no_place(look.plan, look.found.server):
+                raise hindrance
             refuse_what_is_missing(look.session, look.plan, look.found, rows=rows, listed=form == PEOPLE)
         if remedies:
             commands = [command for check in look.plan.conflicts for command in look.commands.get(check, ())]
@@ -76,9 +76,8 @@ def what_setup_would_do(*, form: str, sql: bool, quiet: bool, verbose: bool) -> 
             if orphans:
                 raise refused_by_rows(orphans)
         if sql and look.error is None:
-            server, given = look.found.server, look.given
-            written = runner.offline_script(look.session.chain, look.plan, server, look.where, given.lock_timeout_ms)
-            CONSOLE.emit(written.as_sql())
+            ours = transaction_settings(look.where, look.given.lock_timeout_ms)
+            CONSOLE.emit(runner.Script(look.session.chain, look.plan, look.found, ours).as_sql())
         elif not sql:
             _sum_up_plan(look, form)
 
@@ -101,7 +100,9 @@ def _say_plan(look: _Look, form: str, *, verbose: bool) -> None:
 def _sum_up_plan(look: _Look, form: str) -> None:
     passing = text.summary(look.found.checks)
     if look.error is None:
-        CONSOLE.say(text.line("plan", f"{text.counted(look.plan)}; {passing} now; nothing was changed"))
+        CONSOLE.say(
+            text.line("plan", f"{text.counted(look.plan)}; {passing} now; nothing was changed; {CONSOLE.target}")
+        )
     if form == "json":
         more = {
             "actions": formats.actions(look.plan.actions),
@@ -126,11 +127,9 @@ def refused_by_rows(orphans: list[survey.Orphans]) -> errors.MissingError:
 def _kept(look: _Look, column: Check) -> str:
     """Say how many values of a column keep another name; they are counted in moments, or not at all."""
     limits = {"lock_timeout": "1ms", "statement_timeout": "5s", "row_security": "off"}
-    settings = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in limits.items())
-    count = f"SELECT count({column.name}) FROM {column.found}"
+    settings = [f"set_config('{name}', '{value}', true)" for name, value in limits.items()]
     try:
-        ours = f"SELECT {look.connection.transaction_settings}, {settings}"
-        _, _, [(values,)], _ = look.connection.run([survey.BEGIN_READ_ONLY, ours, count, "COMMIT"])
+        [[(values,)]] = look.connection.ask([f"SELECT count({column.name}) FROM {column.found}"], *settings)
     except errors.StatementError:
         return f"the {column.actual} values of {column.title}, which could not be counted, under another name"
     return f"{int(values or 0):,} {column.actual} values of {column.title} under another name"
@@ -193,7 +192,7 @@ def _looking(task: str, form: str, *, quiet: bool, sql: bool = False) -> Iterato
         connect = partial(Connection, where, brief)
         with Session(connect, brief, where, everything, everything.steps, early=False) as session:
             found = session.look(believes=lambda todo: not todo.missing)
-            CONSOLE.first("\n".join([text.target(where, given, found.server), *text.notes(where, given)]))
+            CONSOLE.first(text.opening(where, given, found))
             todo = session.todo(found)
             look = _Look(task, given, where, session, found, todo, session.commands(todo.conflicts))
             yield look
@@ -216,7 +215,7 @@ def _ending_of(look: _Look) -> Iterator[None]:
 
 def _say_steps(look: _Look, *, verbose: bool) -> None:
     CONSOLE.say(*text.steps(look.plan, passed=look.found.checks if verbose else ()))
-    CONSOLE.say(text.line("checks", f"{text.summary(look.found.checks)}; {text.place(look.found.server)}"))
+    CONSOLE.say(text.line("checks", f"{text.summary(look.found.checks)}; {CONSOLE.target}"))
 
 
 def _write_failure(task: str, form: str, error: errors.RecipeError) -> None:
@@ -231,5 +230,4 @@ def _write_failure(task: str, form: str, error: errors.RecipeError) -> None:
 def _append_summary(markdown: str) -> None:
     """Add to the job's page, where GitHub Actions says which file that is."""
     if path := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(path).open("a", encoding="utf-8") as summary:
-            summary.write(CONSOLE.mask(markdown))
+        CONSOLE.append(path, markdown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from functools import partial
 from budget_engine import errors, libpq
 from budget_engine.migration import conflicts, plan, recreate, runner, survey
 from budget_engine.migration.chain import ROOT, Chain, Step
-from budget_engine.migration.checks import Check, outermost
+from budget_engine.migration.checks import Check, Kind, outermost
 from budget_engine.output import text
 from budget_engine.output.console import CONSOLE
 from budget_engine.postgres import blockers, embedded
@@ -25,8 +26,10 @@ POLL_S = 0.1  # first pause between two looks while another run is at work
 def announced(*, dry: bool = False) -> tuple[Settings, Target]:
     """Find the database in use, start it where it is the embedded one, and say first of all which it is."""
     given = load(ROOT, os.environ)
-    where = completed(given.target, given.source) if given.target else _embedded_target(dry=dry)
+    where, started = (completed(given.target, given.source), False) if given.target else _embedded_target(dry=dry)
     announce(where, given)
+    if started:
+        CONSOLE.say(text.STARTED)
     return given, where
 
 
@@ -39,12 +42,13 @@ def announce(where: Target, given: Settings) -> None:
     CONSOLE.first("\n".join([text.target(where, given), *text.notes(where, given)]))
 
 
-def _embedded_target(*, dry: bool) -> Target:
+def _embedded_target(*, dry: bool) -> tuple[Target, bool]:
+    """Have the embedded server run; return it, and whether it had to be started."""
     cluster = embedded.locate(ROOT)
     if dry and not embedded.running(cluster):
         raise errors.NotRunningError(looking="--dry", where=f"its data: {cluster.data}")
-    embedded.start(cluster)
-    return target_of(cluster)
+    started = embedded.start(cluster)
+    return target_of(cluster), started
 
 
 def target_of(cluster: embedded.Cluster) -> Target:
@@ -71,7 +75,6 @@ class Session:
     connection: Connection = field(init=False)
     _stack: ExitStack = field(default_factory=ExitStack)
     _builder: runner.Builder | None = None
-    _tables: Sequence[str] = ()
     _at_work: str = ""
 
     def __post_init__(self) -> None:
@@ -115,11 +118,8 @@ class Session:
         """Return the commands that clear these conflicts."""
         if not checks:
             return {}
-        settings = f"SELECT {self.connection.transaction_settings}"
         try:
-            *_, rows, _ = self.connection.run(
-                [survey.BEGIN_READ_ONLY, settings, survey.PIN, conflicts.query(checks), "COMMIT"]
-            )
+            _, rows = self.connection.ask([survey.PIN, conflicts.query(checks)])
         except errors.StatementError as error:  # a view behind ACCESS EXCLUSIVE: the conflict can be told without it
             if not issubclass(errors.for_sqlstate(error.sqlstate), errors.LockTimeoutError):
                 raise
@@ -141,9 +141,9 @@ class Session:
         left = self.todo(after)
         own = plan.checks_of(self.wanted, after.checks)
         failing = bool(left.missing)
-        label, did = ("done", "") if todo and not failing else ("", "nothing to do: ") if not todo else ("left", "")
-        CONSOLE.say(text.line(label or "done", f"{did}{text.summary(own)}; {text.place(after.server)}"))
-        refuse_what_is_missing(self, left, after, rows=self._refusing_rows(left))
+        label, did = ("left", "") if failing else ("done", "" if todo else "nothing to do: ")
+        CONSOLE.say(text.line(label, f"{did}{text.summary(own)}; {CONSOLE.target}"))
+        refuse_what_is_missing(self, left, after, rows=self._refusing_rows(left), tried=True)
 
     def rehearse(self, found: survey.Survey) -> runner.Rehearsed:
         """Run all transactions that are due, and roll them back; ask again as often as LOCK_WAIT allows."""
@@ -154,13 +154,13 @@ class Session:
                 return runner.rehearse(self.connection, self.script(todo, found), _Progress(), _notice)
             except errors.LockTimeoutError as hindrance:
                 _name(hindrance, blockers.bystanders(self.connection, waits_for(todo), building=False))
-                self._pause(hindrance)
+                self._pause(hindrance, found)
             if self.todo(again := self._survey()).transactions:
                 found = again
 
     def script(self, todo: plan.Plan, found: survey.Survey) -> runner.Script:
         """Return what writes the messages of a plan."""
-        return runner.script(self.chain, todo, found.server, self.connection)
+        return runner.Script(self.chain, todo, found, self.connection.transaction_settings)
 
     def _refusing_rows(self, left: plan.Plan) -> list[str]:
         return list(map(str, survey.orphans(self.connection, left.missing)))
@@ -171,7 +171,7 @@ class Session:
         while (todo := self.todo(found)).to_do and not todo.conflicts:
             hindrance = self._one_round(todo, found)
             if hindrance is not None:
-                self._pause(hindrance)
+                self._pause(hindrance, found)
             after = self.look()
             if after.checks != found.checks:
                 self.patience.restart()
@@ -188,13 +188,14 @@ class Session:
                 _name(error, blockers.locking_readers_out(self.connection))
                 self._pause(error)
             else:
-                self._tables = sorted({check.found for check in found.checks if check.found})
+                host = self.connection.host if self.given.target else "the embedded server"
+                CONSOLE.target = text.place(found.server, host)
                 return found
 
-    def _who_is_at_work(self) -> str:
+    def _who_is_at_work(self, found: survey.Survey) -> str:
         if self.patience.tries == 0:  # asked once, at the first of many short pauses
-            numbers = (runner.RUN_LOCK, runner.BUILD_LOCK)
-            self._at_work = "\n".join(blockers.at_work(self.connection, numbers, self._tables))
+            tables = sorted({check.found for check in found.checks if check.found})
+            self._at_work = "\n".join(blockers.at_work(self.connection, found.turn.refused(), tables))
         return self._at_work
 
     def _one_round(self, todo: plan.Plan, found: survey.Survey) -> errors.RecipeError | None:
@@ -204,23 +205,23 @@ class Session:
                 runner.run_transactions(self.connection, self.script(todo, found), _Progress(), _notice)
                 self.moves = ()
             else:
-                self._build(found.server).run(todo)
+                self._build(found).run(todo)
         except (errors.LockTimeoutError, errors.CrowdedError) as hindrance:
             return hindrance
         return None
 
-    def _build(self, server: survey.Server) -> runner.Builder:
+    def _build(self, found: survey.Survey) -> runner.Builder:
         if self._builder is None:
-            patience_s = None if server.pooled else self.given.lock_wait_s
-            builder = runner.Builder(self.connection, server, patience_s, _Progress(), self._open_second)
+            patience_s = None if found.server.pooled else self.given.lock_wait_s
+            builder = runner.Builder(self.connection, found, patience_s, _Progress(), self._open_second)
             self._builder = self._stack.enter_context(builder)
         return self._builder
 
-    def _pause(self, hindrance: errors.RecipeError) -> None:
+    def _pause(self, hindrance: errors.RecipeError, found: survey.Survey | None = None) -> None:
         """Wait a while, and say so: each time where we stood in a queue, once where others are simply at work."""
         queued = type(hindrance) in (errors.LockTimeoutError, errors.DeadlockError)
-        if isinstance(hindrance, errors.BusyError):
-            hindrance.where = self._who_is_at_work()
+        if isinstance(hindrance, errors.BusyError) and found:
+            hindrance.where = self._who_is_at_work(found)
 
         def announce(pause_s: float, left_s: float) -> None:
             if queued:
@@ -294,8 +295,7 @@ def hindrances(
 ) -> list[errors.RecipeError]:
     """Return each reason for which a plan cannot be carried out as a whole; the first one is what a task ends with."""
     found: list[errors.RecipeError] = []
-    if server.schema is None:
-        found.append(errors.NoSchemaError(search_path=server.search_path))
+    found += no_place(todo, server)
     if todo.conflicts:
         found.append(conflict(todo, commands))
     if absent := todo.fixed_elsewhere:
@@ -309,6 +309,16 @@ def hindrances(
     if todo.lacking:
         found.append(errors.RightError(role=server.role, where="\n".join(todo.lacking)))
     return found
+
+
+def no_place(todo: plan.Plan, server: survey.Server) -> list[errors.RecipeError]:
+    """Return why there is no place for tables, if there is none."""
+    if server.schema is None:
+        return [errors.NoSchemaError(search_path=server.search_path)]
+    new = any(check.kind is Kind.TABLE and check.actual is None for check in todo.missing)
+    if new and re.match("pg_|information_schema$", server.schema):
+        return [errors.SystemSchemaError(schema=server.schema, search_path=server.search_path)]
+    return []
 
 
 def conflict(todo: plan.Plan, commands: dict[Check, tuple[str, ...]]) -> errors.ConflictError:
@@ -331,12 +341,21 @@ def conflict(todo: plan.Plan, commands: dict[Check, tuple[str, ...]]) -> errors.
 
 
 def refuse_what_is_missing(
-    session: Session, left: plan.Plan, found: survey.Survey, *, rows: Sequence[str] = (), listed: bool = False
+    session: Session,
+    left: plan.Plan,
+    found: survey.Survey,
+    *,
+    rows: Sequence[str] = (),
+    listed: bool = False,
+    tried: bool = False,
 ) -> None:
-    """Raise where a required check of the plan's steps does not pass; rows: those that refuse it, in words."""
+    """Raise where a required check of the plan's steps does not pass.
+
+    rows: those that refuse it, in words; listed: what is missing has been said; tried: setup did what it could.
+    """
     if left.conflicts:
         raise conflict(left, session.commands(left.conflicts))
     if left.missing:
         differences = [] if listed else [text.difference(check) for check in outermost(left.missing)]
-        remedy = errors.CORRECT_THE_ROWS if rows else ""
+        remedy = errors.CORRECT_THE_ROWS if rows or tried else ""
         raise errors.MissingError(where="\n".join([*differences, *rows]), remedy=remedy)

@@ -19,7 +19,7 @@ def run(task: str | None, *, dry: bool = False) -> None:
     everything = chain.load()
     with Session(partial(Connection, where, given), given, where, everything, everything.of(task)) as session:
         before = session.look()
-        CONSOLE.first("\n".join([text.target(where, given, before.server), *text.notes(where, given)]))
+        CONSOLE.first(text.opening(where, given, before))
         if _is_to_be_done(session, before, dry=dry):
             session.carry_out(before)
 
@@ -30,7 +30,7 @@ def rehearse() -> None:
     everything = chain.load()
     with Session(partial(Connection, where, given), given, where, everything, everything.steps) as session:
         before = session.look()
-        CONSOLE.first("\n".join([text.target(where, given, before.server), *text.notes(where, given)]))
+        CONSOLE.first(text.opening(where, given, before))
         todo = session.todo(before)
         refuse_what_cannot_be(session, todo, before)
         if todo.transactions:
@@ -58,7 +58,7 @@ def _recreate(*, with_dependants: bool, yes: bool, dry: bool) -> None:
     connect = partial(_WithDependants if with_dependants else Connection, where, given)
     with Session(connect, given, where, everything, everything.of("prereqs"), with_recreate=True) as session:
         found = session.look()
-        CONSOLE.first("\n".join([text.target(where, given, found.server), *text.notes(where, given)]))
+        CONSOLE.first(text.opening(where, given, found))
         moves = recreate.read(session.connection, everything, found)
         if not moves:
             CONSOLE.say(text.line("note", "no core table has an older form: none is moved"))

@@ -84,9 +84,10 @@ class Check:
 
     step, fixed_by: labels of steps (fixed_by None: it passes, or is a conflict); table: the one that it belongs to, by
     its bare name; name: its own ("" of a table; the columns of a key); actual: None where there is nothing; required:
-    whether it must pass; found: the table as SQL writes it, or None; home: the schema where the table is, or will be; lacking: the right that this role lacks to fix it;
-    rows_hidden: whether row-level security hides rows of the table from it; being_built: whether another session
-    builds on the table; on_request: the step that would fix it, but runs only where it is asked for.
+    whether it must pass; found: the table as SQL writes it, or None; home: the schema where it is, or will be; lacking:
+    the right that this role lacks to fix it; rows_hidden: whether row-level security hides rows of the table from it;
+    being_built: whether another session builds on the table; on_request: the step that would fix it, but runs only
+    where it is asked for.
     """
 
     step: str

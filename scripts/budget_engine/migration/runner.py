@@ -106,7 +106,7 @@ END
 $verification$"""
 
 # Where another run got there first, the transaction wrote nothing, and the history says nothing.
-_HISTORY = """DO $history$
+HISTORY = """DO $history$
 BEGIN
   -- Subscribers of all tables would stop at its rows, unless they have it.
   IF EXISTS (SELECT FROM pg_catalog.pg_publication WHERE puballtables) THEN
@@ -278,7 +278,9 @@ class Script:
 
         def clock(place: int) -> str:
             wait = queue_ms if place == 0 else moment_ms
-            return f"SELECT pg_catalog.set_config('lock_timeout', '{wait}ms', true), {pinned(self.found.server)}, {_CLOCK}"
+            return (
+                f"SELECT pg_catalog.set_config('lock_timeout', '{wait}ms', true), {pinned(self.found.server)}, {_CLOCK}"
+            )
 
         return [
             *(Sent(first, Part.FRAME, sql) for sql in BEGIN),
@@ -331,7 +333,7 @@ def history(step: Step, part: str, schema: str | None, duration: str | None) -> 
         "checksum": step.checksum,
         "version": version(),
     }
-    return _HISTORY.format(**{name: literal(value) for name, value in values.items()})
+    return HISTORY.format(**{name: literal(value) for name, value in values.items()})
 
 
 def run_transactions(connection: Connection, script: Script, say: Say, notice: Notice) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
 import os
 import re
+import select
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO, cast
+
+from budget_engine import errors
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 PEOPLE = "table"  # the format that people read; the others are for machines
 LABEL = 9  # columns: the label that begins a line, and the air behind it
@@ -41,6 +48,8 @@ class Console:
         self.mask: Callable[[str], str] = str
         self.quiet = False
         self.format = PEOPLE
+        self.target = ""  # what is being worked on, once that is known
+        self.lost: list[errors.RecipeError] = []  # what could not be written, until that is said
         self.command = str(sys._xoptions.get("ran_as", "invoke"))
         self._first = ""  # a line that goes before all others
         self._progress = ""  # the line that the next one is to replace
@@ -58,7 +67,7 @@ class Console:
         """Show on a terminal, and nowhere else, how far something is; the next line takes its place, "" none."""
         if line != self._progress and self._for_people.isatty() and not self.quiet:
             width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be taken back
-            print(f"\r\x1b[K{self._spelled(line)[:width]}", end="", flush=True, file=self._for_people)
+            self._write(self._for_people, f"\r\x1b[K{self._spelled(line)[:width]}", end="")
             self._progress = line
 
     def say(self, *lines: str) -> None:
@@ -70,17 +79,25 @@ class Console:
 
     def emit(self, document: str) -> None:
         """Print what was asked for, whole, on stdout."""
-        print(self.mask(document), flush=True)
+        self._write(sys.stdout, self.mask(document))
 
     def emit_json(self, document: Mapping[str, object]) -> None:
         """Print a JSON document, its texts masked one by one: null, which is no text, may be somebody's password."""
-        print(json.dumps(_masked(document, self._spelled), indent=2, ensure_ascii=False), flush=True)
+        self._write(sys.stdout, json.dumps(_masked(document, self._spelled), indent=2, ensure_ascii=False))
+
+    def append(self, file: str, document: str) -> None:
+        """Add what was asked for to a file; where that fails, the end of the task says so."""
+        try:
+            with Path(file).open("a", encoding="utf-8") as opened:
+                opened.write(self.mask(document))
+        except OSError as error:
+            self.lost.append(errors.LostOutputError(place=file, why=error.strerror))
 
     def confirms(self, question: str) -> bool | None:
         """Ask the person at the terminal, where no is the default; None: there is no terminal."""
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             return None
-        print(self.mask(question), "[y/N] ", end="", flush=True)  # input() would write it to stderr
+        self._write(sys.stdout, f"{self.mask(question)} [y/N] ", end="")  # input() would write it to stderr
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     def aside(self, *lines: str) -> None:
@@ -96,7 +113,11 @@ class Console:
     def _print(self, stream: TextIO, *lines: str) -> None:
         for line in lines:
             for part in self._fitted(self._spelled(line), stream):
-                print(part, flush=True, file=stream)
+                self._write(stream, part)
+
+    @staticmethod
+    def _write(stream: TextIO, text: str, end: str = "\n") -> None:
+        print(text, end=end, flush=True, file=stream)
 
     def _fitted(self, line: str, stream: TextIO) -> list[str]:
         """Break a line where a terminal would break it within words, and colour its label. Commands stay whole."""
@@ -129,14 +150,55 @@ def _coloured(line: str) -> str:
     return f"\x1b[{_COLOURS[label]}m{label}\x1b[0m{line[len(label) :]}"
 
 
+class _Output(io.FileIO):
+    """stdout or stderr, which end no work: what cannot be written is lost, and said unless nobody reads any more."""
+
+    def write(self, text: ReadableBuffer, /) -> int:
+        """Write it, or what the system takes of it."""
+        try:
+            while (written := cast("int | None", super().write(text))) is None:  # somebody made it non-blocking
+                select.select([], [self], [])
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                CONSOLE.lost.append(errors.LostOutputError(place=_OUTPUTS[self.fileno()], why=error.strerror))
+            with Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), self.fileno())
+            return memoryview(text).nbytes
+        return written
+
+
+_OUTPUTS = {1: "stdout", 2: "stderr"}
+
+
 def _make_usable() -> None:
-    """Let neither a stream that was closed, nor a character that the locale does not know, end a task."""
+    """Let no stream end a task, nor Invoke's own listing: closed, unread, on a full disk, of a narrow locale."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - for as long as we live
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+            if stream in (sys.__stdout__, sys.__stderr__):  # and not a test's
+                setattr(sys, name, _lasting(stream))
+
+
+def _lasting(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    buffer = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
+    at_once = stream.line_buffering or stream.write_through
+    return io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=at_once)
+
+
+@atexit.register
+def _end() -> None:
+    """Say what was lost of Invoke's own words: it is too late for an exception."""
+    sys.stdout.flush()
+    if CONSOLE.lost:
+        print(f"error    {CONSOLE.lost[0].what}", file=sys.stderr, flush=True)
+        os._exit(CONSOLE.lost[0].exit_code)
+
+
+_make_usable()
+CONSOLE = Console()
 
 
 def _masked(value: object, mask: Callable[[str], str]) -> object:
@@ -147,7 +209,3 @@ def _masked(value: object, mask: Callable[[str], str]) -> object:
     if isinstance(value, (list, tuple)):
         return [_masked(each, mask) for each in value]
     return value
-
-
-_make_usable()
-CONSOLE = Console()

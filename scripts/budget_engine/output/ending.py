@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,25 +14,31 @@ from budget_engine.output.console import CONSOLE
 @contextmanager
 def reported() -> Iterator[None]:
     """Turn whatever ends a task, Ctrl-C too, into a message and an exit code."""
+    code = 0
+    cause: BaseException | None = None
     try:
         yield
+    except SystemExit as end:  # the doctor's
+        code = int(end.code or 0)
     except (Exception, KeyboardInterrupt) as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed once more it would end the message
-        ending = as_message(error)
-    else:
-        return
-    complain(ending)
-    raise SystemExit(ending.exit_code)
+        ending, cause = as_message(error), error
+        _complain(ending)
+        code = ending.exit_code
+    for lost in CONSOLE.lost[:1]:  # what could not be written
+        _complain(lost)
+        code = code or lost.exit_code
+    CONSOLE.lost.clear()
+    if code:
+        raise SystemExit(code) from cause
 
 
-def complain(error: errors.RecipeError) -> None:
+def _complain(error: errors.RecipeError) -> None:
     """Print what is wrong, what it concerns, and what helps."""
     from budget_engine.output import text
 
-    try:
-        CONSOLE.aside(*(error.before if isinstance(error, errors.ConflictError) else ()), *text.error(error))
-    except OSError:  # nobody reads any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    target = "" if isinstance(error, errors.StoppedError) else CONSOLE.target
+    CONSOLE.aside(*(error.before if isinstance(error, errors.ConflictError) else ()), *text.error(error, target))
 
 
 def as_message(error: BaseException) -> errors.RecipeError:

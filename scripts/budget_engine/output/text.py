@@ -10,7 +10,7 @@ from budget_engine.migration.plan import Action, Effect, Plan, StepPlan
 from budget_engine.migration.recreate import Move
 from budget_engine.migration.runner import Rehearsed
 from budget_engine.migration.surroundings import Surroundings
-from budget_engine.migration.survey import Server
+from budget_engine.migration.survey import Server, Survey
 from budget_engine.output.console import LABEL
 from budget_engine.postgres.blockers import Bystander, Size
 from budget_engine.settings import Settings, Target
@@ -38,9 +38,34 @@ def target(target: Target, settings: Settings, server: Server | None = None) -> 
     )
 
 
-def place(server: Server) -> str:
-    """Name database and schema."""
-    return f"database {server.database}, schema {server.schema or 'none'}"
+def place(server: Server, host: str = "") -> str:
+    """Name the database, its host, and the schemas in which our tables exist, or the one where they would."""
+    where = f" on {host}" if host else ""
+    return f"database {server.database}{where}, schema {', '.join(server.homes) or server.schema or 'none'}"
+
+
+def opening(target_: Target, settings: Settings, found: Survey) -> str:
+    """Write what is said before anything else: the target, and what is odd about the way there."""
+    return "\n".join([target(target_, settings, found.server), *notes(target_, settings), *behind(found)])
+
+
+def behind(found: Survey) -> list[str]:
+    """Say what is found in a later schema of the search_path than the one where new tables go."""
+    later: dict[str, list[str]] = {}
+    for check in found.checks:
+        if check.kind is Kind.TABLE and check.found and check.home != found.server.schema:
+            later.setdefault(str(check.home), []).append(check.table)
+    return [
+        line(
+            "note",
+            f"{', '.join(tables)}: this is about schema {home}; {found.server.schema}, where new tables go, has "
+            f"none (search_path {found.server.search_path}; ?schema=NAME in DATABASE_URL says which one is meant)",
+        )
+        for home, tables in later.items()
+    ]
+
+
+STARTED = line("note", "the embedded server was started and keeps running; db.psql opens it, db.stop stops it")
 
 
 def sources(target: Target, settings: Settings) -> str:
@@ -271,11 +296,12 @@ def _to_be_said(checks: Sequence[Check], commands: Mapping[Check, Sequence[str]]
     return [check for check in checks if check in shown or not helping.issuperset(commands.get(check, ()))]
 
 
-def error(error: RecipeError) -> list[str]:
-    """Say what is wrong, what it concerns, and what helps."""
+def error(error: RecipeError, target: str = "") -> list[str]:
+    """Say what is wrong, what it concerns, where it was (target), and what helps."""
     return [
         line("error", error.what),
         *(line("", part) for part in error.where.splitlines()),
+        *([line("", target)] if target else []),
         *([line("help", error.remedy)] if error.remedy else []),
     ]
 

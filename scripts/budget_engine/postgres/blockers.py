@@ -113,7 +113,7 @@ FROM pg_stat_activity AS a
 WHERE a.pid <> pg_backend_pid() AND a.pid IN (
   SELECT pid FROM pg_locks
   WHERE granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    AND (locktype = 'advisory' AND objsubid = 1 AND classid::bigint << 32 | objid::bigint IN ({{locks}})
+    AND ({{refused}}
          OR locktype = 'relation' AND mode = 'ShareUpdateExclusiveLock' AND relation IN ({{tables}})))
 ORDER BY a.xact_start, a.pid"""
 
@@ -160,11 +160,13 @@ WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND a.backend
 ORDER BY a.xact_start, a.pid"""
 
 
-def at_work(connection: Connection, locks: Iterable[int], tables: Iterable[str]) -> list[str]:
-    """Say which other sessions have one of these advisory locks, or build something on one of these tables."""
+def at_work(connection: Connection, refused: str, tables: Iterable[str]) -> list[str]:
+    """Say which other sessions keep us from our turn, or build something on one of these tables.
+
+    refused: the condition on a lock of pg_locks that does (see migration.turn).
+    """
     of_tables = ", ".join(f"to_regclass({sql.Literal(table).as_string()})" for table in tables)
-    query = _AT_WORK.format(locks=", ".join(map(str, locks)), tables=of_tables)
-    _, _, rows, _ = connection.run(["BEGIN READ ONLY", f"SELECT {connection.transaction_settings}", query, "COMMIT"])
+    [rows] = connection.ask([_AT_WORK.format(refused=refused, tables=of_tables or "NULL")])
     return [str(who) for (who,) in rows]
 
 
@@ -223,7 +225,7 @@ class Watch:
         if self._second is None:
             self._second = self._open_second()
         pid = sql.Literal(self._pid).as_string()
-        waits, progress = self._second.run([_WAITS.format(pid=pid), _PROGRESS.format(pid=pid)])
+        waits, progress = self._second.ask([_WAITS.format(pid=pid), _PROGRESS.format(pid=pid)])
         self._tell([(str(wanted), str(holder)) for wanted, holder in waits])
         for (line,) in progress:
             self._tell_line(str(line), lasting=False)
@@ -271,7 +273,7 @@ def now() -> float:
 
 
 def _ask(connection: Connection, query: str) -> Rows:
-    _, _, rows, _ = connection.run(["BEGIN READ ONLY", f"SELECT {connection.transaction_settings}", query, "COMMIT"])
+    [rows] = connection.ask([query])
     return rows
 
 

@@ -289,7 +289,12 @@ def transaction_settings(target: Target, lock_timeout_ms: int) -> str:
     if target.search_path is not None:
         settings["search_path"] = target.search_path
     ours = [sql.SQL("set_config({}, {}, true)").format(name, value).as_string() for name, value in settings.items()]
-    return ", ".join([*ours, _AS_BUILT])
+    return ", ".join([*ours, _OTHERS_LAST, _AS_BUILT])
+
+
+# A pooler's other clients leave temporary tables in the session, which would be found first.
+_OTHERS_LAST = """set_config('search_path', current_setting('search_path')
+  || CASE WHEN current_schema() IS NULL THEN '' ELSE ', pg_temp' END, true)"""
 
 
 def _is_loopback(name: str) -> bool:

@@ -24,11 +24,11 @@ import psutil  # type: ignore[import-untyped]
 import psycopg
 import pytest
 import warm
-from versions import MAJOR, PACKAGED, concern, locate, packaged
-
-from budget_engine.migration import turn
-from budget_engine.postgres import embedded
+from budget_engine.migration import chain, survey, turn
 from budget_engine.migration.chain import ROOT
+from budget_engine.migration.checks import Check
+from budget_engine.postgres import embedded
+from versions import MAJOR, PACKAGED, concern, locate, packaged
 
 # A suite that a script runs in the background is started with Ctrl-C ignored; all that it starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -36,7 +36,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.pop(embedded.DATA_VARIABLE, None)
 
 MIGRATIONS = ROOT / "db" / "migrations"
-VERIFICATIONS = ROOT / "db" / "verify"
 # What a run in the schema public has for itself, and others wait for.
 THE_TURN = f"SELECT pg_advisory_xact_lock({turn.RUN}, 'public'::regnamespace::oid::int4)"
 # Making a database takes a tenth of the time in memory, if there is room: a container's /dev/shm often has 64 MB.
@@ -113,24 +112,36 @@ class Db:
             done = self.psql("-f", str(MIGRATIONS / f"{stem}.sql"))
             assert done.code == 0, f"{stem}: {done}"
 
-    def verification(self, stem: str) -> list[tuple[Any, ...]]:
-        """Return (item, expected, actual, mended_by) of one verification."""
-        return self.rows((VERIFICATIONS / f"{stem}.sql").read_text())
+    def checks(self) -> list[Check]:
+        """Return every check of db/verify.sql, as the survey reads them."""
+        everything = chain.load()
+        *asks, query = survey.statements(everything)
+        with self.connect(autocommit=False) as connection:
+            for ask in asks:
+                connection.execute(ask.encode())
+            rows = connection.execute(query.encode()).fetchall()
+        return list(survey.checks_of([_as_text(row) for row in rows], everything, with_recreate=True))
 
     def differing(self) -> dict[str, tuple[str, str | None, str | None]]:
-        """Return item → (expected, actual, mended_by) of every promise of the chain that does not stand."""
-        with self.connect() as connection:
-            queries = [path.read_text() for path in sorted(VERIFICATIONS.glob("*.sql"))]
-            items = [item for query in queries for item in connection.execute(query.encode())]
-        return {name: (expected, actual, by) for name, expected, actual, by in items if expected != actual}
+        """Return title → (expected, actual, fixed_by) of every required check that does not pass."""
+        return {c.title: (c.expected, c.actual, c.fixed_by) for c in self.checks() if c.required and not c.passed}
+
+    def failing(self, step: str) -> list[str]:
+        """Return the titles of the required checks of a step (its label) that do not pass."""
+        return [c.title for c in self.checks() if c.step == step and c.required and not c.passed]
 
     def dump(self, *, data: bool = False) -> str:
-        """Return the schema (and rows) as pg_dump writes it, the diary left out: equal dumps, equal databases."""
+        """Return the schema (and rows) as pg_dump writes it, the history left out: equal dumps, equal databases."""
         program = str(self.cluster.binaries / "pg_dump")
         words = [program, self.url, "--restrict-key=test", "--exclude-schema=budget_engine"]
         done = run(words if data else [*words, "--schema-only"], clean_environment())
         assert done.code == 0, done
         return re.sub(r"^-- (Dumped|Started|Completed).*\n", "", done.out, flags=re.M)
+
+
+def _as_text(row: tuple[Any, ...]) -> tuple[str | None, ...]:
+    """Write a row as the simple query protocol does."""
+    return tuple(None if v is None else "ft"[v] if isinstance(v, bool) else str(v) for v in row)
 
 
 def clean_environment() -> dict[str, str]:
@@ -283,7 +294,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say what was left out, and why: pytest -q would hide it behind a letter. And what the tests ran on."""
     left_out: dict[str, list[str]] = {}
     for report in terminalreporter.stats.get("skipped", []):
-        left_out.setdefault(text.longrepr[2].removeprefix("Skipped: "), []).append(text.location[0])
+        left_out.setdefault(report.longrepr[2].removeprefix("Skipped: "), []).append(report.location[0])
     for reason, tests in left_out.items():
         files = set(tests)
         where = f"{len(files)} files" if len(files) > 1 else files.pop()

@@ -726,7 +726,10 @@ def test_a_wrong_form_that_comes_up_meanwhile_is_no_success(db: Db) -> None:
     db.execute(CORE + "DROP TABLE turns; ALTER TABLE prompt_segments DROP CONSTRAINT prompt_segments_pkey")
     before = db.dump()
     core_schema, *_ = everything = chain.load()
-    with Database(parse_target(db.url), Settings(None, "")) as database, pytest.raises(errors.InTheWayError) as refused:
+    with (
+        Connection(parse_target(db.url), Settings(None, "")) as database,
+        pytest.raises(errors.InTheWayError) as refused,
+    ):
         runner.run_atomic(database, [core_schema], everything, lambda label, what: None)
     assert "prompt_segments (id) is missing" in refused.value.where
     assert db.dump() == before

@@ -141,7 +141,7 @@ def test_nobody_misleads_the_planner_in_a_step_or_an_online_part(db: Db, state: 
 
 def test_nobody_misleads_the_planner_where_we_look(db: Db) -> None:
     """Each view asks by way of this; afterwards the session is as before."""
-    with role_with(db, MISGUIDING) as role, Database(parse_target(db.url_as(role)), Settings(None, "")) as database:
+    with role_with(db, MISGUIDING) as role, Connection(parse_target(db.url_as(role)), Settings(None, "")) as database:
         [during] = database.ask([MISLED_BY])
         [afterwards] = database.run([MISLED_BY])
     assert during == []

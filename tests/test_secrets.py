@@ -169,7 +169,7 @@ def all_said(text: str, *, in_file: bool) -> Iterator[str]:
         assert settings.target is not None
         target = completed(settings.target, source)
         yield from [repr(target), *text.target(target, settings), *echoes(target)]
-        Database(target, settings).close()
+        Connection(target, settings).close()
     except RecipeError as error:
         yield from [*error.lines(), repr(error), *traceback.format_exception(error)]
 
@@ -261,7 +261,7 @@ def test_error_itself_is_masked() -> None:
     with peer(refuse_password) as port:
         target = parse_target(f"postgresql://app:QX%40ZJQX@127.0.0.1:{port}/game")
         with pytest.raises(RecipeError) as caught:
-            Database(target, Settings(target, ""))
+            Connection(target, Settings(target, ""))
     said = [*caught.value.lines(), *traceback.format_exception(caught.value)]
     assert "password authentication failed: ***" in "".join(said)
     assert Slip("", "QX@ZJQX").shown_in("".join(said)) is None

@@ -106,11 +106,11 @@ def run(sizes: Sequence[Size], report: Report) -> None:
     """Measure every size, print its tables as soon as they are there, and draw the charts."""
     outcomes: dict[int, dict[str, Outcome]] = {}
     with private_server(binaries=packaged(), durable=True) as cluster:
-        text.begin(cluster)
+        report.begin(cluster)
         for size in sizes:
             with database(cluster) as template:
                 filling = _window(partial(tables.build, template, size.rows, size.slots))
-                text.say(
+                report.say(
                     f"\n{size.rows:,} prompt_snapshots, {size.rows:,} turns, {size.slots:,} slots:"
                     f" {_megabytes(_disk(template))} MB, filled in {filling.seconds:.0f} s"
                 )
@@ -202,7 +202,7 @@ def _megabytes(count: int) -> str:
 
 
 def _print(outcomes: Mapping[str, Outcome], report: Report) -> None:
-    text.say(
+    report.say(
         "Longest read / write that was under way during the step, in ms; each way's first line is without a step."
     )
     rows = []
@@ -210,16 +210,16 @@ def _print(outcomes: Mapping[str, Outcome], report: Report) -> None:
         busy = outcome.busy
         rows.append([f"{way}: no step", f"{busy.baseline.seconds:.1f} s", *_waits(busy, busy.baseline)])
         rows += [[f"{way}: {WHAT[step]}", f"{w.seconds:.2f} s", *_waits(busy, w)] for step, w in busy.steps.items()]
-    text.table(["", "time", *tables.TABLES, "seen waiting for, times (ms)"], rows)
-    text.say("The same steps on a copy without traffic, MB of 10⁶ bytes:")
+    report.table(["", "time", *tables.TABLES, "seen waiting for, times (ms)"], rows)
+    report.say("The same steps on a copy without traffic, MB of 10⁶ bytes:")
     rows = [
         [f"{way}: {WHAT[step]}", f"{cost.seconds:.2f} s", *map(_megabytes, (cost.wal, cost.disk, cost.most_disk))]
         for way, outcome in outcomes.items()
         for step, cost in outcome.quiet.items()
     ]
-    text.table(["", "time", "WAL", "disk, after", "disk, at most"], rows)
+    report.table(["", "time", "WAL", "disk, after", "disk, at most"], rows)
     wal, index = outcomes["ours"].quiet["fix"].wal, outcomes["ours"].index
-    text.say(f"Our fix wrote {wal:,} bytes of WAL for an index of {index:,}: {wal - index:,} more.")
+    report.say(f"Our fix wrote {wal:,} bytes of WAL for an index of {index:,}: {wal - index:,} more.")
 
 
 def _waits(busy: Busy, window: Window) -> list[str]:
@@ -235,8 +235,8 @@ def _draw(outcomes: Mapping[int, Mapping[str, Outcome]], report: Report) -> None
         max(_longest(outcome.busy, [outcome.busy.baseline]) for outcome in of.values()) for of in outcomes.values()
     ]
     wal = {way: [of[way].quiet["fix"].wal / 1e6 for of in outcomes.values()] for way in WAYS}
-    text.chart("load-waits", line_chart("Longest wait of any reader or writer, any step", sizes, waits, "ms"))
-    text.chart("load-wal", line_chart("WAL of the fix", sizes, wal, "MB"))
+    report.chart("load-waits", line_chart("Longest wait of any reader or writer, any step", sizes, waits, "ms"))
+    report.chart("load-wal", line_chart("WAL of the fix", sizes, wal, "MB"))
 
 
 def _longest(busy: Busy, windows: Iterable[Window]) -> float:

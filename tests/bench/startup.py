@@ -50,7 +50,7 @@ class Figures:
 def run(rounds: int, only: Sequence[str] | None, report: Report) -> None:
     """Measure the tools (only: of the others, those whose names contain one of these), print tables, draw charts."""
     with private_server(binaries=packaged(), durable=True) as cluster, tempfile.TemporaryDirectory() as workshop:
-        text.begin(cluster)
+        report.begin(cluster)
         everything = all_tools(cluster.binaries / "psql", Path(workshop))
         tools = [tool for tool in everything if only is None or _wanted(tool, only)]
         figures = _measure(cluster, [tool for tool in tools if tool.command], rounds)
@@ -127,14 +127,14 @@ def _environment(url: str) -> dict[str, str]:
 
 
 def _print(figures: Figures, tools: Sequence[Tool], rounds: int, report: Report) -> None:
-    text.say(f"Medians of {rounds} interleaved rounds, whole processes; ratio: to {FLOOR} in the same column.")
+    report.say(f"Medians of {rounds} interleaved rounds, whole processes; ratio: to {FLOOR} in the same column.")
     for case in CASES:
         columns = [head for place in PLACES for head in (place, "ratio")]
-        text.table(
+        report.table(
             [case, *columns, "round trips"],
             [[tool.name, *_cells(figures, tool, case)] for tool in tools],
         )
-    text.say(f"Peak memory of {OURS} from nothing: {figures.peak_bytes / 1e6:.0f} MB.")
+    report.say(f"Peak memory of {OURS} from nothing: {figures.peak_bytes / 1e6:.0f} MB.")
 
 
 def _cells(figures: Figures, tool: Tool, case: str) -> list[str]:
@@ -150,4 +150,4 @@ def _cells(figures: Figures, tool: Tool, case: str) -> list[str]:
 def _draw(figures: Figures, names: Sequence[str], report: Report) -> None:
     for file, place in zip(("startup-direct", "startup-far"), PLACES, strict=True):
         series = {case: [figures.median(name, case, place) for name in names] for case in CASES}
-        text.chart(file, bar_chart(f"The whole chain, server {place}", names, series, "s"))
+        report.chart(file, bar_chart(f"The whole chain, server {place}", names, series, "s"))

@@ -1,0 +1,303 @@
+"""The commands that clear conflicts: one short rule for each kind, none of which changes a value.
+
+What bears a name of ours is renamed. What can be restored is dropped, and its definition printed. A column of another
+type is renamed where a step adds it again; where it came with its table, the table moves to a new schema. All this is
+computed from the checks and from facts that one query reads (db/conflicts.sql).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from budget_engine.migration.checks import Check, Kind
+
+_QUERY = Path(__file__).parents[3] / "db" / "conflicts.sql"
+
+
+class Task(str):
+    """The words of a task, where no SQL clears a conflict."""
+
+    __slots__ = ()
+
+
+_RECREATE = Task("prereqs --recreate")
+_ALONE = ("CREATE UNIQUE INDEX CONCURRENTLY ", "DROP INDEX CONCURRENTLY ")  # refused within DO
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something around a check: a command, what restores that which it drops, and more, as the query calls it.
+
+    what: "table" and "column" say how it is; "leave", "drop", "rename" and "elsewhere" (which stays when the table moves)
+    are commands; "led to" drops foreign keys of others; "cannot" is something that no command restores.
+    """
+
+    what: str
+    command: str
+    restore: str
+    more: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the database says around the conflicts; archives: names for new schemas."""
+
+    rows: Mapping[tuple[str, str, str], Sequence[Fact]]
+    archives: Sequence[str]
+
+
+def query(checks: Sequence[Check]) -> str:
+    """Write the query for the facts around the conflicts; checks: all of the survey."""
+    found = {check.table: check.found for check in checks if check.kind is Kind.TABLE}
+    listed = [
+        {
+            "kind": check.kind.value,
+            "table_name": check.table,
+            "name": check.name,
+            "expected": re.sub(r"(?<=^REFERENCES )[^(]+", lambda target: found.get(target[0]) or target[0], check.expected),
+            "bears": _bears(check),
+            "found": check.found,
+            "conflict": check.conflict,
+        }
+        for check in checks
+    ]
+    literal = json.dumps(listed).replace("\\", "\\\\").replace("'", "''")
+    return _QUERY.read_text(encoding="utf-8").rstrip().removesuffix(";").replace(":'checks'", f"E'{literal}'")
+
+
+def _bears(check: Check) -> str:
+    """Return the name that a step, or a command, gives to what the check is about."""
+    if taken := re.search(r"its name (\S+) is taken", check.actual or ""):
+        return taken[1]
+    if check.kind is Kind.FOREIGN_KEY:
+        return f"{check.table}_{check.name}_fkey"
+    if check.kind is Kind.KEY:
+        return f"{check.table}_pkey" if _is_primary(check) else f"uk_{check.table}_{check.name.replace(', ', '_')}"
+    return check.name or check.table
+
+
+def _is_primary(check: Check) -> bool:
+    return check.expected == "PRIMARY KEY"
+
+
+def facts(rows: Iterable[Sequence[str | None]]) -> Facts:
+    """Read the rows of the query."""
+    found: dict[tuple[str, str, str], list[Fact]] = {}
+    for kind, table, name, what, command, restore, more in rows:
+        fact = Fact(str(what), command or "", restore or "", json.loads(more or "{}"))
+        found.setdefault((str(kind), str(table), str(name)), []).append(fact)
+    archives = found.pop(("", "", ""), [])
+    return Facts(found, [fact.command for fact in archives])
+
+
+def commands(checks: Sequence[Check], found: Facts) -> dict[Check, tuple[str, ...]]:
+    """Return, for each conflict, what clears it: SQL, comments, or a task; checks: all of the survey.
+
+    Several conflicts may have the same ones: each is to be run once, in the order of the checks.
+    """
+    return _Clearing(checks, found).all()
+
+
+@dataclass
+class _Clearing:
+    """The rules, and the tables that have to move."""
+
+    checks: Sequence[Check]
+    facts: Facts
+    moves: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def all(self) -> dict[Check, tuple[str, ...]]:
+        ways = {check: self.in_place(check) for check in self.checks if check.conflict}
+        leaving = {check.table for check, way in ways.items() if way is None}
+        return {
+            check: tuple(way) if way is not None and check.table not in leaving else tuple(self.away(check))
+            for check, way in ways.items()
+        }
+
+    def of(self, check: Check, *whats: str) -> list[Fact]:
+        """Return facts in the order in which their commands are to be run."""
+        return [fact for fact in self.facts.rows.get((check.kind.value, check.table, check.name), ()) if fact.what in whats]
+
+    def of_table(self, name: str, *whats: str) -> list[Fact]:
+        return [fact for fact in self.facts.rows.get((Kind.TABLE.value, name, ""), ()) if fact.what in whats]
+
+    def in_place(self, check: Check) -> list[str] | None:
+        """Return the commands that leave the check's table where it is; None: it has to go."""
+        for table in self.of_table(check.table, "table"):
+            if not table.more["alterable"]:
+                return None
+            if check.kind is Kind.COLUMN and not self.of(check, "column"):
+                return _added(check, table)
+        match check.kind:
+            case Kind.COLUMN:
+                return self.changed(check) if self.fits(check) else self.renamed(check)
+            case Kind.DEPENDANTS:
+                return self.dropped(check)
+            case Kind.DEFAULT | Kind.FOREIGN_KEY:
+                column = next((c for c in self.checks if (c.kind, c.table, c.name) == (Kind.COLUMN, check.table, check.name)), check)
+                if column.conflict and not self.fits(column):  # what hangs on the column follows it
+                    return self.in_place(column)
+        if check.kind is Kind.DEFAULT:
+            return [line for given in self.of(check, "column") for line in _default(check.expected, given)]
+        if check.kind is Kind.KEY:
+            return [*self.key(check)]
+        return [*self.run(check, "leave", "drop", "rename", "elsewhere")]
+
+    def run(self, check: Check, *whats: str) -> Iterator[str]:
+        """Yield commands, and what restores that which they drop; none, where something cannot be restored."""
+        if cannot := self.of(check, "cannot"):
+            for fact in cannot:
+                yield _comment(f"{fact.command}: no command restores all that it has, so it is left to its owner")
+            return
+        yield from _run(self.of(check, *whats))
+
+    # ── tables ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def away(self, check: Check) -> Iterator[str]:
+        """Yield the commands for a check whose table has to go."""
+        own = self.of(check, "elsewhere") or self.of_table(check.table, "elsewhere")
+        if own:
+            yield from _run(own)
+        elif any(other.on_request for other in self.checks if other.conflict and other.table == check.table):
+            yield _RECREATE
+        else:
+            if check.table not in self.moves:
+                self.moves[check.table] = tuple(self.move(check.table))
+            yield from self.moves[check.table]
+
+    def move(self, name: str) -> Iterator[str]:
+        """Yield the commands that move a table, with its rows, indexes, keys and sequences, to a new schema."""
+        archive = self.facts.archives[len(self.moves)]
+        yield from _run(self.of_table(name, "led to"), "to restore it when the new table has the rows")
+        for table in self.of_table(name, "table"):
+            if others := table.more["namesakes"]:
+                yield _comment(f"{name} means {others} then: if that is a copy, take its schema off the search_path first")
+            reached = f"GRANT USAGE ON SCHEMA {archive} TO {table.restore};"
+            moved = f"{table.command} SET SCHEMA {archive};"
+            yield "\n".join(map(_safe, ["BEGIN;", f"CREATE SCHEMA {archive};", reached, moved, "COMMIT;"]))
+
+    # ── columns ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def fits(self, check: Check) -> bool:
+        """Whether the column can get the expected form where it is, its values untouched."""
+        wanted, filled = check.expected.removesuffix(" NOT NULL"), check.expected.endswith(" NOT NULL")
+        return all(
+            given["type"] == wanted and given["generated"] != "v" and (filled or not (given["identity"] or given["in_key"]))
+            for given in (fact.more for fact in self.of(check, "column"))
+        )
+
+    def changed(self, check: Check) -> list[str]:
+        (given,) = self.of(check, "column")
+        lines = [*self.run(check, "leave", "drop")]
+        if given.more["generated"]:  # its values stay; it has no default then
+            defaults = [c.expected for c in self.checks if (c.kind, c.table, c.name) == (Kind.DEFAULT, check.table, check.name)]
+            lines += [line for default in defaults if default != "none" for line in _default(default, given)]
+        if check.expected.endswith(" NOT NULL"):
+            return [*lines, *_filled(given)]
+        return [*lines, f"{given.command} DROP NOT NULL;"] if given.more["filled"] else lines
+
+    def renamed(self, check: Check) -> list[str] | None:
+        """Rename a column, with what bears names of ours on it; None where its table has to go instead."""
+        (given,) = self.of(check, "column")
+        created = next((c.step for c in self.checks if (c.kind, c.table) == (Kind.TABLE, check.table)), check.step)
+        if created == check.step or given.more["in_key"]:
+            return None
+        free = [] if given.more["by_itself"] or not given.more["filled"] else [_safe(f"{given.command} DROP NOT NULL;")]
+        return [*self.run(check, "leave"), *free, *_run(self.of(check, "rename"))]
+
+    def dropped(self, check: Check) -> list[str] | None:
+        """Drop what hangs on a column; where something cannot be restored, all follows the column to another name."""
+        if cannot := self.of(check, "cannot"):
+            told = [_comment(f"{fact.command}: no command restores it; it follows the column, and its values") for fact in cannot]
+            renamed = self.renamed(check)
+            return None if renamed is None else [*told, *renamed]
+        things = self.of(check, "leave", "drop")
+        back = [fact.restore for fact in reversed(things) if fact.restore]
+        return [*(_safe(fact.command) for fact in things), *_restoring("to restore it after the step, there or on the kept column", back)]
+
+    # ── keys ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def key(self, check: Check) -> Iterator[str]:
+        for given in self.of(check, "key"):
+            table, columns, more = given.command, given.restore, given.more
+            shared = f"SELECT {columns}, count(*) FROM {table} GROUP BY {columns} HAVING count(*) > 1;"
+            yield _comment(f"rows that share a key are to be told apart first: {_safe(shared)}")
+            if more["left_over"]:
+                yield _safe(f"DROP INDEX CONCURRENTLY {more['left_over']};")
+            name = more["name"]
+            yield _safe(f"CREATE UNIQUE INDEX CONCURRENTLY {name} ON {table} ({columns});")
+            if _is_primary(check):
+                if more["kept"]:  # what the other primary key keeps unique stays so
+                    yield _safe(f"CREATE UNIQUE INDEX CONCURRENTLY {more['kept_name']} ON {table} ({more['kept']});")
+                yield from self.run(check, "drop")
+                yield _safe(f"ALTER TABLE {table} ADD PRIMARY KEY USING INDEX {name};")
+
+
+def _added(check: Check, table: Fact) -> list[str] | None:
+    """Add a column that is missing, where it may be NULL."""
+    name = check.name.replace('"', '""')
+    new = f'ALTER TABLE {table.more["table"]} ADD COLUMN "{name}" {check.expected};'
+    return None if check.expected.endswith(" NOT NULL") else [_safe(new)]
+
+
+def _default(expected: str, given: Fact) -> Iterator[str]:
+    yield _safe(f"{given.command} {'DROP DEFAULT' if expected == 'none' else f'SET DEFAULT {expected}'};")
+    if given.restore and not given.more["generated"]:
+        yield from _restoring("to restore it", [f"{given.command} SET DEFAULT {given.restore};"])
+
+
+def _filled(given: Fact) -> Iterator[str]:
+    """Have NULL refused: rows are read under a lock that blocks nobody, and the validated CHECK spares another look."""
+    table, name, check = given.more["table"], given.more["name"], given.more["check"]
+    if given.more["filled"] and given.more["valid"]:
+        return
+    yield _comment(f"rows that have no value are to be given one first: {_safe(f'SELECT * FROM {table} WHERE {name} IS NULL;')}")
+    if not given.more["checked"]:  # by an earlier try that rows refused
+        yield _safe(f"ALTER TABLE {table} ADD CONSTRAINT {check} CHECK ({name} IS NOT NULL) NOT VALID;")
+    yield _safe(f"ALTER TABLE {table} VALIDATE CONSTRAINT {check};")
+    yield _safe(f"{given.command} SET NOT NULL;")
+    yield _safe(f"ALTER TABLE {table} DROP CONSTRAINT {check};")
+
+
+# ── what is printed ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _run(things: Iterable[Fact], why: str = "to restore it") -> Iterator[str]:
+    for fact in things:
+        yield _safe(fact.command)
+        if fact.restore:
+            yield from _restoring(why, [fact.restore])
+
+
+def _restoring(why: str, definitions: Sequence[str]) -> Iterator[str]:
+    """Write definitions as comments: they say the same only where names are looked up as they were printed."""
+    if definitions:
+        lines = ["BEGIN;", "SET LOCAL search_path = pg_catalog, pg_temp;", *definitions, "COMMIT;"]
+        yield _comment("\n".join([f"{why}:", *(_safe(line, lines=True) for line in lines)]))
+
+
+def _comment(text: str) -> str:
+    """Write a comment of as many lines as the text has, in which nothing acts on a terminal or on psql."""
+    return "\n".join(f"-- {line if line.isprintable() else _escaped(line)}" for line in text.split("\n"))
+
+
+def _safe(command: str, *, lines: bool = False) -> str:
+    """Write a command so that psql and terminals take it for nothing else, whatever names in it hold.
+
+    lines: it is a definition in a comment, which may have several.
+    """
+    if (command.replace("\n", "") if lines else command).isprintable():
+        return command
+    if command.startswith(_ALONE):
+        return _comment(f"left out, for what a name in it holds: {_escaped(command)}")
+    return f"DO $$ BEGIN EXECUTE E'{_escaped(command)}'; END $$;"
+
+
+def _escaped(text: str) -> str:
+    """Write text as between E' and ', within dollar quotes."""
+    return "".join(char if char.isprintable() and char not in "\\'$" else f"\\U{ord(char):08X}" for char in text)

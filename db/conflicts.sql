@@ -5,11 +5,10 @@
 -- :'checks' is a JSON list of the checks; "bears": the name that it has, or is to have, and something else may bear.
 WITH RECURSIVE checks AS MATERIALIZED (
   SELECT * FROM json_to_recordset(:'checks')
-    AS checks (kind text, table_name text, name text, expected text, bears text, found text, conflict boolean)
-), path (schema) AS (
-  SELECT json_array_elements_text(current_setting('budget_engine.path')::json)
-), tables (table_name, relid, relkind, home, owner) AS (
-  SELECT table_name, pg_class.oid, relkind, coalesce(relnamespace, (SELECT quote_ident(schema)::regnamespace FROM path LIMIT 1)), relowner
+    AS checks (kind text, table_name text, name text, expected text, bears text, taken boolean, found text, conflict boolean)
+), tables (table_name, relid, relkind, home, owner, sort) AS (
+  SELECT table_name, pg_class.oid, relkind, coalesce(relnamespace, quote_ident(current_setting('budget_engine.path')::json ->> 0)::regnamespace), relowner,
+         upper((pg_identify_object('pg_class'::regclass, pg_class.oid, 0)).type)
   FROM checks LEFT JOIN pg_class ON pg_class.oid = to_regclass(found)::oid WHERE kind = 'table'
 ), given (base, name) AS (  -- what something may be called: the name, or one like it that nothing bears yet
   SELECT DISTINCT ON (base) base, quote_ident(candidate)
@@ -20,7 +19,7 @@ WITH RECURSIVE checks AS MATERIALIZED (
     UNION ALL SELECT proname FROM pg_proc UNION ALL SELECT attname FROM pg_attribute WHERE attrelid IN (SELECT relid FROM tables))
   ORDER BY base, n
 ), columns AS (
-  SELECT kind, table_name, checks.name, bears, relid, a.*, pg_get_expr(adbin, adrelid) AS expression
+  SELECT kind, table_name, checks.name, relid, attrelid, attnum, atttypid, atttypmod, attnotnull, attgenerated, attidentity, attinhcount, pg_get_expr(adbin, adrelid) AS expression
   FROM checks JOIN tables USING (table_name)
   JOIN pg_attribute AS a ON attrelid = relid AND attname = checks.name AND attnum > 0 AND NOT attisdropped
   LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
@@ -38,11 +37,11 @@ WITH RECURSIVE checks AS MATERIALIZED (
       AND NOT (classid = 'pg_constraint'::regclass AND objid IN (SELECT oid FROM pg_constraint WHERE contype = 'n'))
       AND NOT (classid = 'pg_class'::regclass AND objid IN (
                  SELECT indexrelid FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
-                 WHERE indrelid = attrelid AND relname IN (SELECT listed.name FROM checks AS listed WHERE kind = 'index')
+                 WHERE indrelid = attrelid AND relname IN (SELECT listed.name FROM checks AS listed WHERE listed.kind = 'index')
                    AND indnatts = 1 AND indkey[0] = attnum AND NOT indisunique AND indpred IS NULL AND NOT indisreplident))
     UNION ALL SELECT 'pg_class'::regclass, attrelid, attnum WHERE attgenerated <> '' OR attidentity <> ''
     UNION ALL SELECT 'pg_trigger'::regclass, pg_trigger.oid, 0 FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid
-    WHERE tgrelid = attrelid AND NOT tgisinternal AND prosrc ~ ('[^a-z_]' || attname || '[^a-z_]')
+    WHERE tgrelid = attrelid AND NOT tgisinternal AND prosrc ~ ('[^a-z_]' || name || '[^a-z_]')
     UNION ALL SELECT 'pg_publication_rel'::regclass, oid, 0 FROM pg_publication_rel WHERE prrelid = attrelid
   ) AS found
   WHERE kind = 'dependants'
@@ -73,73 +72,77 @@ WITH RECURSIVE checks AS MATERIALIZED (
   UNION ALL SELECT kind, table_name, name, 'drop', 0, 'pg_class'::regclass, attrelid, attnum FROM columns WHERE kind = 'column' AND attgenerated = 's'
   UNION ALL SELECT kind, table_name, name, 'drop', 0, 'pg_policy'::regclass, pg_policy.oid, 0
   FROM checks JOIN tables USING (table_name) JOIN pg_policy ON polrelid = relid AND polname = name WHERE conflict AND kind = 'policy'
-), defined (classid, objid, objsubid, hangs, command, restore, owner, acl, whole) AS (  -- whole: "restore" says all that it was
-  SELECT things.*, defined.*
-  FROM (SELECT DISTINCT classid, objid, objsubid, kind = 'dependants' FROM dropped) AS things (classid, objid, objsubid, hangs) CROSS JOIN LATERAL (
+), defined AS (  -- whole: "restore" says all that it was; what has a name of ours would come back beside that which a step creates
+  SELECT dropped.*, d.command, d.restore, d.whole
+  FROM dropped LEFT JOIN LATERAL (
     SELECT format('DROP VIEW %s;', oid::regclass), concat('CREATE VIEW ', oid::regclass, ' WITH (' || array_to_string(reloptions, ', ') || ')', E' AS\n',
-             pg_get_viewdef(oid)), relowner, relacl, true
+             pg_get_viewdef(oid), format(E'\nALTER VIEW %s OWNER TO %s;', oid::regclass, relowner::regrole)), true
     FROM pg_class WHERE classid = 'pg_class'::regclass AND oid = objid AND relkind = 'v' AND objsubid = 0
-    UNION ALL  -- with a name of ours it would come back beside the one that a step creates
-    SELECT format('DROP INDEX %s;', oid::regclass), pg_get_indexdef(oid) || ';', NULL, NULL,
+    UNION ALL
+    SELECT format('DROP INDEX %s;', oid::regclass), pg_get_indexdef(oid) || ';',
            reltablespace = 0 AND NOT indisclustered AND NOT indisreplident AND relname NOT IN (SELECT bears FROM checks)
     FROM pg_class JOIN pg_index ON indexrelid = oid WHERE classid = 'pg_class'::regclass AND oid = objid
     UNION ALL  -- what was the primary key comes back as a unique one
     SELECT format('ALTER TABLE %s DROP CONSTRAINT %I;', conrelid::regclass, conname), format('ALTER TABLE %s ADD %s;', conrelid::regclass,
-             CASE WHEN hangs AND contype = 'p' THEN 'UNIQUE' || substr(definition, 12) ELSE format('CONSTRAINT %I %s', conname, definition) END), NULL, NULL,
-           NOT (hangs AND contype <> 'p' AND conname IN (SELECT bears FROM checks)) AND NOT EXISTS (
+             CASE WHEN kind = 'dependants' AND contype = 'p' THEN 'UNIQUE' || substr(definition, 12) ELSE format('CONSTRAINT %I %s', conname, definition) END),
+           (kind <> 'dependants' OR contype = 'p' OR conname NOT IN (SELECT bears FROM checks)) AND NOT EXISTS (
              SELECT FROM pg_class JOIN pg_index ON indexrelid = pg_class.oid WHERE contype <> 'f' AND indexrelid = conindid
              AND (reltablespace <> 0 OR indisclustered OR indisreplident OR reloptions IS NOT NULL OR obj_description(conindid, 'pg_class') <> ''))
     FROM pg_constraint CROSS JOIN pg_get_constraintdef(oid) AS definition WHERE classid = 'pg_constraint'::regclass AND oid = objid
     UNION ALL
-    SELECT format('DROP TRIGGER %I ON %s;', tgname, tgrelid::regclass), pg_get_triggerdef(oid) || ';', NULL, NULL, tgenabled = 'O'
+    SELECT format('DROP TRIGGER %I ON %s;', tgname, tgrelid::regclass), pg_get_triggerdef(oid) || ';', tgenabled = 'O'
     FROM pg_trigger WHERE classid = 'pg_trigger'::regclass AND oid = objid
     UNION ALL
-    SELECT format('DROP RULE %I ON %s;', rulename, ev_class::regclass), pg_get_ruledef(oid), NULL, NULL, ev_enabled = 'O'
+    SELECT format('DROP RULE %I ON %s;', rulename, ev_class::regclass), pg_get_ruledef(oid), ev_enabled = 'O'
     FROM pg_rewrite WHERE classid = 'pg_rewrite'::regclass AND oid = objid AND rulename <> '_RETURN'
     UNION ALL
     SELECT format('DROP POLICY %I ON %s;', polname, polrelid::regclass),
            format('CREATE POLICY %I ON %s%s FOR %s TO %s%s%s;', polname, polrelid::regclass, CASE WHEN NOT polpermissive THEN ' AS RESTRICTIVE' END,
                   CASE polcmd WHEN '*' THEN 'ALL' WHEN 'r' THEN 'SELECT' WHEN 'a' THEN 'INSERT' WHEN 'w' THEN 'UPDATE' ELSE 'DELETE' END,
                   (SELECT string_agg(CASE role WHEN 0 THEN 'PUBLIC' ELSE role::regrole::text END, ', ') FROM unnest(polroles) AS role),
-                  ' USING (' || pg_get_expr(polqual, polrelid) || ')', ' WITH CHECK (' || pg_get_expr(polwithcheck, polrelid) || ')'), NULL, NULL, true
+                  ' USING (' || pg_get_expr(polqual, polrelid) || ')', ' WITH CHECK (' || pg_get_expr(polwithcheck, polrelid) || ')'), true
     FROM pg_policy WHERE classid = 'pg_policy'::regclass AND oid = objid
     UNION ALL  -- its list of columns and its condition are new in 15: asked for by name
     SELECT format('ALTER PUBLICATION %I DROP TABLE %s;', pub.pubname, prrelid::regclass), concat('ALTER PUBLICATION ', quote_ident(pub.pubname), ' ADD TABLE ',
              prrelid::regclass, (SELECT ' (' || string_agg(quote_ident(attname), ', ' ORDER BY attnum) || ')' FROM pg_attribute
                                  WHERE attrelid = prrelid AND to_jsonb(r) ->> 'prattrs' ~ ('\m' || attnum || '\M')),
              (SELECT ' WHERE ' || (to_jsonb(shown) ->> 'rowfilter') FROM pg_publication_tables AS shown
-              WHERE shown.pubname = pub.pubname AND format('%I.%I', schemaname, tablename)::regclass = prrelid), ';'), NULL, NULL, true
+              WHERE shown.pubname = pub.pubname AND format('%I.%I', schemaname, tablename)::regclass = prrelid), ';'), true
     FROM pg_publication_rel AS r JOIN pg_publication AS pub ON pub.oid = prpubid WHERE classid = 'pg_publication_rel'::regclass AND r.oid = objid
     UNION ALL  -- a generated column, which keeps its values, or a default of a view
     SELECT format('ALTER TABLE %s ALTER COLUMN %I DROP %s;', attrelid::regclass, attname, CASE attgenerated WHEN 's' THEN 'EXPRESSION' ELSE 'DEFAULT' END),
            format(CASE attgenerated WHEN 's' THEN 'ALTER TABLE %1$s ADD COLUMN %3$I %4$s GENERATED ALWAYS AS (%5$s) STORED;'
                                     ELSE 'ALTER TABLE %1$s ALTER COLUMN %2$I SET DEFAULT %5$s;' END, attrelid::regclass, attname, attname || '_generated',
-                  format_type(atttypid, atttypmod), pg_get_expr(adbin, adrelid)), NULL, NULL, attgenerated <> 'v'
+                  format_type(atttypid, atttypmod), pg_get_expr(adbin, adrelid)), attgenerated <> 'v'
     FROM pg_attribute JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum WHERE classid = 'pg_class'::regclass AND attrelid = objid AND attnum = objsubid
-  ) AS defined (command, restore, owner, acl, whole)
-), rights (objid, grantor, privileges, grantee, word, position) AS (  -- of views
-  SELECT defined.objid, grantor, string_agg(privilege_type || columns, ', '), CASE grantee WHEN 0 THEN 'PUBLIC' ELSE grantee::regrole::text END,
-         CASE WHEN is_grantable THEN ' WITH GRANT OPTION' END, min(position)
-  FROM defined CROSS JOIN LATERAL (
-    SELECT a.*, '' FROM aclexplode(coalesce(acl, acldefault('r', owner))) WITH ORDINALITY AS a
-    UNION ALL SELECT a.*, format(' (%I)', attname) FROM pg_attribute CROSS JOIN aclexplode(attacl) WITH ORDINALITY AS a WHERE attrelid = objid
-  ) AS granted (grantor, grantee, privilege_type, is_grantable, position, columns)
-  WHERE owner IS NOT NULL GROUP BY defined.objid, grantor, grantee, is_grantable, columns <> ''
-), bearers (kind, table_name, name, what, position, command, bears) AS (  -- what is renamed: the column, what bears a name of ours on it;
+  ) AS d (command, restore, whole) ON true
+), granted (objid, all_by_owner, grants) AS (  -- on views that are dropped, where it is not what a new one has
+  SELECT oid, bool_and(by_owner), format(E'\nREVOKE ALL ON %s FROM %s;', oid::regclass, (
+           SELECT string_agg(DISTINCT coalesce(nullif(r::regrole::text, '-'), 'PUBLIC'), ', ')
+           FROM (SELECT 0 UNION SELECT relowner UNION SELECT grantee FROM pg_default_acl CROSS JOIN aclexplode(defaclacl) WHERE defaclobjtype = 'r') AS others (r)))
+         || string_agg(format(E'\nGRANT %s ON %s TO %s%s;', privileges, oid::regclass, coalesce(nullif(grantee::regrole::text, '-'), 'PUBLIC'),
+                              CASE WHEN is_grantable THEN ' WITH GRANT OPTION' END), '' ORDER BY position)
+  FROM pg_class CROSS JOIN LATERAL (
+    SELECT string_agg(privilege_type || part, ', '), grantee, is_grantable, bool_and(grantor = relowner), min(position) FROM (
+      SELECT a.*, '' FROM aclexplode(coalesce(relacl, acldefault('r', relowner))) WITH ORDINALITY AS a
+      UNION ALL SELECT a.*, format(' (%I)', attname) FROM pg_attribute CROSS JOIN aclexplode(attacl) WITH ORDINALITY AS a WHERE attrelid = oid
+    ) AS acl (grantor, grantee, privilege_type, is_grantable, position, part) GROUP BY grantee, is_grantable, part <> ''
+  ) AS rights (privileges, grantee, is_grantable, by_owner, position)
+  WHERE relkind = 'v' AND oid IN (SELECT objid FROM dropped) GROUP BY oid
+), bearers (kind, table_name, name, what, position, command, bears) AS (  -- a column, and what bears a name of ours on it
   SELECT kind, table_name, name, 'rename', 0, format('ALTER TABLE %s RENAME COLUMN %I', relid::regclass, name), name FROM columns WHERE kind <> 'default'
   UNION ALL
-  SELECT kind, table_name, name, 'rename', 1, format('ALTER INDEX %s RENAME', indexrelid::regclass), relname
-  FROM columns JOIN pg_index ON indrelid = relid JOIN pg_class ON pg_class.oid = indexrelid
-  WHERE relname IN (SELECT listed.bears FROM checks AS listed) AND EXISTS (
-    SELECT FROM pg_depend WHERE classid = 'pg_class'::regclass AND objid = indexrelid AND refobjid = relid AND refobjsubid = attnum)
+  SELECT kind, table_name, name, 'rename', 1, format('ALTER INDEX %s RENAME', oid::regclass), relname
+  FROM columns JOIN pg_depend ON refobjid = relid AND refobjsubid = attnum AND classid = 'pg_class'::regclass JOIN pg_class ON oid = objid AND pg_class.relkind = 'i'
+  WHERE kind <> 'default' AND relname IN (SELECT listed.bears FROM checks AS listed)
   UNION ALL
   SELECT kind, table_name, name, 'rename', 1, format('ALTER TABLE %s RENAME CONSTRAINT %I', conrelid::regclass, conname), conname
-  FROM columns JOIN pg_constraint ON conrelid = relid AND attnum = ANY (conkey) WHERE conname IN (SELECT listed.bears FROM checks AS listed) AND contype <> 'n'
+  FROM columns JOIN pg_constraint ON conrelid = relid AND attnum = ANY (conkey) WHERE kind <> 'default' AND conname IN (SELECT listed.bears FROM checks AS listed)
   UNION ALL  -- what bears the name of a check; "elsewhere": it stays when the table moves
   SELECT kind, table_name, checks.name, CASE WHEN indrelid = relid THEN 'rename' ELSE 'elsewhere' END, 0, format('ALTER %s %s RENAME',
            replace(upper((pg_identify_object('pg_class'::regclass, pg_class.oid, 0)).type), 'COMPOSITE ', ''), pg_class.oid::regclass), bears
   FROM checks JOIN tables USING (table_name) JOIN pg_class ON relname = bears AND relnamespace = home LEFT JOIN pg_index ON indexrelid = pg_class.oid
-  WHERE conflict AND (kind = 'index' OR kind = 'key' AND relid IS NULL OR kind = 'table' AND pg_class.relkind IN ('S', 'i', 'I', 'c'))
+  WHERE conflict AND (kind = 'index' OR taken AND kind = 'key' OR kind = 'table' AND pg_class.relkind IN ('S', 'i', 'I', 'c'))
   UNION ALL
   SELECT kind, table_name, checks.name, 'rename', 0, format('ALTER TABLE %s RENAME CONSTRAINT %I', relid::regclass, conname), bears
   FROM checks JOIN tables USING (table_name) JOIN pg_constraint ON conrelid = relid AND conname = bears LEFT JOIN pg_attribute ON attrelid = relid AND attname = checks.name
@@ -155,38 +158,32 @@ WITH RECURSIVE checks AS MATERIALIZED (
   SELECT kind, table_name, checks.name, 'elsewhere', 0, format('ALTER TYPE %s RENAME', pg_type.oid::regtype), bears
   FROM checks JOIN tables USING (table_name) JOIN pg_type ON typname = bears AND typnamespace = home WHERE conflict AND kind = 'table' AND relid IS NULL
 ), facts (kind, table_name, name, what, position, command, restore, more) AS (
-  SELECT kind, table_name, name, CASE WHEN whole AND NOT EXISTS (SELECT FROM rights WHERE rights.objid = d.objid AND grantor <> owner)
-             AND NOT EXISTS (SELECT FROM pg_depend AS part WHERE part.classid = d.classid AND part.objid = d.objid AND d.objsubid = 0 AND deptype IN ('e', 'x'))
-             AND NOT EXISTS (SELECT FROM pg_seclabel WHERE classoid = d.classid AND objoid = d.objid AND d.objsubid = 0) THEN what ELSE 'cannot' END, d.position,
-         coalesce(command, pg_describe_object(d.classid, d.objid, d.objsubid)),
-         concat(restore, E'\nALTER VIEW ' || d.objid::regclass || ' OWNER TO ' || owner::regrole || ';',
-           (SELECT format(E'\nREVOKE ALL ON %s FROM %s;', d.objid::regclass, string_agg(DISTINCT CASE r WHEN 0 THEN 'PUBLIC' ELSE r::regrole::text END, ', '))
-            FROM (SELECT owner UNION SELECT 0 UNION SELECT grantee FROM pg_default_acl CROSS JOIN aclexplode(defaclacl) WHERE defaclobjtype = 'r') AS others (r)
-            WHERE owner IS NOT NULL),
-           (SELECT string_agg(format(E'\nGRANT %s ON %s TO %s%s;', privileges, d.objid::regclass, grantee, word), '' ORDER BY rights.position)
-            FROM rights WHERE rights.objid = d.objid AND owner IS NOT NULL),
-           (SELECT string_agg(format(E'\nCOMMENT ON %s %s IS %L;', CASE WHEN type LIKE '% column' THEN 'COLUMN' WHEN type LIKE '% constraint' THEN 'CONSTRAINT'
-                                     ELSE upper(type) END, identity, description), '' ORDER BY c.objsubid)
-            FROM pg_description AS c CROSS JOIN pg_identify_object(classoid, objoid, c.objsubid) WHERE classoid = d.classid AND objoid = d.objid AND d.objsubid = 0)),
-         NULL::jsonb
-  FROM dropped AS d LEFT JOIN defined ON (d.classid, d.objid, d.objsubid, d.kind = 'dependants') = (defined.classid, defined.objid, defined.objsubid, hangs)
+  SELECT kind, table_name, name, CASE WHEN is_whole THEN what ELSE 'cannot' END, position,
+         CASE WHEN is_whole THEN command ELSE pg_describe_object(classid, d.objid, objsubid) END,
+         concat(restore, grants, (SELECT string_agg(format(E'\nCOMMENT ON %s %s IS %L;', regexp_replace(upper(type), '.* (COLUMN|CONSTRAINT)$', '\1'), identity, description), '')
+                                  FROM pg_description AS c CROSS JOIN pg_identify_object(classoid, objoid, c.objsubid)
+                                  WHERE classoid = d.classid AND objoid = d.objid AND d.objsubid = 0)), NULL::jsonb
+  FROM defined AS d LEFT JOIN granted ON granted.objid = d.objid AND classid = 'pg_class'::regclass CROSS JOIN LATERAL (
+    SELECT whole AND all_by_owner IS NOT FALSE AND NOT (d.objsubid = 0 AND (
+      EXISTS (SELECT FROM pg_depend AS part WHERE part.classid = d.classid AND part.objid = d.objid AND deptype IN ('e', 'x'))
+      OR EXISTS (SELECT FROM pg_seclabel WHERE classoid = d.classid AND objoid = d.objid)))) AS it (is_whole)
   UNION ALL SELECT kind, table_name, bearers.name, what, position, format('%s TO %s;', command, given.name), NULL, NULL FROM bearers JOIN given ON base = bears || '_old'
   UNION ALL  -- who reaches a table has to reach it in another schema, too: foreign keys are checked with the rights of the owner
-  SELECT 'table', table_name, '', 'table', 0, format('ALTER %s %s', upper((pg_identify_object('pg_class'::regclass, relid, 0)).type), relid::regclass),
-         (SELECT string_agg(CASE grantee WHEN 0 THEN 'PUBLIC' ELSE grantee::regrole::text END, ', ')
-          FROM (SELECT owner UNION SELECT grantee FROM aclexplode(nspacl) WHERE privilege_type = 'USAGE') AS reaching (grantee)),
+  SELECT 'table', table_name, '', 'table', 0, format('ALTER %s %s', sort, relid::regclass),
+         (SELECT CASE WHEN bool_or(r = 0) THEN 'PUBLIC' ELSE string_agg(r::regrole::text, ', ') END
+          FROM (SELECT owner UNION SELECT grantee FROM aclexplode(nspacl) WHERE privilege_type = 'USAGE') AS reaching (r)),
          jsonb_build_object('alterable', relkind = 'r', 'table', relid::regclass, 'namesakes', (
            SELECT string_agg(pg_class.oid::regclass::text, ', ') FROM pg_class WHERE relname = table_name AND pg_class.oid <> relid
-             AND relnamespace IN (SELECT quote_ident(schema)::regnamespace FROM path)))
+             AND relnamespace::regnamespace::text IN (SELECT quote_ident(s) FROM json_array_elements_text(current_setting('budget_engine.path')::json) AS s)))
   FROM tables JOIN pg_namespace ON pg_namespace.oid = home WHERE relid IS NOT NULL
   UNION ALL  -- the parent of a partition, or of a child whose column has the parent's form
-  SELECT kind, table_name, checks.name, 'leave', -99,
-         format(CASE WHEN relispartition THEN 'ALTER TABLE %1$s DETACH PARTITION %2$s;' ELSE 'ALTER TABLE %2$s NO INHERIT %1$s;' END, inhparent::regclass, relid::regclass),
+  SELECT kind, table_name, checks.name, 'leave', -99, format(CASE WHEN relispartition THEN 'ALTER TABLE %1$s DETACH PARTITION %2$s;'
+                                                                   ELSE 'ALTER TABLE %2$s NO INHERIT %1$s;' END, inhparent::regclass, relid::regclass),
          format(CASE WHEN relispartition THEN 'ALTER TABLE %1$s ATTACH PARTITION %2$s %3$s;' ELSE 'ALTER TABLE %2$s INHERIT %1$s;' END,
                 inhparent::regclass, relid::regclass, pg_get_expr(relpartbound, relid)), NULL
   FROM checks JOIN tables USING (table_name) JOIN pg_inherits ON inhrelid = relid JOIN pg_class ON pg_class.oid = relid
-  WHERE conflict AND (kind = 'table' AND relispartition OR kind IN ('column', 'dependants') AND NOT relispartition
-                      AND EXISTS (SELECT FROM pg_attribute WHERE attrelid = relid AND attname = checks.name AND attinhcount > 0))
+  LEFT JOIN pg_attribute ON attrelid = relid AND attname = checks.name AND attinhcount > 0
+  WHERE conflict AND CASE WHEN relispartition THEN kind = 'table' ELSE kind IN ('column', 'dependants') AND attnum > 0 END
   UNION ALL
   SELECT kind, table_name, name, 'column', 0, format('ALTER TABLE %s ALTER COLUMN %I', relid::regclass, name), expression,
          jsonb_build_object('table', relid::regclass, 'name', quote_ident(name), 'type', format_type(atttypid, atttypmod), 'filled', attnotnull,
@@ -200,9 +197,10 @@ WITH RECURSIVE checks AS MATERIALIZED (
          jsonb_build_object('name', given.name, 'kept_name', kept.name, 'left_over', left_over::regclass, 'kept', (
            SELECT string_agg(quote_ident(attname), ', ' ORDER BY position)
            FROM unnest(conkey) WITH ORDINALITY AS part (attnum, position) JOIN pg_attribute AS a ON attrelid = relid AND a.attnum = part.attnum
-           HAVING NOT string_to_array(keys.name, ', ') <@ array_agg(attname::text) AND NOT EXISTS (SELECT FROM hanging WHERE classid = 'pg_constraint'::regclass AND objid = other) AND NOT EXISTS (
-             SELECT FROM pg_index WHERE indrelid = relid AND indexrelid <> keys.conindid AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL
-               AND indexprs IS NULL AND indkey::int2[] <@ conkey)))
+           HAVING NOT string_to_array(keys.name, ', ') <@ array_agg(attname::text)
+             AND NOT EXISTS (SELECT FROM hanging WHERE classid = 'pg_constraint'::regclass AND objid = other) AND NOT EXISTS (
+               SELECT FROM pg_index WHERE indrelid = relid AND indexrelid <> keys.conindid AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL
+                 AND indexprs IS NULL AND indkey::int2[] <@ conkey)))
   FROM keys JOIN given ON base = bears JOIN given AS kept ON kept.base = bears || '_old' LEFT JOIN LATERAL (
     SELECT pg_class.oid FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid WHERE indrelid = relid AND relname = bears AND NOT indisvalid
       AND NOT EXISTS (SELECT FROM pg_constraint AS c WHERE c.conindid = indexrelid)) AS l (left_over) ON true

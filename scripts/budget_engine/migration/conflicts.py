@@ -26,6 +26,7 @@ class Task(str):
 
 
 _RECREATE = Task("prereqs --recreate")
+_TARGET = re.compile(r"(?<=^REFERENCES )[^(]+")  # of a foreign key
 _ALONE = ("CREATE UNIQUE INDEX CONCURRENTLY ", "DROP INDEX CONCURRENTLY ")  # refused within DO
 
 
@@ -59,8 +60,9 @@ def query(checks: Sequence[Check]) -> str:
             "kind": check.kind.value,
             "table_name": check.table,
             "name": check.name,
-            "expected": re.sub(r"(?<=^REFERENCES )[^(]+", lambda target: found.get(target[0]) or target[0], check.expected),
-            "bears": _bears(check),
+            "expected": _TARGET.sub(lambda target: found.get(target[0]) or target[0], check.expected),
+            "bears": _taken(check) or _bears(check),
+            "taken": bool(_taken(check)),
             "found": check.found,
             "conflict": check.conflict,
         }
@@ -70,10 +72,13 @@ def query(checks: Sequence[Check]) -> str:
     return _QUERY.read_text(encoding="utf-8").rstrip().removesuffix(";").replace(":'checks'", f"E'{literal}'")
 
 
+def _taken(check: Check) -> str:
+    """Return the name that a step would give to what the check is about, where something else bears it."""
+    return "".join(re.findall(r"its name (\S+) is taken", check.actual or ""))
+
+
 def _bears(check: Check) -> str:
     """Return the name that a step, or a command, gives to what the check is about."""
-    if taken := re.search(r"its name (\S+) is taken", check.actual or ""):
-        return taken[1]
     if check.kind is Kind.FOREIGN_KEY:
         return f"{check.table}_{check.name}_fkey"
     if check.kind is Kind.KEY:
@@ -110,18 +115,32 @@ class _Clearing:
     checks: Sequence[Check]
     facts: Facts
     moves: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    recreated: set[str] = field(default_factory=set)
 
     def all(self) -> dict[Check, tuple[str, ...]]:
         ways = {check: self.in_place(check) for check in self.checks if check.conflict}
         leaving = {check.table for check, way in ways.items() if way is None}
+        if any(way is None and check.on_request for check, way in ways.items()):
+            self.recreated = self.moved_by_recreate()
+            leaving |= self.recreated
         return {
             check: tuple(way) if way is not None and check.table not in leaving else tuple(self.away(check))
             for check, way in ways.items()
         }
 
+    def moved_by_recreate(self) -> set[str]:
+        """Return the tables that come with those which are to be created anew, and what of the chain's leads there."""
+        steps = {check.step for check in self.checks if check.conflict and check.on_request}
+        moved = {check.table for check in self.checks if check.kind is Kind.TABLE and check.step in steps}
+        return moved | {check.table for check in self.checks if moved.intersection(_TARGET.findall(check.actual or ""))}
+
     def of(self, check: Check, *whats: str) -> list[Fact]:
         """Return facts in the order in which their commands are to be run."""
         return [fact for fact in self.facts.rows.get((check.kind.value, check.table, check.name), ()) if fact.what in whats]
+
+    def named(self, kinds: Sequence[Kind], other: Check) -> list[Check]:
+        """Return the checks of these kinds that are about the same column."""
+        return [c for c in self.checks if c.kind in kinds and (c.table, c.name) == (other.table, other.name)]
 
     def of_table(self, name: str, *whats: str) -> list[Fact]:
         return [fact for fact in self.facts.rows.get((Kind.TABLE.value, name, ""), ()) if fact.what in whats]
@@ -138,13 +157,13 @@ class _Clearing:
                 return self.changed(check) if self.fits(check) else self.renamed(check)
             case Kind.DEPENDANTS:
                 return self.dropped(check)
-            case Kind.DEFAULT | Kind.FOREIGN_KEY:
-                column = next((c for c in self.checks if (c.kind, c.table, c.name) == (Kind.COLUMN, check.table, check.name)), check)
-                if column.conflict and not self.fits(column):  # what hangs on the column follows it
-                    return self.in_place(column)
+            case Kind.DEFAULT | Kind.FOREIGN_KEY:  # what is on a column goes with it
+                for column in self.named((Kind.COLUMN, Kind.DEPENDANTS), check):
+                    if column.conflict and (column.kind is Kind.DEPENDANTS or not self.fits(column)):
+                        return self.in_place(column)
         if check.kind is Kind.DEFAULT:
             return [line for given in self.of(check, "column") for line in _default(check.expected, given)]
-        if check.kind is Kind.KEY:
+        if self.of(check, "key"):
             return [*self.key(check)]
         return [*self.run(check, "leave", "drop", "rename", "elsewhere")]
 
@@ -163,7 +182,7 @@ class _Clearing:
         own = self.of(check, "elsewhere") or self.of_table(check.table, "elsewhere")
         if own:
             yield from _run(own)
-        elif any(other.on_request for other in self.checks if other.conflict and other.table == check.table):
+        elif check.table in self.recreated:
             yield _RECREATE
         else:
             if check.table not in self.moves:
@@ -195,8 +214,8 @@ class _Clearing:
         (given,) = self.of(check, "column")
         lines = [*self.run(check, "leave", "drop")]
         if given.more["generated"]:  # its values stay; it has no default then
-            defaults = [c.expected for c in self.checks if (c.kind, c.table, c.name) == (Kind.DEFAULT, check.table, check.name)]
-            lines += [line for default in defaults if default != "none" for line in _default(default, given)]
+            defaults = [default.expected for default in self.named([Kind.DEFAULT], check) if default.expected != "none"]
+            lines += [line for default in defaults for line in _default(default, given)]
         if check.expected.endswith(" NOT NULL"):
             return [*lines, *_filled(given)]
         return [*lines, f"{given.command} DROP NOT NULL;"] if given.more["filled"] else lines
@@ -208,7 +227,7 @@ class _Clearing:
         if created == check.step or given.more["in_key"]:
             return None
         free = [] if given.more["by_itself"] or not given.more["filled"] else [_safe(f"{given.command} DROP NOT NULL;")]
-        return [*self.run(check, "leave"), *free, *_run(self.of(check, "rename"))]
+        return [*_run(self.of(check, "leave")), *free, *_run(self.of(check, "rename"))]
 
     def dropped(self, check: Check) -> list[str] | None:
         """Drop what hangs on a column; where something cannot be restored, all follows the column to another name."""
@@ -277,7 +296,7 @@ def _run(things: Iterable[Fact], why: str = "to restore it") -> Iterator[str]:
 def _restoring(why: str, definitions: Sequence[str]) -> Iterator[str]:
     """Write definitions as comments: they say the same only where names are looked up as they were printed."""
     if definitions:
-        lines = ["BEGIN;", "SET LOCAL search_path = pg_catalog, pg_temp;", *definitions, "COMMIT;"]
+        lines = ["BEGIN; SET LOCAL search_path = pg_catalog, pg_temp;", *definitions, "COMMIT;"]
         yield _comment("\n".join([f"{why}:", *(_safe(line, lines=True) for line in lines)]))
 
 

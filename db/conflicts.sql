@@ -128,7 +128,8 @@ WITH RECURSIVE checks AS MATERIALIZED (
       UNION ALL SELECT a.*, format(' (%I)', attname) FROM pg_attribute CROSS JOIN aclexplode(attacl) WITH ORDINALITY AS a WHERE attrelid = oid
     ) AS acl (grantor, grantee, privilege_type, is_grantable, position, part) GROUP BY grantee, is_grantable, part <> ''
   ) AS rights (privileges, grantee, is_grantable, by_owner, position)
-  WHERE relkind = 'v' AND oid IN (SELECT objid FROM dropped) GROUP BY oid
+  WHERE relkind = 'v' AND oid IN (SELECT objid FROM dropped) AND (relacl IS NOT NULL OR EXISTS (SELECT FROM pg_default_acl WHERE defaclobjtype = 'r')
+    OR EXISTS (SELECT FROM pg_attribute WHERE attrelid = oid AND attacl IS NOT NULL)) GROUP BY oid
 ), bearers (kind, table_name, name, what, position, command, bears) AS (  -- a column, and what bears a name of ours on it
   SELECT kind, table_name, name, 'rename', 0, format('ALTER TABLE %s RENAME COLUMN %I', relid::regclass, name), name FROM columns WHERE kind <> 'default'
   UNION ALL
@@ -163,7 +164,7 @@ WITH RECURSIVE checks AS MATERIALIZED (
          concat(restore, grants, (SELECT string_agg(format(E'\nCOMMENT ON %s %s IS %L;', regexp_replace(upper(type), '.* (COLUMN|CONSTRAINT)$', '\1'), identity, description), '')
                                   FROM pg_description AS c CROSS JOIN pg_identify_object(classoid, objoid, c.objsubid)
                                   WHERE classoid = d.classid AND objoid = d.objid AND d.objsubid = 0)), NULL::jsonb
-  FROM defined AS d LEFT JOIN granted ON granted.objid = d.objid AND classid = 'pg_class'::regclass CROSS JOIN LATERAL (
+  FROM defined AS d LEFT JOIN granted ON granted.objid = d.objid AND (classid, objsubid) = ('pg_class'::regclass, 0) CROSS JOIN LATERAL (
     SELECT whole AND all_by_owner IS NOT FALSE AND NOT (d.objsubid = 0 AND (
       EXISTS (SELECT FROM pg_depend AS part WHERE part.classid = d.classid AND part.objid = d.objid AND deptype IN ('e', 'x'))
       OR EXISTS (SELECT FROM pg_seclabel WHERE classoid = d.classid AND objoid = d.objid)))) AS it (is_whole)

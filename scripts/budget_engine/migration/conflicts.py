@@ -27,6 +27,7 @@ class Task(str):
 
 _RECREATE = Task("prereqs --recreate")
 _TARGET = re.compile(r"(?<=^REFERENCES )[^(]+")  # of a foreign key
+_ESCAPES = {"\\": r"\\", "'": "''", "$": r"\u0024", "\n": r"\n"}
 _ALONE = ("CREATE UNIQUE INDEX CONCURRENTLY ", "DROP INDEX CONCURRENTLY ")  # refused within DO
 
 
@@ -319,4 +320,4 @@ def _safe(command: str, *, lines: bool = False) -> str:
 
 def _escaped(text: str) -> str:
     """Write text as between E' and ', within dollar quotes."""
-    return "".join(char if char.isprintable() and char not in "\\'$" else f"\\U{ord(char):08X}" for char in text)
+    return "".join(_ESCAPES.get(char) or (char if char.isprintable() else f"\\U{ord(char):08X}") for char in text)

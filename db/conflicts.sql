@@ -19,7 +19,7 @@ WITH RECURSIVE checks AS MATERIALIZED (
     UNION ALL SELECT proname FROM pg_proc UNION ALL SELECT attname FROM pg_attribute WHERE attrelid IN (SELECT relid FROM tables))
   ORDER BY base, n
 ), columns AS (
-  SELECT kind, table_name, checks.name, relid, attrelid, attnum, atttypid, atttypmod, attnotnull, attgenerated, attidentity, attinhcount, pg_get_expr(adbin, adrelid) AS expression
+  SELECT kind, table_name, checks.name, relid, a.*, pg_get_expr(adbin, adrelid) AS expression
   FROM checks JOIN tables USING (table_name)
   JOIN pg_attribute AS a ON attrelid = relid AND attname = checks.name AND attnum > 0 AND NOT attisdropped
   LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
@@ -68,19 +68,19 @@ WITH RECURSIVE checks AS MATERIALIZED (
   SELECT kind, checks.table_name, checks.name, 'drop', 0, 'pg_constraint'::regclass, pg_constraint.oid, 0
   FROM checks JOIN tables USING (table_name) JOIN pg_attribute ON attrelid = relid AND attname = checks.name
   JOIN pg_constraint ON conrelid = relid AND contype = 'f' AND conkey = ARRAY[attnum]
-  WHERE conflict AND kind = 'foreign key' AND regexp_replace(pg_get_constraintdef(pg_constraint.oid), '^FOREIGN KEY [(].*?[)] | NOT VALID$', '', 'g') <> expected
+  WHERE conflict AND kind = 'foreign key'
+    AND regexp_replace(pg_get_constraintdef(pg_constraint.oid), '^FOREIGN KEY [(].*?[)] | NOT VALID$', '', 'g') <> expected
   UNION ALL SELECT kind, table_name, name, 'drop', 0, 'pg_class'::regclass, attrelid, attnum FROM columns WHERE kind = 'column' AND attgenerated = 's'
   UNION ALL SELECT kind, table_name, name, 'drop', 0, 'pg_policy'::regclass, pg_policy.oid, 0
   FROM checks JOIN tables USING (table_name) JOIN pg_policy ON polrelid = relid AND polname = name WHERE conflict AND kind = 'policy'
 ), defined AS (  -- whole: "restore" says all that it was; what has a name of ours would come back beside that which a step creates
-  SELECT dropped.*, d.command, d.restore, d.whole
-  FROM dropped LEFT JOIN LATERAL (
-    SELECT format('DROP VIEW %s;', oid::regclass), concat('CREATE VIEW ', oid::regclass, ' WITH (' || array_to_string(reloptions, ', ') || ')', E' AS\n',
-             pg_get_viewdef(oid), format(E'\nALTER VIEW %s OWNER TO %s;', oid::regclass, relowner::regrole)), true
+  SELECT dropped.*, coalesce(d.command, format('DROP %s %s;', upper(type), identity)) AS command, d.restore, d.whole
+  FROM dropped CROSS JOIN LATERAL pg_identify_object(classid, objid, objsubid) LEFT JOIN LATERAL (
+    SELECT NULL, concat('CREATE VIEW ', identity, ' WITH (' || array_to_string(reloptions, ', ') || ')', E' AS\n', pg_get_viewdef(oid),
+             format(E'\nALTER VIEW %s OWNER TO %s;', identity, relowner::regrole)), true
     FROM pg_class WHERE classid = 'pg_class'::regclass AND oid = objid AND relkind = 'v' AND objsubid = 0
     UNION ALL
-    SELECT format('DROP INDEX %s;', oid::regclass), pg_get_indexdef(oid) || ';',
-           reltablespace = 0 AND NOT indisclustered AND NOT indisreplident AND relname NOT IN (SELECT bears FROM checks)
+    SELECT NULL, pg_get_indexdef(oid) || ';', reltablespace = 0 AND NOT indisclustered AND NOT indisreplident AND relname NOT IN (SELECT bears FROM checks)
     FROM pg_class JOIN pg_index ON indexrelid = oid WHERE classid = 'pg_class'::regclass AND oid = objid
     UNION ALL  -- what was the primary key comes back as a unique one
     SELECT format('ALTER TABLE %s DROP CONSTRAINT %I;', conrelid::regclass, conname), format('ALTER TABLE %s ADD %s;', conrelid::regclass,
@@ -90,25 +90,23 @@ WITH RECURSIVE checks AS MATERIALIZED (
              AND (reltablespace <> 0 OR indisclustered OR indisreplident OR reloptions IS NOT NULL OR obj_description(conindid, 'pg_class') <> ''))
     FROM pg_constraint CROSS JOIN pg_get_constraintdef(oid) AS definition WHERE classid = 'pg_constraint'::regclass AND oid = objid
     UNION ALL
-    SELECT format('DROP TRIGGER %I ON %s;', tgname, tgrelid::regclass), pg_get_triggerdef(oid) || ';', tgenabled = 'O'
-    FROM pg_trigger WHERE classid = 'pg_trigger'::regclass AND oid = objid
+    SELECT NULL, pg_get_triggerdef(oid) || ';', tgenabled = 'O' FROM pg_trigger WHERE classid = 'pg_trigger'::regclass AND oid = objid
     UNION ALL
-    SELECT format('DROP RULE %I ON %s;', rulename, ev_class::regclass), pg_get_ruledef(oid), ev_enabled = 'O'
-    FROM pg_rewrite WHERE classid = 'pg_rewrite'::regclass AND oid = objid AND rulename <> '_RETURN'
+    SELECT NULL, pg_get_ruledef(oid), ev_enabled = 'O' FROM pg_rewrite WHERE classid = 'pg_rewrite'::regclass AND oid = objid AND rulename <> '_RETURN'
     UNION ALL
-    SELECT format('DROP POLICY %I ON %s;', polname, polrelid::regclass),
-           format('CREATE POLICY %I ON %s%s FOR %s TO %s%s%s;', polname, polrelid::regclass, CASE WHEN NOT polpermissive THEN ' AS RESTRICTIVE' END,
-                  CASE polcmd WHEN '*' THEN 'ALL' WHEN 'r' THEN 'SELECT' WHEN 'a' THEN 'INSERT' WHEN 'w' THEN 'UPDATE' ELSE 'DELETE' END,
-                  (SELECT string_agg(CASE role WHEN 0 THEN 'PUBLIC' ELSE role::regrole::text END, ', ') FROM unnest(polroles) AS role),
-                  ' USING (' || pg_get_expr(polqual, polrelid) || ')', ' WITH CHECK (' || pg_get_expr(polwithcheck, polrelid) || ')'), true
+    SELECT NULL, format('CREATE POLICY %I ON %s%s FOR %s TO %s%s%s;', polname, polrelid::regclass, CASE WHEN NOT polpermissive THEN ' AS RESTRICTIVE' END,
+             CASE polcmd WHEN '*' THEN 'ALL' WHEN 'r' THEN 'SELECT' WHEN 'a' THEN 'INSERT' WHEN 'w' THEN 'UPDATE' ELSE 'DELETE' END,
+             (SELECT string_agg(CASE role WHEN 0 THEN 'PUBLIC' ELSE role::regrole::text END, ', ') FROM unnest(polroles) AS role),
+             ' USING (' || pg_get_expr(polqual, polrelid) || ')', ' WITH CHECK (' || pg_get_expr(polwithcheck, polrelid) || ')'), true
     FROM pg_policy WHERE classid = 'pg_policy'::regclass AND oid = objid
     UNION ALL  -- its list of columns and its condition are new in 15: asked for by name
-    SELECT format('ALTER PUBLICATION %I DROP TABLE %s;', pub.pubname, prrelid::regclass), concat('ALTER PUBLICATION ', quote_ident(pub.pubname), ' ADD TABLE ',
-             prrelid::regclass, (SELECT ' (' || string_agg(quote_ident(attname), ', ' ORDER BY attnum) || ')' FROM pg_attribute
-                                 WHERE attrelid = prrelid AND to_jsonb(r) ->> 'prattrs' ~ ('\m' || attnum || '\M')),
+    SELECT format('ALTER PUBLICATION %I DROP TABLE %s;', p.pubname, prrelid::regclass),
+           concat('ALTER PUBLICATION ', quote_ident(p.pubname), ' ADD TABLE ', prrelid::regclass,
+             (SELECT ' (' || string_agg(quote_ident(attname), ', ' ORDER BY attnum) || ')' FROM pg_attribute
+              WHERE attrelid = prrelid AND to_jsonb(r) ->> 'prattrs' ~ ('\m' || attnum || '\M')),
              (SELECT ' WHERE ' || (to_jsonb(shown) ->> 'rowfilter') FROM pg_publication_tables AS shown
-              WHERE shown.pubname = pub.pubname AND format('%I.%I', schemaname, tablename)::regclass = prrelid), ';'), true
-    FROM pg_publication_rel AS r JOIN pg_publication AS pub ON pub.oid = prpubid WHERE classid = 'pg_publication_rel'::regclass AND r.oid = objid
+              WHERE shown.pubname = p.pubname AND format('%I.%I', schemaname, tablename)::regclass = prrelid), ';'), true
+    FROM pg_publication_rel AS r JOIN pg_publication AS p ON p.oid = prpubid WHERE classid = 'pg_publication_rel'::regclass AND r.oid = objid
     UNION ALL  -- a generated column, which keeps its values, or a default of a view
     SELECT format('ALTER TABLE %s ALTER COLUMN %I DROP %s;', attrelid::regclass, attname, CASE attgenerated WHEN 's' THEN 'EXPRESSION' ELSE 'DEFAULT' END),
            format(CASE attgenerated WHEN 's' THEN 'ALTER TABLE %1$s ADD COLUMN %3$I %4$s GENERATED ALWAYS AS (%5$s) STORED;'
@@ -119,7 +117,7 @@ WITH RECURSIVE checks AS MATERIALIZED (
 ), granted (objid, all_by_owner, grants) AS (  -- on views that are dropped, where it is not what a new one has
   SELECT oid, bool_and(by_owner), format(E'\nREVOKE ALL ON %s FROM %s;', oid::regclass, (
            SELECT string_agg(DISTINCT coalesce(nullif(r::regrole::text, '-'), 'PUBLIC'), ', ')
-           FROM (SELECT 0 UNION SELECT relowner UNION SELECT grantee FROM pg_default_acl CROSS JOIN aclexplode(defaclacl) WHERE defaclobjtype = 'r') AS others (r)))
+           FROM (SELECT 0 UNION SELECT relowner UNION SELECT grantee FROM pg_default_acl, aclexplode(defaclacl) WHERE defaclobjtype = 'r') AS others (r)))
          || string_agg(format(E'\nGRANT %s ON %s TO %s%s;', privileges, oid::regclass, coalesce(nullif(grantee::regrole::text, '-'), 'PUBLIC'),
                               CASE WHEN is_grantable THEN ' WITH GRANT OPTION' END), '' ORDER BY position)
   FROM pg_class CROSS JOIN LATERAL (
@@ -134,11 +132,12 @@ WITH RECURSIVE checks AS MATERIALIZED (
   SELECT kind, table_name, name, 'rename', 0, format('ALTER TABLE %s RENAME COLUMN %I', relid::regclass, name), name FROM columns WHERE kind <> 'default'
   UNION ALL
   SELECT kind, table_name, name, 'rename', 1, format('ALTER INDEX %s RENAME', oid::regclass), relname
-  FROM columns JOIN pg_depend ON refobjid = relid AND refobjsubid = attnum AND classid = 'pg_class'::regclass JOIN pg_class ON oid = objid AND pg_class.relkind = 'i'
-  WHERE kind <> 'default' AND relname IN (SELECT listed.bears FROM checks AS listed)
+  FROM columns JOIN pg_depend ON refobjid = relid AND refobjsubid = attnum AND classid = 'pg_class'::regclass JOIN pg_class ON oid = objid
+  WHERE pg_class.relkind = 'i' AND kind <> 'default' AND relname IN (SELECT listed.bears FROM checks AS listed)
   UNION ALL
   SELECT kind, table_name, name, 'rename', 1, format('ALTER TABLE %s RENAME CONSTRAINT %I', conrelid::regclass, conname), conname
-  FROM columns JOIN pg_constraint ON conrelid = relid AND attnum = ANY (conkey) WHERE kind <> 'default' AND conname IN (SELECT listed.bears FROM checks AS listed)
+  FROM columns JOIN pg_constraint ON conrelid = relid AND attnum = ANY (conkey)
+  WHERE kind <> 'default' AND conname IN (SELECT listed.bears FROM checks AS listed)
   UNION ALL  -- what bears the name of a check; "elsewhere": it stays when the table moves
   SELECT kind, table_name, checks.name, CASE WHEN indrelid = relid THEN 'rename' ELSE 'elsewhere' END, 0, format('ALTER %s %s RENAME',
            replace(upper((pg_identify_object('pg_class'::regclass, pg_class.oid, 0)).type), 'COMPOSITE ', ''), pg_class.oid::regclass), bears
@@ -146,7 +145,8 @@ WITH RECURSIVE checks AS MATERIALIZED (
   WHERE conflict AND (kind = 'index' OR taken AND kind = 'key' OR kind = 'table' AND pg_class.relkind IN ('S', 'i', 'I', 'c'))
   UNION ALL
   SELECT kind, table_name, checks.name, 'rename', 0, format('ALTER TABLE %s RENAME CONSTRAINT %I', relid::regclass, conname), bears
-  FROM checks JOIN tables USING (table_name) JOIN pg_constraint ON conrelid = relid AND conname = bears LEFT JOIN pg_attribute ON attrelid = relid AND attname = checks.name
+  FROM checks JOIN tables USING (table_name) JOIN pg_constraint ON conrelid = relid AND conname = bears
+  LEFT JOIN pg_attribute ON attrelid = relid AND attname = checks.name
   WHERE conflict AND kind = 'foreign key' AND (contype, conkey) IS DISTINCT FROM ('f'::"char", ARRAY[attnum])
   UNION ALL  -- a trigger; a function, and the trigger that calls it
   SELECT kind, table_name, checks.name, 'rename', 0, format('ALTER TRIGGER %I ON %s RENAME', tgname, relid::regclass), tgname
@@ -161,14 +161,16 @@ WITH RECURSIVE checks AS MATERIALIZED (
 ), facts (kind, table_name, name, what, position, command, restore, more) AS (
   SELECT kind, table_name, name, CASE WHEN is_whole THEN what ELSE 'cannot' END, position,
          CASE WHEN is_whole THEN command ELSE pg_describe_object(classid, d.objid, objsubid) END,
-         concat(restore, grants, (SELECT string_agg(format(E'\nCOMMENT ON %s %s IS %L;', regexp_replace(upper(type), '.* (COLUMN|CONSTRAINT)$', '\1'), identity, description), '')
-                                  FROM pg_description AS c CROSS JOIN pg_identify_object(classoid, objoid, c.objsubid)
-                                  WHERE classoid = d.classid AND objoid = d.objid AND d.objsubid = 0)), NULL::jsonb
+         concat(restore, grants, (
+           SELECT string_agg(format(E'\nCOMMENT ON %s %s IS %L;', regexp_replace(upper(o.type), '.* (COLUMN|CONSTRAINT)$', '\1'), o.identity, description), '')
+           FROM pg_description AS c CROSS JOIN pg_identify_object(classoid, objoid, c.objsubid) AS o
+           WHERE classoid = d.classid AND objoid = d.objid AND d.objsubid = 0)), NULL::jsonb
   FROM defined AS d LEFT JOIN granted ON granted.objid = d.objid AND (classid, objsubid) = ('pg_class'::regclass, 0) CROSS JOIN LATERAL (
     SELECT whole AND all_by_owner IS NOT FALSE AND NOT (d.objsubid = 0 AND (
       EXISTS (SELECT FROM pg_depend AS part WHERE part.classid = d.classid AND part.objid = d.objid AND deptype IN ('e', 'x'))
       OR EXISTS (SELECT FROM pg_seclabel WHERE classoid = d.classid AND objoid = d.objid)))) AS it (is_whole)
-  UNION ALL SELECT kind, table_name, bearers.name, what, position, format('%s TO %s;', command, given.name), NULL, NULL FROM bearers JOIN given ON base = bears || '_old'
+  UNION ALL SELECT kind, table_name, bearers.name, what, position, format('%s TO %s;', command, given.name), NULL, NULL
+  FROM bearers JOIN given ON base = bears || '_old'
   UNION ALL  -- who reaches a table has to reach it in another schema, too: foreign keys are checked with the rights of the owner
   SELECT 'table', table_name, '', 'table', 0, format('ALTER %s %s', sort, relid::regclass),
          (SELECT CASE WHEN bool_or(r = 0) THEN 'PUBLIC' ELSE string_agg(r::regrole::text, ', ') END

@@ -17,6 +17,9 @@ from typing import Any
 from budget_engine.migration.checks import Check, Kind
 
 _QUERY = Path(__file__).parents[3] / "db" / "conflicts.sql"
+_TARGET = re.compile(r"(?<=^REFERENCES )[^(]+")  # of a foreign key
+_ESCAPES = {"\\": r"\\", "'": "''", "$": r"\u0024", "\n": r"\n"}
+_ALONE = ("CREATE UNIQUE INDEX CONCURRENTLY ", "DROP INDEX CONCURRENTLY ")  # refused within DO
 
 
 class Task(str):
@@ -26,17 +29,14 @@ class Task(str):
 
 
 _RECREATE = Task("prereqs --recreate")
-_TARGET = re.compile(r"(?<=^REFERENCES )[^(]+")  # of a foreign key
-_ESCAPES = {"\\": r"\\", "'": "''", "$": r"\u0024", "\n": r"\n"}
-_ALONE = ("CREATE UNIQUE INDEX CONCURRENTLY ", "DROP INDEX CONCURRENTLY ")  # refused within DO
 
 
 @dataclass(frozen=True)
 class Fact:
     """Something around a check: a command, what restores that which it drops, and more, as the query calls it.
 
-    what: "table" and "column" say how it is; "leave", "drop", "rename" and "elsewhere" (which stays when the table moves)
-    are commands; "led to" drops foreign keys of others; "cannot" is something that no command restores.
+    what: "table", "column" and "key" say how it is; "leave", "drop", "rename" and "elsewhere" (of what stays when the
+    table moves) are commands; "led to" drops foreign keys of others; "cannot" is what no command restores.
     """
 
     what: str
@@ -47,7 +47,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the database says around the conflicts; archives: names for new schemas."""
+    """What the database says around the conflicts, by kind, table and name; archives: names for new schemas."""
 
     rows: Mapping[tuple[str, str, str], Sequence[Fact]]
     archives: Sequence[str]
@@ -56,26 +56,15 @@ class Facts:
 def query(checks: Sequence[Check]) -> str:
     """Write the query for the facts around the conflicts; checks: all of the survey."""
     found = {check.table: check.found for check in checks if check.kind is Kind.TABLE}
-    listed = [
-        {
-            "kind": check.kind.value,
-            "table_name": check.table,
-            "name": check.name,
-            "expected": _TARGET.sub(lambda target: found.get(target[0]) or target[0], check.expected),
-            "bears": _taken(check) or _bears(check),
-            "taken": bool(_taken(check)),
-            "found": check.found,
-            "conflict": check.conflict,
-        }
-        for check in checks
-    ]
+    words = ("kind", "table_name", "name", "expected", "bears", "taken", "found", "conflict")
+    listed = []
+    for check in checks:
+        expected = _TARGET.sub(lambda target: found.get(target[0]) or target[0], check.expected)
+        taken = "".join(re.findall(r"its name (\S+) is taken", check.actual or ""))
+        rest = (expected, taken or _bears(check), taken != "", check.found, check.conflict)
+        listed.append(dict(zip(words, (check.kind.value, check.table, check.name, *rest), strict=True)))
     literal = json.dumps(listed).replace("\\", "\\\\").replace("'", "''")
     return _QUERY.read_text(encoding="utf-8").rstrip().removesuffix(";").replace(":'checks'", f"E'{literal}'")
-
-
-def _taken(check: Check) -> str:
-    """Return the name that a step would give to what the check is about, where something else bears it."""
-    return "".join(re.findall(r"its name (\S+) is taken", check.actual or ""))
 
 
 def _bears(check: Check) -> str:
@@ -97,8 +86,7 @@ def facts(rows: Iterable[Sequence[str | None]]) -> Facts:
     for kind, table, name, what, command, restore, more in rows:
         fact = Fact(str(what), command or "", restore or "", json.loads(more or "{}"))
         found.setdefault((str(kind), str(table), str(name)), []).append(fact)
-    archives = found.pop(("", "", ""), [])
-    return Facts(found, [fact.command for fact in archives])
+    return Facts(found, [fact.command for fact in found.pop(("", "", ""), [])])
 
 
 def commands(checks: Sequence[Check], found: Facts) -> dict[Check, tuple[str, ...]]:
@@ -111,7 +99,7 @@ def commands(checks: Sequence[Check], found: Facts) -> dict[Check, tuple[str, ..
 
 @dataclass
 class _Clearing:
-    """The rules, and the tables that have to move."""
+    """The rules; moves: the commands for each table that has to move; recreated: what moves with the task."""
 
     checks: Sequence[Check]
     facts: Facts
@@ -120,153 +108,135 @@ class _Clearing:
 
     def all(self) -> dict[Check, tuple[str, ...]]:
         ways = {check: self.in_place(check) for check in self.checks if check.conflict}
-        leaving = {check.table for check, way in ways.items() if way is None}
-        if any(way is None and check.on_request for check, way in ways.items()):
-            self.recreated = self.moved_by_recreate()
-            leaving |= self.recreated
-        return {
-            check: tuple(way) if way is not None and check.table not in leaving else tuple(self.away(check))
-            for check, way in ways.items()
-        }
+        gone = [check for check, way in ways.items() if way is None]
+        if steps := {check.step for check in gone if check.on_request}:
+            core = {check.table for check in self.checks if check.kind is Kind.TABLE and check.step in steps}
+            leading = {check.table for check in self.checks if core.intersection(_TARGET.findall(check.actual or ""))}
+            self.recreated = core | leading
+        leaving = self.recreated.union(check.table for check in gone)
+        return {check: tuple(self.away(check) if check.table in leaving else way or ()) for check, way in ways.items()}
 
-    def moved_by_recreate(self) -> set[str]:
-        """Return the tables that come with those which are to be created anew, and what of the chain's leads there."""
-        steps = {check.step for check in self.checks if check.conflict and check.on_request}
-        moved = {check.table for check in self.checks if check.kind is Kind.TABLE and check.step in steps}
-        return moved | {check.table for check in self.checks if moved.intersection(_TARGET.findall(check.actual or ""))}
+    def of(self, check: Check, *whats: str, kind: Kind | None = None) -> list[Fact]:
+        """Return facts in the order in which their commands are to be run; kind TABLE: those about the table."""
+        key = (kind.value, check.table, "") if kind else (check.kind.value, check.table, check.name)
+        return [fact for fact in self.facts.rows.get(key, ()) if fact.what in whats]
 
-    def of(self, check: Check, *whats: str) -> list[Fact]:
-        """Return facts in the order in which their commands are to be run."""
-        return [fact for fact in self.facts.rows.get((check.kind.value, check.table, check.name), ()) if fact.what in whats]
-
-    def named(self, kinds: Sequence[Kind], other: Check) -> list[Check]:
+    def named(self, other: Check, *kinds: Kind) -> list[Check]:
         """Return the checks of these kinds that are about the same column."""
         return [c for c in self.checks if c.kind in kinds and (c.table, c.name) == (other.table, other.name)]
 
-    def of_table(self, name: str, *whats: str) -> list[Fact]:
-        return [fact for fact in self.facts.rows.get((Kind.TABLE.value, name, ""), ()) if fact.what in whats]
-
     def in_place(self, check: Check) -> list[str] | None:
         """Return the commands that leave the check's table where it is; None: it has to go."""
-        for table in self.of_table(check.table, "table"):
-            if not table.more["alterable"]:
-                return None
-            if check.kind is Kind.COLUMN and not self.of(check, "column"):
-                return _added(check, table)
+        if any(not table.more["alterable"] for table in self.of(check, "table", kind=Kind.TABLE)):
+            return None
         match check.kind:
             case Kind.COLUMN:
-                return self.changed(check) if self.fits(check) else self.renamed(check)
+                return self.column(check)
             case Kind.DEPENDANTS:
-                return self.dropped(check)
+                return self.dependants(check)
             case Kind.DEFAULT | Kind.FOREIGN_KEY:  # what is on a column goes with it
-                for column in self.named((Kind.COLUMN, Kind.DEPENDANTS), check):
+                for column in self.named(check, Kind.COLUMN, Kind.DEPENDANTS):
                     if column.conflict and (column.kind is Kind.DEPENDANTS or not self.fits(column)):
                         return self.in_place(column)
         if check.kind is Kind.DEFAULT:
-            return [line for given in self.of(check, "column") for line in _default(check.expected, given)]
-        if self.of(check, "key"):
-            return [*self.key(check)]
+            return [line for given in self.of(check, "column") for line in _default(check, given)]
+        if keys := self.of(check, "key"):
+            return [line for given in keys for line in self.key(check, given)]
         return [*self.run(check, "leave", "drop", "rename", "elsewhere")]
 
     def run(self, check: Check, *whats: str) -> Iterator[str]:
         """Yield commands, and what restores that which they drop; none, where something cannot be restored."""
         if cannot := self.of(check, "cannot"):
-            for fact in cannot:
-                yield _comment(f"{fact.command}: no command restores all that it has, so it is left to its owner")
-            return
-        yield from _run(self.of(check, *whats))
+            yield from (_comment(f"{fact.command}: left to its owner, as no command restores it") for fact in cannot)
+        else:
+            yield from _run(self.of(check, *whats))
 
     # ── tables ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def away(self, check: Check) -> Iterator[str]:
-        """Yield the commands for a check whose table has to go."""
-        own = self.of(check, "elsewhere") or self.of_table(check.table, "elsewhere")
-        if own:
-            yield from _run(own)
-        elif check.table in self.recreated:
-            yield _RECREATE
-        else:
-            if check.table not in self.moves:
-                self.moves[check.table] = tuple(self.move(check.table))
-            yield from self.moves[check.table]
+    def away(self, check: Check) -> Iterable[str]:
+        """Return the commands for a check whose table has to go."""
+        if own := self.of(check, "elsewhere") or self.of(check, "elsewhere", kind=Kind.TABLE):
+            return _run(own)
+        if check.table in self.recreated:
+            return [_RECREATE]
+        if check.table not in self.moves:
+            self.moves[check.table] = tuple(self.move(check, self.facts.archives[len(self.moves)]))
+        return self.moves[check.table]
 
-    def move(self, name: str) -> Iterator[str]:
+    def move(self, check: Check, archive: str) -> Iterator[str]:
         """Yield the commands that move a table, with its rows, indexes, keys and sequences, to a new schema."""
-        archive = self.facts.archives[len(self.moves)]
-        yield from _run(self.of_table(name, "led to"), "to restore it when the new table has the rows")
-        for table in self.of_table(name, "table"):
+        yield from _run(self.of(check, "led to", kind=Kind.TABLE), "to restore it when the new table has the rows")
+        for table in self.of(check, "table", kind=Kind.TABLE):
             if others := table.more["namesakes"]:
-                yield _comment(f"{name} means {others} then: if that is a copy, take its schema off the search_path first")
+                yield _comment(
+                    f"{check.table} means {others} then: take its schema off the search_path if it is a copy"
+                )
             reached = f"GRANT USAGE ON SCHEMA {archive} TO {table.restore};"
             moved = f"{table.command} SET SCHEMA {archive};"
             yield "\n".join(map(_safe, ["BEGIN;", f"CREATE SCHEMA {archive};", reached, moved, "COMMIT;"]))
 
-    # ── columns ────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── columns and keys ───────────────────────────────────────────────────────────────────────────────────────────
 
     def fits(self, check: Check) -> bool:
         """Whether the column can get the expected form where it is, its values untouched."""
         wanted, filled = check.expected.removesuffix(" NOT NULL"), check.expected.endswith(" NOT NULL")
         return all(
-            given["type"] == wanted and given["generated"] != "v" and (filled or not (given["identity"] or given["in_key"]))
-            for given in (fact.more for fact in self.of(check, "column"))
+            (c["type"], c["generated"] == "v") == (wanted, False) and (filled or not (c["identity"] or c["in_key"]))
+            for c in (fact.more for fact in self.of(check, "column"))
         )
 
-    def changed(self, check: Check) -> list[str]:
-        (given,) = self.of(check, "column")
+    def column(self, check: Check) -> list[str] | None:
+        filled = check.expected.endswith(" NOT NULL")
+        if not (found := self.of(check, "column")):
+            new = f'ALTER TABLE {check.found} ADD COLUMN "{check.name}" {check.expected};'
+            return None if filled else [_safe(new)]
+        if not self.fits(check):
+            return self.renamed(check)
+        [given] = found
         lines = [*self.run(check, "leave", "drop")]
         if given.more["generated"]:  # its values stay; it has no default then
-            defaults = [default.expected for default in self.named([Kind.DEFAULT], check) if default.expected != "none"]
+            defaults = [default for default in self.named(check, Kind.DEFAULT) if default.expected != "none"]
             lines += [line for default in defaults for line in _default(default, given)]
-        if check.expected.endswith(" NOT NULL"):
-            return [*lines, *_filled(given)]
-        return [*lines, f"{given.command} DROP NOT NULL;"] if given.more["filled"] else lines
+        if given.more["filled"] and not filled:
+            lines.append(_safe(f"{given.command} DROP NOT NULL;"))
+        return [*lines, *_filled(given)] if filled else lines
 
     def renamed(self, check: Check) -> list[str] | None:
         """Rename a column, with what bears names of ours on it; None where its table has to go instead."""
-        (given,) = self.of(check, "column")
-        created = next((c.step for c in self.checks if (c.kind, c.table) == (Kind.TABLE, check.table)), check.step)
-        if created == check.step or given.more["in_key"]:
+        [given] = self.of(check, "column")
+        if given.more["in_key"] or any(
+            c.step == check.step for c in self.checks if (c.kind, c.table) == (Kind.TABLE, check.table)
+        ):
             return None
         free = [] if given.more["by_itself"] or not given.more["filled"] else [_safe(f"{given.command} DROP NOT NULL;")]
         return [*_run(self.of(check, "leave")), *free, *_run(self.of(check, "rename"))]
 
-    def dropped(self, check: Check) -> list[str] | None:
+    def dependants(self, check: Check) -> list[str] | None:
         """Drop what hangs on a column; where something cannot be restored, all follows the column to another name."""
         if cannot := self.of(check, "cannot"):
-            told = [_comment(f"{fact.command}: no command restores it; it follows the column, and its values") for fact in cannot]
+            told = [_comment(f"{fact.command}: no command restores it; it follows the column") for fact in cannot]
             renamed = self.renamed(check)
             return None if renamed is None else [*told, *renamed]
         things = self.of(check, "leave", "drop")
-        back = [fact.restore for fact in reversed(things) if fact.restore]
-        return [*(_safe(fact.command) for fact in things), *_restoring("to restore it after the step, there or on the kept column", back)]
+        back = [fact.restore for fact in reversed(things)]
+        return [*(_safe(thing.command) for thing in things), *_restoring("to restore it when the step has run", back)]
 
-    # ── keys ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def key(self, check: Check) -> Iterator[str]:
-        for given in self.of(check, "key"):
-            table, columns, more = given.command, given.restore, given.more
-            shared = f"SELECT {columns}, count(*) FROM {table} GROUP BY {columns} HAVING count(*) > 1;"
-            yield _comment(f"rows that share a key are to be told apart first: {_safe(shared)}")
-            if more["left_over"]:
-                yield _safe(f"DROP INDEX CONCURRENTLY {more['left_over']};")
-            name = more["name"]
-            yield _safe(f"CREATE UNIQUE INDEX CONCURRENTLY {name} ON {table} ({columns});")
-            if _is_primary(check):
-                if more["kept"]:  # what the other primary key keeps unique stays so
-                    yield _safe(f"CREATE UNIQUE INDEX CONCURRENTLY {more['kept_name']} ON {table} ({more['kept']});")
-                yield from self.run(check, "drop")
-                yield _safe(f"ALTER TABLE {table} ADD PRIMARY KEY USING INDEX {name};")
+    def key(self, check: Check, given: Fact) -> Iterator[str]:
+        table, columns, name, kept = given.command, given.restore, given.more["name"], given.more["kept"]
+        shared = f"SELECT {columns}, count(*) FROM {table} GROUP BY {columns} HAVING count(*) > 1;"
+        yield _comment(f"rows that share a key are to be told apart first: {_safe(shared)}")
+        if given.more["left_over"]:
+            yield _safe(f"DROP INDEX CONCURRENTLY {given.more['left_over']};")
+        yield _safe(f"CREATE UNIQUE INDEX CONCURRENTLY {name} ON {table} ({columns});")
+        if kept:  # what the other primary key keeps unique stays so
+            yield _safe(f"CREATE UNIQUE INDEX CONCURRENTLY {given.more['kept_name']} ON {table} ({kept});")
+        if _is_primary(check):
+            yield from self.run(check, "drop")
+            yield _safe(f"ALTER TABLE {table} ADD PRIMARY KEY USING INDEX {name};")
 
 
-def _added(check: Check, table: Fact) -> list[str] | None:
-    """Add a column that is missing, where it may be NULL."""
-    name = check.name.replace('"', '""')
-    new = f'ALTER TABLE {table.more["table"]} ADD COLUMN "{name}" {check.expected};'
-    return None if check.expected.endswith(" NOT NULL") else [_safe(new)]
-
-
-def _default(expected: str, given: Fact) -> Iterator[str]:
-    yield _safe(f"{given.command} {'DROP DEFAULT' if expected == 'none' else f'SET DEFAULT {expected}'};")
+def _default(check: Check, given: Fact) -> Iterator[str]:
+    yield _safe(f"{given.command} {'DROP DEFAULT' if check.expected == 'none' else f'SET DEFAULT {check.expected}'};")
     if given.restore and not given.more["generated"]:
         yield from _restoring("to restore it", [f"{given.command} SET DEFAULT {given.restore};"])
 
@@ -276,7 +246,8 @@ def _filled(given: Fact) -> Iterator[str]:
     table, name, check = given.more["table"], given.more["name"], given.more["check"]
     if given.more["filled"] and given.more["valid"]:
         return
-    yield _comment(f"rows that have no value are to be given one first: {_safe(f'SELECT * FROM {table} WHERE {name} IS NULL;')}")
+    empty = f"SELECT * FROM {table} WHERE {name} IS NULL;"
+    yield _comment(f"rows that have no value are to be given one first: {_safe(empty)}")
     if not given.more["checked"]:  # by an earlier try that rows refused
         yield _safe(f"ALTER TABLE {table} ADD CONSTRAINT {check} CHECK ({name} IS NOT NULL) NOT VALID;")
     yield _safe(f"ALTER TABLE {table} VALIDATE CONSTRAINT {check};")
@@ -290,8 +261,7 @@ def _filled(given: Fact) -> Iterator[str]:
 def _run(things: Iterable[Fact], why: str = "to restore it") -> Iterator[str]:
     for fact in things:
         yield _safe(fact.command)
-        if fact.restore:
-            yield from _restoring(why, [fact.restore])
+        yield from _restoring(why, [fact.restore] if fact.restore else [])
 
 
 def _restoring(why: str, definitions: Sequence[str]) -> Iterator[str]:

@@ -27,7 +27,7 @@ WITH RECURSIVE checks AS MATERIALIZED (
 ), depends (refclassid, refobjid, refobjsubid, classid, objid, objsubid) AS NOT MATERIALIZED (  -- an expression is that of its column
   SELECT refclassid, refobjid, refobjsubid, CASE WHEN adnum > 0 THEN 'pg_class'::regclass ELSE classid END, coalesce(adrelid, objid), coalesce(adnum, objsubid)
   FROM pg_depend LEFT JOIN pg_attrdef ON classid = 'pg_attrdef'::regclass AND pg_attrdef.oid = objid
-  WHERE NOT (classid = 'pg_rewrite'::regclass AND deptype = 'i')
+  WHERE NOT (classid = 'pg_rewrite'::regclass AND objid IN (SELECT oid FROM pg_rewrite WHERE rulename = '_RETURN' AND ev_class = refobjid))  -- itself
   UNION ALL SELECT 'pg_rewrite'::regclass, oid, 0, 'pg_class'::regclass, ev_class, 0 FROM pg_rewrite WHERE rulename = '_RETURN'
 ), hanging (table_name, name, level, classid, objid, objsubid) AS (  -- on a column that is to be replaced, as in verify.sql
   SELECT table_name, name, 0, found.*

@@ -604,3 +604,60 @@ def test_policies_that_say_something_else(db: Db, tmp_path: Path) -> None:
     assert [c.title for c in survey(db) if c.conflict] == []
     run(db, tmp_path, restored(text))
     assert db.dump() == before
+
+
+def test_a_restored_definition_means_what_it_meant(db: Db, tmp_path: Path) -> None:
+    """Though others have made a function since that fits its arguments better."""
+    db.execute(with_uuid() + "CREATE VIEW rounded AS SELECT turn_id, round(length(source)) FROM prompt_snapshots;")
+    db.execute("CREATE FUNCTION round(integer) RETURNS double precision LANGUAGE sql AS 'SELECT 1 / 0'")
+    before = db.dump()
+    text, _ = script(commands(db))
+    run(db, tmp_path, text)
+    run(db, tmp_path, restored(text))
+    assert db.dump() == before
+
+
+@pytest.mark.parametrize("name", ["another feature's, a table leads to it", "another primary key, a table leads to it"])
+def test_foreign_keys_of_others_come_back_to_what_moved_or_stayed(db: Db, tmp_path: Path, name: str) -> None:
+    db.execute(WRONG[name])
+    before = db.dump()
+    text, _ = script(commands(db))
+    run(db, tmp_path, text)
+    leading = "SELECT count(*) FROM pg_constraint WHERE contype = 'f' AND confrelid::regclass::text LIKE '%slots'"
+    assert db.value(leading) == 0
+    if "archive" in text:
+        db.execute("ALTER TABLE archive.slots SET SCHEMA public; DROP SCHEMA archive")
+        run(db, tmp_path, restored(text))
+        assert db.dump() == before
+    else:
+        run(
+            db,
+            tmp_path,
+            "".join(line for line in restored(text).splitlines(keepends=True) if " PRIMARY KEY " not in line),
+        )
+        assert db.value(leading) == 1
+
+
+UNRESTORABLE = {
+    "materialized view": HANGING["materialized view turn_matview"],
+    "function": HANGING["function turn_function"],
+    "statistics": HANGING["statistics object turn_statistics"],
+    "disabled trigger": HANGING["trigger turn_trigger"] + "; ALTER TABLE prompt_snapshots DISABLE TRIGGER turn_trigger",
+    "clustered index": HANGING["index turn_other_name"] + "; ALTER TABLE prompt_snapshots CLUSTER ON turn_other_name",
+    "sequence": "CREATE SEQUENCE s OWNED BY prompt_snapshots.turn_id; SELECT nextval('s')",
+    "grants by another": HANGING["view turn_view"]
+    + "; GRANT SELECT ON turn_view TO pg_monitor WITH GRANT OPTION; SET ROLE pg_monitor;"
+    " GRANT SELECT ON turn_view TO pg_read_all_stats; RESET ROLE",
+}
+
+
+@pytest.mark.parametrize("name", UNRESTORABLE)
+def test_what_no_command_restores_is_not_dropped(db: Db, tmp_path: Path, name: str) -> None:
+    db.execute(with_uuid() + UNRESTORABLE[name])
+    before = db.dump(data=True)
+    text, _ = script(commands(db))
+    assert re.search("^-- .* no command restores it", text)
+    run(db, tmp_path, text)
+    renamed = "ALTER TABLE prompt_snapshots RENAME turn_id_old TO turn_id;"
+    db.execute(renamed + "ALTER INDEX idx_prompt_snapshots_turn_id_old RENAME TO idx_prompt_snapshots_turn_id")
+    assert db.dump(data=True) == before

@@ -13,7 +13,7 @@ WITH RECURSIVE checks AS MATERIALIZED (
 ), given (base, name) AS (  -- what something may be called: the name, or one like it that nothing bears yet
   SELECT DISTINCT ON (base) base, quote_ident(candidate)
   FROM (SELECT bears || ending FROM checks CROSS JOIN unnest('{"",_old}'::text[]) AS ending) AS names (base)
-  CROSS JOIN generate_series(1, 99) AS n CROSS JOIN concat(base, '_' || nullif(n, 1)) AS candidate
+  CROSS JOIN generate_series(1, 20) AS n CROSS JOIN concat(base, '_' || nullif(n, 1)) AS candidate
   WHERE candidate NOT IN (
     SELECT relname FROM pg_class UNION ALL SELECT typname FROM pg_type UNION ALL SELECT conname FROM pg_constraint UNION ALL SELECT tgname FROM pg_trigger
     UNION ALL SELECT proname FROM pg_proc UNION ALL SELECT attname FROM pg_attribute WHERE attrelid IN (SELECT relid FROM tables))

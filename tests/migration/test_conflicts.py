@@ -607,9 +607,10 @@ def test_policies_that_say_something_else(db: Db, tmp_path: Path) -> None:
 
 
 def test_a_restored_definition_means_what_it_meant(db: Db, tmp_path: Path) -> None:
-    """Though others have made a function since that fits its arguments better."""
-    db.execute(with_uuid() + "CREATE VIEW rounded AS SELECT turn_id, round(length(source)) FROM prompt_snapshots;")
-    db.execute("CREATE FUNCTION round(integer) RETURNS double precision LANGUAGE sql AS 'SELECT 1 / 0'")
+    """Though others have made a function since, in a schema that this path searches first."""
+    db.execute(with_uuid() + "CREATE VIEW lowered AS SELECT turn_id, lower(source) FROM prompt_snapshots;")
+    db.execute("CREATE FUNCTION public.lower(text) RETURNS text LANGUAGE sql AS 'SELECT ''theirs'''")
+    db.execute(f"ALTER DATABASE {db.name} SET search_path = public, pg_catalog")
     before = db.dump()
     text, _ = script(commands(db))
     run(db, tmp_path, text)

@@ -19,6 +19,7 @@ from budget_engine.migration.checks import Check, Kind
 _QUERY = Path(__file__).parents[3] / "db" / "conflicts.sql"
 _TARGET = re.compile(r"(?<=^REFERENCES )[^(]+")  # of a foreign key
 _ESCAPES = {"\\": r"\\", "'": "''", "$": r"\u0024", "\n": r"\n"}
+_NAMED = (Kind.TABLE, Kind.KEY, Kind.FOREIGN_KEY, Kind.INDEX, Kind.TRIGGER)  # a name of theirs may be borne on a column
 _ALONE = ("CREATE UNIQUE INDEX CONCURRENTLY ", "DROP INDEX CONCURRENTLY ")  # refused within DO
 
 
@@ -58,13 +59,14 @@ def query(checks: Sequence[Check]) -> str:
     found = {check.table: check.found for check in checks if check.kind is Kind.TABLE}
     words = ("kind", "table_name", "name", "expected", "bears", "taken", "found", "conflict")
     listed = []
-    for check in checks:
+    for check in (check for check in checks if check.conflict or check.kind in _NAMED):
         expected = _TARGET.sub(lambda target: found.get(target[0]) or target[0], check.expected)
         taken = "".join(re.findall(r"its name (\S+) is taken", check.actual or ""))
         rest = (expected, taken or _bears(check), taken != "", check.found, check.conflict)
         listed.append(dict(zip(words, (check.kind.value, check.table, check.name, *rest), strict=True)))
     literal = json.dumps(listed).replace("\\", "\\\\").replace("'", "''")
-    return _QUERY.read_text(encoding="utf-8").rstrip().removesuffix(";").replace(":'checks'", f"E'{literal}'")
+    _, first, text = _QUERY.read_text(encoding="utf-8").rstrip(";\n").partition("WITH RECURSIVE ")
+    return first + text.replace(":'checks'", f"E'{literal}'")
 
 
 def _bears(check: Check) -> str:

@@ -187,7 +187,7 @@ def copy(db: Db) -> Iterator[Db]:
 
 
 def dated(dump: str) -> str:
-    """Return the dump with the moment in the attic's comment taken out."""
+    """Return the dump with the moment in the archive's comment taken out."""
     return re.sub(r"as it stood until [^,]*,", "as it stood,", dump)
 
 
@@ -209,10 +209,10 @@ def test_what_gives_way_moves_whole_and_what_comes_is_empty(db: Db, state: str, 
     aside = (anatomy(db, bystanders), rows(db, bystanders)) if bystanders else None
     done = by_psql(db) if by == "psql" else db.invoke(*TASK)
     assert done.code == 0, done
-    assert re.search(r"\bmoved to core_attic\b", done.out + done.err), done
+    assert re.search(r"\bmoved to core_archive\b", done.out + done.err), done
     assert anatomy(db, list(old.values())) == whole
     assert rows(db, list(old.values())) == held
-    assert {place(db, oid) for oid in old.values()} == {"core_attic"}
+    assert {place(db, oid) for oid in old.values()} == {"core_archive"}
     assert bystanders == [] or by == "task" or (anatomy(db, bystanders), rows(db, bystanders)) == aside
     assert nothing_of_the_core_differs(db)
     new = standing(db, [*CORE_TABLES, *(name for name in others if name in DEPENDANTS)])
@@ -267,25 +267,25 @@ def test_where_it_is_not_needed_the_task_is_prereqs(db: Db, state: str) -> None:
         done = db.invoke("prereqs", "--recreate")
         assert done.code == 0, done
         assert db.dump(data=True) == other.dump(data=True)
-    assert db.rows("SELECT FROM pg_namespace WHERE nspname ~ 'attic'") == []
+    assert db.rows("SELECT FROM pg_namespace WHERE nspname ~ 'archive'") == []
 
 
 def test_a_name_that_is_taken_is_left_alone(db: Db) -> None:
     db.execute(
-        UUID_TURNS + "; CREATE SCHEMA core_attic; CREATE TABLE core_attic.turns (mine int); CREATE SCHEMA core_attic_2"
+        UUID_TURNS + "; CREATE SCHEMA core_archive; CREATE TABLE core_archive.turns (mine int); CREATE SCHEMA core_archive_2"
     )
-    before = rows(db, [mine := db.value("SELECT 'core_attic.turns'::regclass::oid::bigint")])
+    before = rows(db, [mine := db.value("SELECT 'core_archive.turns'::regclass::oid::bigint")])
     done = db.invoke(*TASK)
     assert done.code == 0, done
-    assert "core_attic_3" in done.out
+    assert "core_archive_3" in done.out
     assert rows(db, [mine]) == before
-    assert db.value("SELECT to_regclass('core_attic_3.turns') IS NOT NULL") is True
+    assert db.value("SELECT to_regclass('core_archive_3.turns') IS NOT NULL") is True
 
 
 def test_the_comment_of_the_schema_says_what_it_is(db: Db) -> None:
     db.execute(UUID_TURNS)
     assert by_psql(db).code == 0
-    comment = db.value("SELECT obj_description('core_attic'::regnamespace, 'pg_namespace')")
+    comment = db.value("SELECT obj_description('core_archive'::regnamespace, 'pg_namespace')")
     assert "turns.id is uuid NOT NULL, promised: bigint NOT NULL" in comment
     assert STEM in comment
 
@@ -300,9 +300,9 @@ def test_the_old_trigger_keeps_its_function(db: Db) -> None:
           FOR EACH ROW EXECUTE FUNCTION update_entry_points_search_text()"""
     )
     assert by_psql(db).code == 0
-    db.execute("UPDATE core_attic.entry_points SET title = 'again'")
+    db.execute("UPDATE core_archive.entry_points SET title = 'again'")
     assert (
-        db.value("SELECT bool_and(search_text = to_tsvector('simple', 'theirs')) FROM core_attic.entry_points") is True
+        db.value("SELECT bool_and(search_text = to_tsvector('simple', 'theirs')) FROM core_archive.entry_points") is True
     )
     db.execute(ENTRY)
     assert db.value("SELECT search_text::text FROM entry_points") == "'salt':1A 'sea':2"
@@ -311,10 +311,10 @@ def test_the_old_trigger_keeps_its_function(db: Db) -> None:
 def test_the_old_tables_go_on_working(db: Db) -> None:
     db.execute(UUID_TURNS)
     assert by_psql(db).code == 0
-    db.execute("DELETE FROM core_attic.games")
-    assert rows(db, [db.value("SELECT 'core_attic.turns'::regclass::oid::bigint")]).popitem()[1] == []
+    db.execute("DELETE FROM core_archive.games")
+    assert rows(db, [db.value("SELECT 'core_archive.turns'::regclass::oid::bigint")]).popitem()[1] == []
     with pytest.raises(psycopg.errors.ForeignKeyViolation):
-        db.execute("UPDATE core_attic.prompt_snapshots SET turn_id = gen_random_uuid()")
+        db.execute("UPDATE core_archive.prompt_snapshots SET turn_id = gen_random_uuid()")
 
 
 def test_what_reads_the_old_tables_is_named(db: Db) -> None:
@@ -338,7 +338,7 @@ def test_what_reads_the_old_tables_is_named(db: Db) -> None:
     ):
         assert word in done.out, done
     assert db.value("SELECT count(*) FROM busy_games") == 3
-    assert db.rows("SELECT DISTINCT schemaname FROM pg_publication_tables") == [("core_attic",)]
+    assert db.rows("SELECT DISTINCT schemaname FROM pg_publication_tables") == [("core_archive",)]
 
 
 # ── ids ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -431,7 +431,7 @@ def test_new_tables_have_the_old_owner_and_exactly_the_old_grants(roles: tuple[s
     before = acl(db, "public")
     done = by_psql(db) if by == "psql" else db.invoke(*TASK)
     assert done.code == 0, done
-    assert acl(db, "core_attic") == before
+    assert acl(db, "core_archive") == before
     assert acl(db, "public") == before
     owner, app, reader = roles
     assert db.rows(
@@ -446,7 +446,7 @@ def test_new_tables_have_the_old_owner_and_exactly_the_old_grants(roles: tuple[s
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             connection.execute("TABLE turns")
     with db.connect(reader) as connection:  # what could be reached still can
-        assert connection.execute("SELECT count(*) FROM core_attic.turns").fetchone() == (9,)
+        assert connection.execute("SELECT count(*) FROM core_archive.turns").fetchone() == (9,)
 
 
 def test_a_schema_that_was_closed_leads_to_a_closed_one(roles: tuple[str, str, str], db: Db) -> None:
@@ -455,7 +455,7 @@ def test_a_schema_that_was_closed_leads_to_a_closed_one(roles: tuple[str, str, s
                f"GRANT SELECT ON ALL TABLES IN SCHEMA app TO {app}, {reader}")  # fmt: skip
     done = by_psql(db, "SET search_path = app")
     assert done.code == 0, done
-    usage = "SELECT has_schema_privilege('{}', 'core_attic', 'USAGE')"
+    usage = "SELECT has_schema_privilege('{}', 'core_archive', 'USAGE')"
     assert (db.value(usage.format(app)), db.value(usage.format(reader))) == (True, False)
 
 
@@ -471,10 +471,10 @@ def test_row_level_security_stays_on_and_its_policies_are_said_to_be_gone(db: Db
     before = acl(db, "public")
     done = db.invoke(*TASK)
     assert done.code == 0, done
-    assert acl(db, "public") == acl(db, "core_attic") == before
+    assert acl(db, "public") == acl(db, "core_archive") == before
     assert db.rows("SELECT polrelid::regclass::text FROM pg_policy ORDER BY 1") == [
-        ("core_attic.games",),
-        ("core_attic.turns",),
+        ("core_archive.games",),
+        ("core_archive.turns",),
     ]
     for policy in ("own_turns", "own_games"):
         assert policy in done.out
@@ -542,7 +542,7 @@ def test_tables_of_others_move_along_where_they_are_told_to(db: Db, by: str) -> 
     assert done.code == 0, done
     assert anatomy(db, list(old.values())) == whole
     assert rows(db, list(old.values())) == held
-    assert {place(db, oid) for oid in old.values()} == {"core_attic"}
+    assert {place(db, oid) for oid in old.values()} == {"core_archive"}
     assert place(db, standing(db, ["unrelated"])["unrelated"]) == "public"
     assert standing(db, MOVING_OTHERS) == {}  # those are not ours to make anew
     assert nothing_of_the_core_differs(db)
@@ -566,7 +566,7 @@ def test_tables_in_two_schemas_come_together_in_the_first(db: Db) -> None:
     done = db.invoke(*TASK)
     assert done.code == 0, done
     assert (anatomy(db, list(old.values())), rows(db, list(old.values()))) == (whole, held)
-    assert {place(db, oid) for oid in old.values()} == {"core_attic"}
+    assert {place(db, oid) for oid in old.values()} == {"core_archive"}
     assert {place(db, oid) for oid in standing(db, [*CORE_TABLES, *DEPENDANTS]).values()} == {"first"}
     assert nothing_of_the_core_differs(db)
 
@@ -655,7 +655,7 @@ def test_on_a_terminal_it_asks_once(db: Db, answer: str, code: int) -> None:
     done = on_terminal(db, *ASKING, answer=answer)
     assert done.code == code, done
     assert done.out.count("[y/N]") == 1
-    for word in (db.name, "core_attic", "turns (about 9 rows)", "prompt_snapshots", "turn_metrics"):
+    for word in (db.name, "core_archive", "turns (about 9 rows)", "prompt_snapshots", "turn_metrics"):
         assert word in done.out, done
     assert nothing_of_the_core_differs(db) if code == 0 else db.dump(data=True) == before
 
@@ -707,7 +707,7 @@ def test_dry_says_what_would_move_and_changes_nothing(db: Db) -> None:
     assert done.code == 0, done
     for name in (*CORE_TABLES, *DEPENDANTS, *MOVING_OTHERS):
         assert name in done.out
-    assert "core_attic" in done.out
+    assert "core_archive" in done.out
     assert db.dump(data=True) == before
 
 
@@ -776,7 +776,7 @@ def test_a_member_of_the_owner_may(roles: tuple[str, str, str], db: Db) -> None:
     before = acl(db, "public")
     done = db.invoke(*TASK, role=app)
     assert done.code == 0, done
-    assert acl(db, "public") == acl(db, "core_attic") == before
+    assert acl(db, "public") == acl(db, "core_archive") == before
 
 
 @pytest.mark.parametrize("table", ["turns", "worlds", "prompt_snapshots"])
@@ -803,7 +803,7 @@ def test_of_two_at_once_one_does_it(db: Db) -> None:
     db.execute(UUID_TURNS)
     runs = [ended(process) for process in [db.start(*TASK) for _ in range(2)]]
     assert {done.code for done in runs} == {0}, "\n".join(map(str, runs))
-    assert db.rows("SELECT nspname FROM pg_namespace WHERE nspname ~ 'attic'") == [("core_attic",)]
+    assert db.rows("SELECT nspname FROM pg_namespace WHERE nspname ~ 'archive'") == [("core_archive",)]
     assert sum("moved to" in done.out for done in runs) == 1
     assert nothing_of_the_core_differs(db)
 
@@ -826,7 +826,7 @@ def test_of_two_by_psql_at_once_one_does_it(db: Db, tmp_path: Path) -> None:
         holder.rollback()
         said = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    assert db.rows("SELECT nspname FROM pg_namespace WHERE nspname ~ 'attic'") == [("core_attic",)]
+    assert db.rows("SELECT nspname FROM pg_namespace WHERE nspname ~ 'archive'") == [("core_archive",)]
 
 
 def test_no_row_is_read_or_written_whatever_the_size(db: Db) -> None:
@@ -844,7 +844,7 @@ def test_no_row_is_read_or_written_whatever_the_size(db: Db) -> None:
         connection.execute((MIGRATIONS / f"{STEM}.sql").read_bytes())
         assert connection.execute(files.encode()).fetchall() == before
         read = (
-            "SELECT seq_tup_read, idx_tup_fetch FROM pg_stat_xact_all_tables WHERE relid = 'core_attic.turns'::regclass"
+            "SELECT seq_tup_read, idx_tup_fetch FROM pg_stat_xact_all_tables WHERE relid = 'core_archive.turns'::regclass"
         )
         assert connection.execute(read).fetchone() == (0, 1)
 

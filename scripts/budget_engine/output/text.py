@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from budget_engine.errors import RecipeError
 from budget_engine.migration.checks import Check, Kind, Lock, outermost, that_count
 from budget_engine.migration.plan import Action, Effect, Plan, StepPlan
-from budget_engine.migration.recreate import Move
+from budget_engine.migration.recreate import ARCHIVE, Move
 from budget_engine.migration.runner import Rehearsed
 from budget_engine.migration.surroundings import Surroundings
 from budget_engine.migration.survey import Server, Survey
@@ -313,7 +313,11 @@ def moves(target: Target, server: Server, moving: Sequence[Move]) -> list[str]:
         return "empty" if move.rows is None else f"about {move.rows} rows" if move.rows else "with rows"
 
     return [
-        line("moves", f"out of schema {server.schema} on {target.display}; new and empty tables take their place:"),
+        line(
+            "moves",
+            f"out of schema {server.schema} on {target.display} to a new one, {ARCHIVE} (or {ARCHIVE}_2, …); new and "
+            "empty tables take the place of the chain's own:",
+        ),
         *(line("", f"{move.found} ({held(move)})") for move in moving),
     ]
 

@@ -557,14 +557,15 @@ MOVING_OTHERS = ('"My App"."My Notes"', "note_tags", "players", "rated", "rated_
 NAMED = ("of a turn", "of_note", "of_game", "of_snapshot")
 
 
-def test_tables_of_others_are_listed_and_in_the_way(db: Db) -> None:
-    db.execute(UUID_TURNS + OTHERS)
+def test_tables_of_others_are_listed_and_refused(db: Db) -> None:
+    """Also one of the chain's own that nothing makes anew."""
+    db.execute(UUID_TURNS + OTHERS + "ALTER TABLE slots ADD game uuid CONSTRAINT slot_of_game REFERENCES games (id)")
     before = db.dump(data=True)
-    task, file = db.invoke(*TASK), by_psql(db)
-    assert (task.code, file.code) == (6, 3), task
+    task, dry, file = db.invoke(*TASK), db.invoke("--dry", *ASKING), by_psql(db)
+    assert (task.code, dry.code, file.code) == (6, 6, 3), task
     assert "TB002" in file.err
-    for done in (task, file):
-        for word in (*NAMED, "My Notes", "note_tags", "rated"):
+    for done in (task, dry, file):
+        for word in (*NAMED, "slot_of_game", "My Notes", "note_tags", "rated"):
             assert word in done.err, done
         assert "unrelated" not in done.err
     assert "--with-dependants" in task.err
@@ -693,7 +694,20 @@ def test_a_plan_that_cannot_be_carried_out_is_refused_before_anything(db: Db) ->
     assert db.dump(data=True) == before
 
 
-def test_what_is_no_table_stays_in_the_way(db: Db) -> None:
+def test_a_view_is_not_read(db: Db) -> None:
+    """It runs what others wrote, and with our rights."""
+    db.execute(
+        WITHOUT_TURNS
+        + """
+        CREATE FUNCTION theirs() RETURNS bigint LANGUAGE plpgsql AS $$ BEGIN RAISE 'run'; END $$;
+        CREATE VIEW turns AS SELECT theirs() AS id"""
+    )
+    for words in (("--dry", *ASKING), TASK):
+        done = db.invoke(*words)
+        assert done.code == 0, done
+
+
+def test_what_is_no_table_is_refused(db: Db) -> None:
     db.execute(CORE_WITH_UUID_TURNS + "DROP TABLE turns; CREATE TABLE other (id int); CREATE INDEX turns ON other (id)")
     assert (db.invoke(*TASK).code, by_psql(db).code) == (6, 3)
 

@@ -14,7 +14,7 @@ ALTER TABLE turns RENAME idx TO turn_number;
 ALTER TABLE entry_points DROP ruleset_id;
 ALTER TABLE games DROP CONSTRAINT games_world_id_fkey, ALTER world_id TYPE uuid USING NULL;
 """
-TOLD = {"turns.idx": None, "entry_points.ruleset_id": None, "games.world_id": "uuid"}
+TOLD = {"turns.idx": None, "entry_points.ruleset_id": None, "games.world_id": "uuid NOT NULL"}
 TOLD_OF_THEIRS = {  # what hangs on these columns, by its title
     "key turns (game_id, idx)",
     "foreign key entry_points (ruleset_id)",
@@ -69,9 +69,11 @@ def test_verify_and_status_tell_it(db: Db, state: str, migrated: bool) -> None:
 def test_json_tells_it_too(db: Db) -> None:
     db.execute(HEAD_WITHOUT_ROWS)
     assert db.invoke("setup").code == 0
-    checks = json.loads(db.invoke("verify", "--format", "json").out)["checks"]
-    told = {f"{c['table']}.{c['name']}": c["required"] for c in checks if c["actual"] != c["expected"] and c["kind"] == "column"}
-    assert told == dict.fromkeys(TOLD, False)
+    document = json.loads(db.invoke("verify", "--format", "json").out)
+    checks = [check for step in document["steps"] for check in step["checks"] if not check["passed"]]
+    assert document["exit_code"] == 0
+    assert {check["title"]: check["actual"] for check in checks if check["kind"] == "column"} == TOLD
+    assert not any(check["required"] or check["conflict"] for check in checks)
 
 
 @pytest.mark.parametrize("task", ["plan", "rehearse", "prereqs", "fix", "slots-flags", "budget-report", "turn-metrics"])

@@ -133,6 +133,10 @@ def steps(plan: Plan, *, passed: Iterable[Check] = ()) -> list[str]:
 
 def _step_lines(planned: StepPlan, passed: Sequence[Check]) -> list[str]:
     rows = [f"{sign} {thing:<{_THING - 2}}{detail}".rstrip() for sign, thing, detail in _things(planned)]
+    rows += [
+        f"= {check.title:<{_THING - 2}}is {check.actual or 'missing'}, documented: {check.expected}; not required"
+        for check in outermost(planned.told)
+    ]
     rows += [f"  {check.title}: {check.actual}" for check in passed]
     return [step(planned.label, planned.state.value), *(step("", row) for row in rows)]
 

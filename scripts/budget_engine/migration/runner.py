@@ -93,9 +93,9 @@ BEGIN
   EXECUTE 'SELECT string_agg(format(''%s %s is %s, expected %s'', kind, concat_ws(''.'', "table", nullif(name, '''')),
                                     coalesce(actual, ''missing''), expected), E''\\n'')
            FROM (' || current_setting('budget_engine.verification') || ') AS checks
-           WHERE required AND actual IS DISTINCT FROM expected
-             AND (step = $1 OR (kind, "table", name) IN (SELECT w ->> 0, w ->> 1, w ->> 2
-                                                         FROM json_array_elements($2) AS w))
+           WHERE actual IS DISTINCT FROM expected
+             AND (required AND step = $1 OR (kind, "table", name) IN (SELECT w ->> 0, w ->> 1, w ->> 2
+                                                                      FROM json_array_elements($2) AS w))
              AND (kind, "table", name) NOT IN (SELECT w ->> 0, w ->> 1, w ->> 2 FROM json_array_elements($3) AS w)'
     INTO broken USING {step}, {also}::json, {later}::json;
   IF broken IS NOT NULL THEN

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from budget_engine.errors import RecipeError
 from budget_engine.migration.checks import Check, Kind, Lock, outermost, that_count
 from budget_engine.migration.plan import Action, Effect, Plan, StepPlan
-from budget_engine.migration.recreate import Move
+from budget_engine.migration.recreate import ARCHIVE, Move
 from budget_engine.migration.runner import Rehearsed
 from budget_engine.migration.surroundings import Surroundings
 from budget_engine.migration.survey import Server, Survey
@@ -133,6 +133,10 @@ def steps(plan: Plan, *, passed: Iterable[Check] = ()) -> list[str]:
 
 def _step_lines(planned: StepPlan, passed: Sequence[Check]) -> list[str]:
     rows = [f"{sign} {thing:<{_THING - 2}}{detail}".rstrip() for sign, thing, detail in _things(planned)]
+    rows += [
+        f"= {check.title:<{_THING - 2}}is {check.actual or 'missing'}, documented: {check.expected}; not required"
+        for check in outermost(planned.told)
+    ]
     rows += [f"  {check.title}: {check.actual}" for check in passed]
     return [step(planned.label, planned.state.value), *(step("", row) for row in rows)]
 
@@ -313,7 +317,11 @@ def moves(target: Target, server: Server, moving: Sequence[Move]) -> list[str]:
         return "empty" if move.rows is None else f"about {move.rows} rows" if move.rows else "with rows"
 
     return [
-        line("moves", f"out of schema {server.schema} on {target.display}; new and empty tables take their place:"),
+        line(
+            "moves",
+            f"out of schema {server.schema} on {target.display} to a new one, {ARCHIVE} (or {ARCHIVE}_2, …); new and "
+            "empty tables take the place of the chain's own:",
+        ),
         *(line("", f"{move.found} ({held(move)})") for move in moving),
     ]
 

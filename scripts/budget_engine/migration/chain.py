@@ -92,7 +92,7 @@ class Step:
 
     @property
     def label(self) -> str:
-        """The stem without its date: slots_flags."""
+        """The stem without its date: what people call the step."""
         return label(self.stem)
 
     @property

@@ -132,13 +132,17 @@ def steps(plan: Plan, *, passed: Iterable[Check] = ()) -> list[str]:
 
 
 def _step_lines(planned: StepPlan, passed: Sequence[Check]) -> list[str]:
-    rows = [f"{sign} {thing:<{_THING - 2}}{detail}".rstrip() for sign, thing, detail in _things(planned)]
+    rows = [_row(*thing) for thing in _things(planned)]
     rows += [
-        f"= {check.title:<{_THING - 2}}is {check.actual or 'missing'}, documented: {check.expected}; not required"
+        _row("=", check.title, f"is {check.actual or 'missing'}, documented: {check.expected}; not required")
         for check in outermost(planned.told)
     ]
     rows += [f"  {check.title}: {check.actual}" for check in passed]
     return [step(planned.label, planned.state.value), *(step("", row) for row in rows)]
+
+
+def _row(sign: str, thing: str, detail: str) -> str:
+    return f"{sign} {thing:<{_THING - 3}} {detail}".rstrip()
 
 
 def things(plan: Plan) -> list[str]:
@@ -146,8 +150,8 @@ def things(plan: Plan) -> list[str]:
     lines = []
     for planned in plan.steps:
         label = planned.label
-        for sign, thing, detail in _things(planned):
-            lines.append(step(label, f"{sign} {thing:<{_THING - 2}}{detail}".rstrip()))
+        for thing in _things(planned):
+            lines.append(step(label, _row(*thing)))
             label = ""
     return lines
 

@@ -257,7 +257,8 @@ class Script:
 
     def _verification(self, planned: StepPlan) -> str:
         """Write what raises unless the step's checks pass, those excepted that come later or concurrently."""
-        created = {check.key for action in planned.transaction for check in action.checks}
+        checks = [check for action in planned.transaction for check in action.checks]
+        created = {check.key for check in checks}
         concurrent = {check.key for action in self.plan.concurrent for check in action.checks}
         later = [
             check.key
@@ -266,7 +267,7 @@ class Script:
             and not check.passed
             and (check.key not in created or check.key in concurrent)
         ]
-        also = sorted(created - concurrent, key=str)
+        also = list(dict.fromkeys(c.key for c in checks if c.step != planned.label and c.key not in concurrent))
         message = literal(errors.BrokenStepError.says)
         return _VERIFICATION.format(step=literal(planned.label), also=_keys(also), later=_keys(later), message=message)
 

@@ -46,21 +46,18 @@ def place(server: Server, host: str = "") -> str:
 
 def opening(target_: Target, settings: Settings, found: Survey) -> str:
     """Write what is said before anything else: the target, and what is odd about the way there."""
-    return "\n".join([target(target_, settings, found.server), *notes(target_, settings), *behind(found)])
+    behind_ = (line("note", note) for note in behind(found.server, found.checks))
+    return "\n".join([target(target_, settings, found.server), *notes(target_, settings), *behind_])
 
 
-def behind(found: Survey) -> list[str]:
+def behind(server: Server, checks: Iterable[Check]) -> list[str]:
     """Say what is found in a later schema of the search_path than the one where new tables go."""
     later: dict[str, list[str]] = {}
-    for check in found.checks:
-        if check.kind is Kind.TABLE and check.found and check.home != found.server.schema:
+    for check in checks:
+        if check.kind is Kind.TABLE and check.found and check.home != server.schema:
             later.setdefault(str(check.home), []).append(check.table)
     return [
-        line(
-            "note",
-            f"{', '.join(tables)}: this is about schema {home}; {found.server.schema}, where new tables go, has "
-            f"none (search_path {found.server.search_path}; ?schema=NAME in DATABASE_URL says which one is meant)",
-        )
+        f"{', '.join(tables)}: this is about schema {home}; {server.schema}, where new tables go, has none"
         for home, tables in later.items()
     ]
 

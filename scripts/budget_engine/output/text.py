@@ -1,19 +1,25 @@
-"""The text: what a person reads, made of plain values. No connection, no terminal."""
+"""The text: what a person reads, made of plain values. No connection, no terminal, and no package is imported for it:
+that one is missing must be said, too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from budget_engine.errors import RecipeError
 from budget_engine.migration.checks import Check, Kind, Lock, outermost, that_count
 from budget_engine.migration.plan import Action, Effect, Plan, StepPlan
-from budget_engine.migration.recreate import ARCHIVE, Move
-from budget_engine.migration.runner import Rehearsed
-from budget_engine.migration.surroundings import Surroundings
-from budget_engine.migration.survey import Server, Survey
+from budget_engine.migration.recreate import ARCHIVE
 from budget_engine.output.console import LABEL
-from budget_engine.postgres.blockers import Bystander, Size
-from budget_engine.settings import Settings, Target
+
+if TYPE_CHECKING:
+    from budget_engine.migration.recreate import Move
+    from budget_engine.migration.runner import Rehearsed
+    from budget_engine.migration.surroundings import Surroundings
+    from budget_engine.migration.survey import Server, Survey
+    from budget_engine.postgres.blockers import Bystander, Size
+    from budget_engine.settings import Settings, Target
 
 _STEP = 30  # columns: the longest label, fix_prompt_snapshots_turn_id, and a little air
 _THING = 42  # a sign and what it is about

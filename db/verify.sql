@@ -1,8 +1,8 @@
 -- Every object that the steps create, one line each: what is expected, what the database has, who fixes the difference.
 --   psql "$DATABASE_URL" -f db/verify.sql     or: invoke verify
 --
--- Reads the catalogs only. A check that does not pass is fixed by a step; required and fixed by none, it is a conflict. Of a core table that
--- existed before, only what the other tables need is required: what else differs is its application's affair.
+-- A check that does not pass is fixed by a step; required and fixed by none, it is a conflict. Of a core table that existed before only what
+-- the other tables need is required: what else differs is its application's affair.
 \set ON_ERROR_STOP on
 BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY;
 SET LOCAL jit = off;
@@ -138,11 +138,10 @@ WITH path (schema, position) AS (
            (SELECT 'NOT VALID' FROM pg_constraint WHERE conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'n' AND NOT convalidated),
            CASE WHEN attgenerated <> '' THEN 'GENERATED' END)
   FROM tables JOIN pg_attribute ON attrelid = relation AND attnum > 0 AND NOT attisdropped
-  -- of a column that is to be replaced it is no matter
   UNION ALL SELECT 'default', table_name, attname, coalesce(pg_get_expr(adbin, adrelid), 'none')
   FROM tables JOIN pg_attribute ON attrelid = relation AND attnum > 0 AND NOT attisdropped AND attgenerated = ''
   LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
-  WHERE (attname, format_type(atttypid, NULL)) NOT IN (SELECT name, replaces FROM columns WHERE replaces IS NOT NULL)
+  WHERE (attname, format_type(atttypid, NULL)) NOT IN (SELECT name, replaces FROM columns WHERE replaces IS NOT NULL)  -- that goes along
   -- what hangs on a column that is to be replaced, besides its documented index, its default and its NOT NULL
   UNION ALL SELECT 'dependants', table_name, attname, string_agg(DISTINCT hanging.what, ', ')
   FROM columns JOIN tables USING (table_name) JOIN pg_attribute ON attrelid = relation AND attname = columns.name AND format_type(atttypid, NULL) = replaces
@@ -185,8 +184,7 @@ WITH path (schema, position) AS (
            replace(regexp_replace(substring(pg_get_indexdef(indexrelid) FROM ' USING (.*)$'), ' WITH [(][^)]*[)]', ''),
                    ' WHERE (must_keep = true)', ' WHERE must_keep'), CASE WHEN NOT indisvalid THEN 'INVALID' END)
   FROM tables JOIN pg_index ON indrelid = tables.relation JOIN pg_class ON pg_class.oid = indexrelid
-  -- any will do
-  UNION ALL SELECT 'comment', table_name, coalesce(attname, ''), 'present'
+  UNION ALL SELECT 'comment', table_name, coalesce(attname, ''), 'present'  -- any will do
   FROM tables JOIN pg_description ON objoid = tables.relation AND classoid = 'pg_class'::regclass
   LEFT JOIN pg_attribute ON attrelid = objoid AND attnum = objsubid AND attnum > 0
   UNION ALL SELECT 'row-level security', table_name, '', CASE WHEN relrowsecurity THEN 'on' ELSE 'off' END FROM tables JOIN pg_class ON pg_class.oid = relation
@@ -237,9 +235,10 @@ WITH path (schema, position) AS (
 ), checks AS MATERIALIZED (
   SELECT compared.*, CASE
            WHEN actual = form OR kind = 'dependants' THEN NULL
-           WHEN NOT required AND (NOT addable OR kind NOT IN ('index', 'key') OR EXISTS (  -- its indexes, where it has their columns
+           WHEN NOT required AND (NOT addable OR kind NOT IN ('index', 'key') OR EXISTS (  -- its indexes, where it has what they are made of
                   SELECT FROM pg_class CROSS JOIN string_to_table(coalesce(substring(form FROM '[(](.*)[)]'), name), ', ') AS part WHERE pg_class.oid = relation
-                  AND (relkind <> 'r' OR NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = relation AND attname = part)))) THEN NULL
+                  AND (relkind <> 'r' OR NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = relation AND attname = part
+                    AND (form NOT LIKE 'gin %' OR atttypid = ANY ('{text[],jsonb,tsvector}'::regtype[])))))) THEN NULL
            WHEN actual = form || CASE WHEN kind = 'foreign key' THEN ' NOT VALID' WHEN addable THEN ' INVALID' END THEN step
            WHEN kind = 'row-level security' OR kind = 'default' AND actual = 'none' OR kind = 'column' AND replaces = split_part(actual, ' ', 1) THEN step
            WHEN addable AND (kind = 'trigger' AND actual NOT LIKE 'CREATE CONSTRAINT %' OR kind = 'function'

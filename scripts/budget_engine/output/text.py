@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from budget_engine.errors import RecipeError
 from budget_engine.migration.checks import Check, Kind, Lock, outermost, that_count
 from budget_engine.migration.plan import Action, Effect, Plan, StepPlan
-from budget_engine.migration.recreate import Move
+from budget_engine.migration.recreate import ARCHIVE, Move
 from budget_engine.migration.runner import Rehearsed
 from budget_engine.migration.surroundings import Surroundings
 from budget_engine.migration.survey import Server, Survey
@@ -46,21 +46,18 @@ def place(server: Server, host: str = "") -> str:
 
 def opening(target_: Target, settings: Settings, found: Survey) -> str:
     """Write what is said before anything else: the target, and what is odd about the way there."""
-    return "\n".join([target(target_, settings, found.server), *notes(target_, settings), *behind(found)])
+    behind_ = (line("note", note) for note in behind(found.server, found.checks))
+    return "\n".join([target(target_, settings, found.server), *notes(target_, settings), *behind_])
 
 
-def behind(found: Survey) -> list[str]:
+def behind(server: Server, checks: Iterable[Check]) -> list[str]:
     """Say what is found in a later schema of the search_path than the one where new tables go."""
     later: dict[str, list[str]] = {}
-    for check in found.checks:
-        if check.kind is Kind.TABLE and check.found and check.home != found.server.schema:
+    for check in checks:
+        if check.kind is Kind.TABLE and check.found and check.home != server.schema:
             later.setdefault(str(check.home), []).append(check.table)
     return [
-        line(
-            "note",
-            f"{', '.join(tables)}: this is about schema {home}; {found.server.schema}, where new tables go, has "
-            f"none (search_path {found.server.search_path}; ?schema=NAME in DATABASE_URL says which one is meant)",
-        )
+        f"{', '.join(tables)}: this is about schema {home}; {server.schema}, where new tables go, has none"
         for home, tables in later.items()
     ]
 
@@ -132,9 +129,17 @@ def steps(plan: Plan, *, passed: Iterable[Check] = ()) -> list[str]:
 
 
 def _step_lines(planned: StepPlan, passed: Sequence[Check]) -> list[str]:
-    rows = [f"{sign} {thing:<{_THING - 2}}{detail}".rstrip() for sign, thing, detail in _things(planned)]
+    rows = [_row(*thing) for thing in _things(planned)]
+    rows += [
+        _row("=", check.title, f"is {check.actual or 'missing'}, documented: {check.expected}; not required")
+        for check in outermost(planned.told)
+    ]
     rows += [f"  {check.title}: {check.actual}" for check in passed]
     return [step(planned.label, planned.state.value), *(step("", row) for row in rows)]
+
+
+def _row(sign: str, thing: str, detail: str) -> str:
+    return f"{sign} {thing:<{_THING - 3}} {detail}".rstrip()
 
 
 def things(plan: Plan) -> list[str]:
@@ -142,8 +147,8 @@ def things(plan: Plan) -> list[str]:
     lines = []
     for planned in plan.steps:
         label = planned.label
-        for sign, thing, detail in _things(planned):
-            lines.append(step(label, f"{sign} {thing:<{_THING - 2}}{detail}".rstrip()))
+        for thing in _things(planned):
+            lines.append(step(label, _row(*thing)))
             label = ""
     return lines
 
@@ -313,7 +318,11 @@ def moves(target: Target, server: Server, moving: Sequence[Move]) -> list[str]:
         return "empty" if move.rows is None else f"about {move.rows} rows" if move.rows else "with rows"
 
     return [
-        line("moves", f"out of schema {server.schema} on {target.display}; new and empty tables take their place:"),
+        line(
+            "moves",
+            f"out of schema {server.schema} on {target.display} to a new one, {ARCHIVE} (or {ARCHIVE}_2, …); new and "
+            "empty tables take the place of the chain's own:",
+        ),
         *(line("", f"{move.found} ({held(move)})") for move in moving),
     ]
 

@@ -164,8 +164,7 @@ WITH path (schema, position) AS (
     FROM pg_publication_rel JOIN pg_publication ON pg_publication.oid = prpubid WHERE prrelid = attrelid AND to_jsonb(pg_publication_rel) ->> 'prattrs' IS NULL
   ) AS hanging (what)
   GROUP BY table_name, attname
-  -- by the columns, in alphabetical order
-  UNION ALL SELECT 'key', table_name, key.columns, CASE WHEN bool_or(indisprimary) THEN 'PRIMARY KEY' ELSE 'UNIQUE' END
+  UNION ALL SELECT 'key', table_name, key.columns, CASE WHEN bool_or(indisprimary) THEN 'PRIMARY KEY' ELSE 'UNIQUE' END  -- columns in alphabetical order
   FROM tables JOIN pg_index ON indrelid = relation AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL AND indexprs IS NULL
   CROSS JOIN LATERAL (SELECT string_agg(attname, ', ' ORDER BY attname) FROM pg_attribute
                       WHERE attrelid = indrelid AND attnum = ANY ((indkey::int2[])[0:indnkeyatts - 1])) AS key (columns)
@@ -175,7 +174,6 @@ WITH path (schema, position) AS (
                                 format(' REFERENCES %s(', coalesce(target.table_name, confrelid::regclass::text))), '^FOREIGN KEY [(].*?[)] ', '')
   FROM tables JOIN pg_constraint ON conrelid = tables.relation AND contype = 'f'
   JOIN pg_attribute ON attrelid = conrelid AND conkey = ARRAY[attnum] LEFT JOIN tables AS target ON target.relation = confrelid
-  -- the name of a foreign key, borne by another constraint
   UNION ALL SELECT 'foreign key', table_name, columns.name, format('missing, and its name %s is taken by %s', conname, pg_get_constraintdef(pg_constraint.oid))
   FROM columns JOIN tables USING (table_name)
   JOIN pg_constraint ON conrelid = relation AND conname = format('%s_%s_fkey', table_name, columns.name)

@@ -70,7 +70,7 @@ GAME_IDX = "key turns (game_id, idx)"
 def documented(check: Check) -> bool:
     """Whether it is told, but not required, of a table that exists."""
     if check.step != CORE:
-        return check.title == "foreign key prompt_snapshots (game_id)"
+        return check.kind is Kind.FOREIGN_KEY and check.name in ("game_id", "created_by")
     needed = check.table in ("games", "turns") and check.name in ("", "id") and check.kind in _OUTLINE
     return not needed and check.kind is not Kind.ROW_SECURITY
 
@@ -157,8 +157,6 @@ def _break_table(check: Check, checks: Checks) -> Iterator[Breakage]:
     within = [c for c in checks.values() if c.table == table and c.kind is not Kind.FUNCTION]  # a function stays
     pointing = _pointing_to(table, checks)
     missing: Differences = {c.title: (None, without_its_table(c)) for c in within}
-    if check.step == CORE and any(c.kind is Kind.POLICY for c in checks.values()):  # of a core table, if it is new
-        missing[f"policy {table}_service_role"] = (None, CORE)
     yield Breakage(check, "dropped", f"DROP TABLE {table} CASCADE", missing | _lost(pointing))
 
     def leads_to(place: str) -> Differences:
@@ -193,9 +191,9 @@ def _with_another(
     check: Check, kind: str, statement: str, within: Sequence[Check], pointing: Sequence[Check]
 ) -> Breakage:
     """Have something else bear the table's name."""
-    secured = [c for c in within if c.kind is Kind.ROW_SECURITY]
+    secured = [c for c in within if c.kind is Kind.ROW_SECURITY or (c.kind is Kind.POLICY and c.step == CORE)]
     differs = _lost([c for c in within if c not in secured], buildable=False) | _lost(pointing)
-    if check.step != CORE:  # of a core table, only while it bears our policy
+    if check.step != CORE:  # of a core table, only while it has our policy
         differs |= {c.title: ("off", c.step) for c in secured}
     differs[check.title] = kind, in_another_form(check)
     if not kind.endswith(("table", "view")):  # what is no table or view, recreate leaves where it is
@@ -396,12 +394,13 @@ def _break_foreign_key(check: Check, checks: Checks) -> Iterator[Breakage]:
     set_null = "SET NULL" in check.expected
     action = check.expected.replace("SET NULL", "CASCADE") if set_null else f"{no_action} ON DELETE SET DEFAULT"
     yield _as_another(check, "other action", with_key(action), action)
-    elsewhere = re.sub(r"REFERENCES \w+", "REFERENCES public.other", check.expected)
+    elsewhere = re.sub(r"REFERENCES [\w.]+", "REFERENCES public.other", check.expected)
     other = f"CREATE TABLE other (id {type_} PRIMARY KEY)"
     yield _as_another(check, "elsewhere", f"{other}; {with_key(elsewhere)}", elsewhere)
     named = f"{drop}; {alter} ADD CONSTRAINT {name} CHECK ({check.name} IS NOT NULL) NOT VALID"
     taken = f"missing, and its name {name} is taken by CHECK (({check.name} IS NOT NULL)) NOT VALID"
-    yield _as_another(check, "its name taken", named, taken)
+    of_ours = {check.title: (taken, in_another_form(check))} if "auth." not in check.expected else _lost([check])
+    yield Breakage(check, "its name taken", named, of_ours)
     yield Breakage(check, "renamed", f"{alter} RENAME CONSTRAINT {name} TO other", {})
     second = f"{alter} ADD CONSTRAINT a_second_one {key} {{}}"
     yield Breakage(check, "the same again", second.format(check.expected), {})
@@ -428,7 +427,7 @@ def _break_policy(check: Check, _: Checks) -> Iterator[Breakage]:
     name, table = check.name, check.table
     role = check.expected.split()[2]
     drop = f"DROP POLICY {name} ON {table}"
-    yield Breakage(check, "dropped", drop, _lost([check]))
+    yield Breakage(check, "dropped", drop, {} if check.step == CORE else _lost([check]))
     for other in ("PUBLIC", "anon", f"anon, {role}"):
         sql = f"ALTER POLICY {name} ON {table} TO {other}"
         yield _as_another(check, f"to {other}", sql, check.expected.replace(f" TO {role}", f" TO {other}"))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import supabase
-from conftest import ROOT, Db
+from budget_engine.migration.chain import ROOT
+from conftest import Db
 
 PACKAGE = ROOT / "scripts" / "budget_engine"
 ROOMS = ["commands", "output", "migration", "postgres", "settings", "env_file", "libpq", "errors"]
@@ -47,7 +48,19 @@ def test_imports_run_in_one_direction(path: Path) -> None:
 
 
 # Columns that any table may have.
-GENERAL = {"id", "type", "name", "version", "status", "created_at", "updated_at", "role", "source", "content", "description"}
+GENERAL = {
+    "id",
+    "type",
+    "name",
+    "version",
+    "status",
+    "created_at",
+    "updated_at",
+    "role",
+    "source",
+    "content",
+    "description",
+}
 # Words of English, or of other programs, that are tables of ours, too.
 OTHERS = re.compile(r"takes? turns|connection slots are reserved|(jinja|string) templates")
 

@@ -9,12 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import MIGRATIONS
-from pglast import split
-
 from budget_engine import errors
 from budget_engine.migration import chain, turn
 from budget_engine.migration.checks import Check, Kind
+from conftest import MIGRATIONS
+from pglast import split
 
 CHAIN = chain.load()
 assert CHAIN.recreate
@@ -57,7 +56,7 @@ def test_tasks_share_the_chain_in_its_order() -> None:
 
 @each_step
 def test_the_statements_are_those_that_postgres_sees(step: chain.Step) -> None:
-    """All of them in their order, but BEGIN, SET LOCAL, COMMIT, and what is psql's own; where they begin; which part."""
+    """All of them in their order, but BEGIN, SET LOCAL and COMMIT; where they begin; in which part they are."""
     text = re.sub(r"^\\.*$", "", (MIGRATIONS / f"{step.stem}.sql").read_text(), flags=re.M)
     every = [text[part] for part in split(text, only_slices=True)]
     own = [statement for statement in step.statements if statement.step == step.label]

@@ -1,4 +1,4 @@
-"""A ninth step, as db/README.md says how: one file, some lines of db/verify.sql, a task. The engine takes it as it is."""
+"""A ninth step, as db/README.md says how: a file, lines of db/verify.sql, a task; nothing under scripts/ is changed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import supabase
-from conftest import ROOT, Db, Run, clean_environment, database, run
-from proxy import Proxy, containing, cut, on_nth, socket_of
-
 from budget_engine.migration import chain
-from budget_engine.postgres import embedded
+from conftest import Db, Run, clean_environment, database, run
+from proxy import Proxy, containing, cut, on_nth, socket_of
 
 STEP = "20260101_slot_owners"
 MIGRATION = r"""-- 20260101_slot_owners: who looks after a slot, and how far its review has come.
@@ -40,7 +37,8 @@ CREATE TABLE IF NOT EXISTS slot_owners (
   id    bigint  GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
   name  text    NOT NULL CONSTRAINT uk_slot_owners_name UNIQUE
 );
-ALTER TABLE slots ADD COLUMN IF NOT EXISTS owner_id bigint CONSTRAINT slots_owner_id_fkey REFERENCES slot_owners (id) ON DELETE SET NULL;
+ALTER TABLE slots ADD COLUMN IF NOT EXISTS owner_id bigint
+  CONSTRAINT slots_owner_id_fkey REFERENCES slot_owners (id) ON DELETE SET NULL;
 ALTER TABLE slots ADD COLUMN IF NOT EXISTS review text NOT NULL DEFAULT 'open';
 DO $$ BEGIN
   IF NOT EXISTS (SELECT FROM pg_description JOIN pg_attribute ON attrelid = objoid AND attnum::int = objsubid
@@ -53,7 +51,8 @@ BEGIN
   NEW.review := 'open';
   RETURN NEW;
 END $$;
-CREATE OR REPLACE TRIGGER trigger_slots_reopen_review BEFORE UPDATE OF description ON slots FOR EACH ROW EXECUTE FUNCTION reopen_review();
+CREATE OR REPLACE TRIGGER trigger_slots_reopen_review BEFORE UPDATE OF description ON slots
+  FOR EACH ROW EXECUTE FUNCTION reopen_review();
 COMMIT;
 
 -- Each alone, outside any transaction.
@@ -142,16 +141,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The copy: nothing under scripts/ is changed."""
     folder = tmp_path_factory.mktemp("project")
     for name in ("scripts", "db"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(chain.ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "requirements.txt"):
-        shutil.copy(ROOT / name, folder)
+        shutil.copy(chain.ROOT / name, folder)
     (folder / "db" / "migrations" / f"{STEP}.sql").write_text(MIGRATION)
-    verify = (ROOT / "db" / "verify.sql").read_text()
+    verify = (chain.ROOT / "db" / "verify.sql").read_text()
     for place, lines in LINES.items():
         assert verify.count(place) == 1, place
         verify = verify.replace(place, f"{lines}\n{place}")
     (folder / "db" / "verify.sql").write_text(verify)
-    (folder / "tasks.py").write_text((ROOT / "tasks.py").read_text() + TASK)
+    (folder / "tasks.py").write_text((chain.ROOT / "tasks.py").read_text() + TASK)
     return folder
 
 

@@ -11,17 +11,16 @@ from functools import cache
 
 import pytest
 import supabase
+from budget_engine.migration import chain, plan, runner, survey, turn
+from budget_engine.migration.checks import Check, Kind, as_if_missing, outermost
+from budget_engine.migration.plan import Action, Plan, State, StepPlan
+from budget_engine.postgres import embedded
 from conftest import Db, database
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pglast import split
 from proxy import Proxy, socket_of
 from states import by_hand, with_uuid
-
-from budget_engine.migration import chain, plan, runner, survey, turn
-from budget_engine.migration.checks import Check, Kind, as_if_missing, outermost
-from budget_engine.migration.plan import Action, Plan, State, StepPlan
-from budget_engine.postgres import embedded
 
 CHAIN = chain.load()
 LABELS = [step.label for step in CHAIN.steps]
@@ -56,7 +55,9 @@ def _passing(check: Check) -> Check:
 @cache
 def _addable(check: Check) -> bool:
     """Whether a statement adds it to a table that exists; that a column has no default comes with the column."""
-    return (check.kind, check.expected) != (Kind.DEFAULT, "none") and any(one.creates(check) and not one.declares(check) for one in STATEMENTS)
+    return (check.kind, check.expected) != (Kind.DEFAULT, "none") and any(
+        one.creates(check) and not one.declares(check) for one in STATEMENTS
+    )
 
 
 TABLES = (
@@ -158,9 +159,7 @@ def test_every_check_that_fails_has_its_place(everything: Everything, chosen: Ch
 
 @drawn
 @given(chosen)
-def test_the_statements_are_those_of_the_files_in_their_order(
-    everything: Everything, chosen: Chosen
-) -> None:
+def test_the_statements_are_those_of_the_files_in_their_order(everything: Everything, chosen: Chosen) -> None:
     checks = surveyed(everything, chosen, conflicts=False)
     made = plan.make(CHAIN, CHAIN.steps, checks)
     for step in made.steps:
@@ -244,7 +243,9 @@ def test_what_moves_is_created_again(everything: Everything) -> None:
     made = plan.make(CHAIN, CHAIN.steps, as_if_missing(checks, ["turns", "turn_metrics"]))
     assert {check.table for check in made.conflicts} == {c.table for c in checks} - {"turns", "turn_metrics"}
     [metrics] = [step for step in made.steps if step.label == "turn_metrics"]
-    assert [action.statement.new_table for action in metrics.transaction if action.statement.new_table] == ["turn_metrics"]
+    assert [action.statement.new_table for action in metrics.transaction if action.statement.new_table] == [
+        "turn_metrics"
+    ]
 
 
 # ── the messages ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -270,7 +271,16 @@ def test_each_step_is_a_transaction_with_all_its_parts(everything: Everything, c
     expected = []
     for step in made.transactions:
         locks = [part.LOCKS] if any(action.locks for action in step.transaction) else []
-        parts = [part.FRAME, part.GUARD, *locks, part.MIGRATION, part.VERIFICATION, part.HISTORY, part.CLOCK, part.COMMIT]
+        parts = [
+            part.FRAME,
+            part.GUARD,
+            *locks,
+            part.MIGRATION,
+            part.VERIFICATION,
+            part.HISTORY,
+            part.CLOCK,
+            part.COMMIT,
+        ]
         expected += [(step.label, part) for part in parts]
     if expected:
         expected.append((expected[-1][0], part.FRAME))  # the verification is forgotten

@@ -171,7 +171,9 @@ def _break_table(check: Check, checks: Checks) -> Iterator[Breakage]:
     older = f"older_{table}"
     rename = f"ALTER TABLE {table} RENAME TO {older}"
     indexes = [c for c in within if c.kind is Kind.INDEX]
-    keys: Differences = {c.title: (_taken(_NAMED_KEYS[c.title], older), CONFLICT) for c in within if c.title in _NAMED_KEYS}
+    keys: Differences = {
+        c.title: (_taken(_NAMED_KEYS[c.title], older), CONFLICT) for c in within if c.title in _NAMED_KEYS
+    }
     taken: Differences = {index.title: (_taken(index.name, older), CONFLICT) for index in indexes}
     yield Breakage(check, "renamed", rename, missing | leads_to(f"public.{older}") | taken | keys)
     also = [f"ALTER INDEX {index.name} RENAME TO older_{index.name}" for index in indexes]
@@ -322,8 +324,10 @@ def _break_key(check: Check, checks: Checks) -> Iterator[Breakage]:
     lost = _lost([check, *_pointing_to_key(check, checks)])
     yield Breakage(check, "dropped", drop, lost)
     invalid = f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{name}'::regclass"
-    unfinished: Differences = {GAME_IDX: ("UNIQUE INVALID", CORE)}  # the only one that can be built online
-    yield Breakage(check, "invalid", invalid, unfinished if check.title == GAME_IDX else _lost([check]))
+    lost_alone = _lost([check])
+    if check.title == GAME_IDX:  # the only one that is built concurrently
+        lost_alone = {GAME_IDX: ("UNIQUE INVALID", CORE)}
+    yield Breakage(check, "invalid", invalid, lost_alone)
     partial = f"CREATE UNIQUE INDEX other ON {table} ({columns}) WHERE created_at > '2000-01-01'"
     yield Breakage(check, "partial", f"{drop}; {partial}", lost)
     yield Breakage(check, "wider", f"{drop}; CREATE UNIQUE INDEX other_wider ON {table} ({columns}, created_at)", lost)
@@ -499,7 +503,9 @@ _HANGING = {
     "ALTER TABLE prompt_snapshots ADD CONSTRAINT c CHECK (turn_id IS NOT NULL)": f"constraint c on {_TABLE}",
     "CREATE STATISTICS s ON turn_id, game_id FROM prompt_snapshots": "statistics object public.s",
     f"CREATE PUBLICATION p FOR TABLE prompt_snapshots{COLUMNS}": (
-        f"publication of {_TABLE} in publication p" if COLUMNS else "publication p: its subscribers lack the kept column"
+        f"publication of {_TABLE} in publication p"
+        if COLUMNS
+        else "publication p: its subscribers lack the kept column"
     ),
     "CREATE TABLE other (id uuid PRIMARY KEY);"
     "ALTER TABLE prompt_snapshots ADD CONSTRAINT c FOREIGN KEY (turn_id) REFERENCES other": f"constraint c on {_TABLE}",

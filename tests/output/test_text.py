@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from budget_engine import errors
 from budget_engine.migration import chain, plan
 from budget_engine.migration.checks import Check, Kind
 from budget_engine.output import text
 from budget_engine.output.console import LABEL
 from budget_engine.settings import Settings, parse_target
+from hypothesis import given
+from hypothesis import strategies as st
 
 CHAIN = chain.load()
 words = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1)
@@ -50,7 +49,11 @@ def test_what_is_documented_and_differs_is_not_counted() -> None:
 
 
 def test_each_step_its_state_and_what_it_creates() -> None:
-    everything = [check(), check(Kind.COMMENT, expected="present"), check(name="min_chars", actual="text", fixed_by=None)]
+    everything = [
+        check(),
+        check(Kind.COMMENT, expected="present"),
+        check(name="min_chars", actual="text", fixed_by=None),
+    ]
     made = plan.make(CHAIN, CHAIN.steps, everything)
     lines = text.steps(made)
     heads = [line for line in lines if re.match(r"  \w", line)]
@@ -70,7 +73,10 @@ def test_what_a_transaction_created_and_changed() -> None:
 
 def test_target_lines_mask_and_note() -> None:
     target = parse_target("postgresql+psycopg2://u:secret-word@h/db?connection_limit=1")
-    lines = [text.target(target, Settings(target, ".env")), *text.notes(target, Settings(target, ".env", notes=("one",)))]
+    lines = [
+        text.target(target, Settings(target, ".env")),
+        *text.notes(target, Settings(target, ".env", notes=("one",))),
+    ]
     assert lines[0] == f"{'target':<{LABEL}}postgresql://u:***@h/db (.env)"
     assert [line.split()[0] for line in lines[1:]] == ["note"] * 3
     assert "secret-word" not in "\n".join(lines)

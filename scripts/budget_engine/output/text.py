@@ -83,7 +83,7 @@ def notes(target: Target, settings: Settings) -> list[str]:
 
 
 def row_security(checks: Iterable[Check]) -> str:
-    """Which of three kinds of server this is: the verification asks for policies where there is something to protect."""
+    """Which kind of server this is: the verification asks for policies where there is something to protect."""
     policies = [check.name for check in checks if check.kind is Kind.POLICY]
     secured = any(check.kind is Kind.ROW_SECURITY for check in checks)
     if not secured and not policies:

@@ -635,7 +635,7 @@ def test_a_pipe_that_does_not_block_gets_everything() -> None:
 
 def test_question_that_nobody_can_be_asked(db: Db) -> None:
     db.migrate(STEMS[0])
-    db.execute("ALTER TABLE worlds DROP COLUMN doc; INSERT INTO worlds (id) VALUES ('w')")
+    db.execute("ALTER TABLE turns DROP COLUMN id; INSERT INTO worlds (id) VALUES ('w')")
     before = db.dump(data=True)
     for streams in ("<&-", ">&- <&-", "</dev/null"):
         done = shell(chain.ROOT, f"invoke prereqs --recreate {streams}", DATABASE_URL=db.url)

@@ -15,6 +15,8 @@ from typing import Any
 
 import psycopg
 import pytest
+from budget_engine.migration import chain, turn
+from budget_engine.migration.chain import ROOT
 from conftest import (
     MIGRATIONS,
     PACKAGED_TOO,
@@ -29,9 +31,6 @@ from conftest import (
 )
 from proxy import Proxy, containing, on_nth, socket_of
 from states import with_uuid
-
-from budget_engine.migration import chain, turn
-from budget_engine.migration.chain import ROOT
 
 TASKS = ["setup", "prereqs", "fix", "slots-flags", "budget-report", "turn-metrics", "verify"]
 STEMS = [step.stem for step in chain.load()]

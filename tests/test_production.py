@@ -7,11 +7,10 @@ import sys
 import time
 
 import pytest
+from budget_engine.migration import chain
 from conftest import MIGRATIONS, PACKAGED_TOO, Db, clean_environment, ended, until
 from psycopg.errors import RaiseException
 from states import by_hand, with_uuid
-
-from budget_engine.migration import chain
 
 # Between two attempts to get both locks.
 WAITING = """

@@ -10,10 +10,9 @@ from typing import Any
 
 import psycopg
 import pytest
+from budget_engine.migration import chain, runner, turn
 from conftest import Db, Run, ended, until
 from states import BIGINT, CORE, CORE_WITH_UUID_TURNS, snapshots
-
-from budget_engine.migration import chain, runner, turn
 
 SCHEMAS = [f"tenant_{number:02}" for number in range(24)]
 EVERYTHING = "171 of 171 promises stand"

@@ -121,7 +121,7 @@ BEGIN
     WHERE proname = 'update_entry_points_search_text' AND pronargs = 0 AND prokind = 'f' AND pronamespace = ANY (homes)
   LOOP
     EXECUTE statement;
-    RAISE NOTICE '% moved to %', split_part(statement, ' ', 3), archive;
+    RAISE NOTICE '% moved to %', substring(statement FROM ' (?:TABLE|FUNCTION) (.*) SET SCHEMA '), archive;
   END LOOP;
   -- The new tables are made where the old ones were, and see no copy of the same name in a later schema.
   PERFORM set_config('budget_engine.moved', ARRAY(SELECT oid FROM unnest(named) AS n (oid) WHERE oid = ANY (moving))::text, true),

@@ -194,7 +194,7 @@ def _looking(task: str, form: str, *, quiet: bool, sql: bool = False) -> Iterato
             found = session.look(believes=lambda todo: not todo.missing)
             CONSOLE.first(text.opening(where, given, found))
             todo = session.todo(found)
-            look = _Look(task, given, where, session, found, todo, session.commands(todo.conflicts))
+            look = _Look(task, given, where, session, found, todo, session.commands(todo))
             yield look
             CONSOLE.say()
     except (Exception, KeyboardInterrupt) as error:

@@ -7,6 +7,7 @@ keys: those that it makes anew, and, where they are to move along, those of othe
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 from budget_engine import errors
@@ -128,10 +129,31 @@ def make(
     """Plan the move and all that makes the moved tables anew as one transaction; what else is wanted comes later."""
     gone = _gone(moves)
     rest = plan.make(chain, wanted, as_if_missing(checks, gone))
-    reasons = dict.fromkeys(check for step in rest.steps for check in step.reasons)
-    # What it includes of other files is for the tables that move.
-    made_anew = {recreate.label, recreate.instead_of, *(check.step for check in checks if check.table in gone)}
-    creating = [
+    reasons = tuple(dict.fromkeys(check for step in rest.steps for check in step.reasons))
+    now = tuple(check for check in reasons if check.step == recreate.instead_of or check.table in gone)
+    first, *others = _creating(recreate, {check.step for check in now}, reasons)
+    new_tables = {check.table for check in now if check.kind is Kind.TABLE}
+    indexes = [
+        action
+        for step in rest.steps
+        for action in step.transaction
+        if action.statement.concurrent and new_tables.issuperset(check.table for check in action.checks)
+    ]
+    locks = {move.table if move.anew else move.found: Lock.ACCESS_EXCLUSIVE for move in moves if move.kind in _TABLES}
+    transaction = (replace(first, locks=locks), *others, *indexes)
+    steps = tuple(
+        replace(step, step=recreate, transaction=transaction, concurrent=(), reasons=now)
+        if step.label == recreate.instead_of
+        else replace(step, transaction=(), concurrent=(), reasons=tuple(c for c in step.reasons if c not in now))
+        for step in rest.steps
+    )
+    return plan.Plan(steps, tuple(checks), sum(check.passed for check in checks))
+
+
+def _creating(recreate: Step, made_anew: AbstractSet[str], reasons: Sequence[Check]) -> list[plan.Action]:
+    """Return the statements of the file; of what it includes of other files, those for the tables that move."""
+    labels = {recreate.label, recreate.instead_of, *made_anew}
+    return [
         plan.Action(
             recreate.label,
             (statement.text,),
@@ -142,21 +164,5 @@ def make(
             concurrent=False,
         )
         for statement in recreate.statements
-        if statement.step in made_anew
+        if statement.step in labels
     ]
-    locks = {move.table if move.anew else move.found: Lock.ACCESS_EXCLUSIVE for move in moves if move.kind in _TABLES}
-    made = {check.key for action in creating for check in action.checks if check.kind is Kind.TABLE}
-    indexes = [
-        action
-        for step in rest.steps
-        for action in step.transaction
-        if action.statement.concurrent and all((Kind.TABLE, check.table, "") in made for check in action.checks)
-    ]
-    transaction = (replace(creating[0], locks=locks), *creating[1:], *indexes)
-    steps = tuple(
-        replace(step, step=recreate, transaction=transaction, concurrent=())
-        if step.label == recreate.instead_of
-        else replace(step, transaction=(), concurrent=())
-        for step in rest.steps
-    )
-    return plan.Plan(steps, tuple(checks), sum(check.passed for check in checks))

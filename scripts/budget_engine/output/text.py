@@ -1,19 +1,25 @@
-"""The text: what a person reads, made of plain values. No connection, no terminal."""
+"""The text a person reads, made of plain values.
+
+No connection and no terminal, and no package is imported for it: that one is missing must be said, too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from budget_engine.errors import RecipeError
 from budget_engine.migration.checks import Check, Kind, Lock, outermost, that_count
 from budget_engine.migration.plan import Action, Effect, Plan, StepPlan
-from budget_engine.migration.recreate import ARCHIVE, Move
-from budget_engine.migration.runner import Rehearsed
-from budget_engine.migration.surroundings import Surroundings
-from budget_engine.migration.survey import Server, Survey
 from budget_engine.output.console import LABEL
-from budget_engine.postgres.blockers import Bystander, Size
-from budget_engine.settings import Settings, Target
+
+if TYPE_CHECKING:
+    from budget_engine.migration.recreate import Move
+    from budget_engine.migration.runner import Rehearsed
+    from budget_engine.migration.surroundings import Surroundings
+    from budget_engine.migration.survey import Server, Survey
+    from budget_engine.postgres.blockers import Bystander, Size
+    from budget_engine.settings import Settings, Target
 
 _STEP = 30  # columns: the longest label, fix_prompt_snapshots_turn_id, and a little air
 _THING = 42  # a sign and what it is about
@@ -137,13 +143,17 @@ def steps(plan: Plan, *, passed: Iterable[Check] = ()) -> list[str]:
 
 
 def _step_lines(planned: StepPlan, passed: Sequence[Check]) -> list[str]:
-    rows = [f"{sign} {thing:<{_THING - 2}}{detail}".rstrip() for sign, thing, detail in _things(planned)]
+    rows = [_row(*thing) for thing in _things(planned)]
     rows += [
-        f"= {check.title:<{_THING - 2}}is {check.actual or 'missing'}, documented: {check.expected}; not required"
+        _row("=", check.title, f"is {check.actual or 'missing'}, documented: {check.expected}; not required")
         for check in outermost(planned.told)
     ]
     rows += [f"  {check.title}: {check.actual}" for check in passed]
     return [step(planned.label, planned.state.value), *(step("", row) for row in rows)]
+
+
+def _row(sign: str, thing: str, detail: str) -> str:
+    return f"{sign} {thing:<{_THING - 3}} {detail}".rstrip()
 
 
 def things(plan: Plan) -> list[str]:
@@ -151,8 +161,8 @@ def things(plan: Plan) -> list[str]:
     lines = []
     for planned in plan.steps:
         label = planned.label
-        for sign, thing, detail in _things(planned):
-            lines.append(step(label, f"{sign} {thing:<{_THING - 2}}{detail}".rstrip()))
+        for thing in _things(planned):
+            lines.append(step(label, _row(*thing)))
             label = ""
     return lines
 
@@ -317,6 +327,7 @@ def error(error: RecipeError, target: str = "") -> list[str]:
 
 def moves(target: Target, server: Server, moving: Sequence[Move]) -> list[str]:
     """Say what would move, and about how many rows each table has."""
+    from budget_engine.migration.recreate import ARCHIVE  # here: it needs psycopg, and this module must load without
 
     def held(move: Move) -> str:
         return "empty" if move.rows is None else f"about {move.rows} rows" if move.rows else "with rows"

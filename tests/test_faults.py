@@ -17,8 +17,9 @@ from budget_engine.postgres.embedded import Cluster
 from conftest import MIGRATIONS, SEED, THE_TURN, Db, Run, ended, until
 from proxy import COMMITTED, Message, Proxy, Watcher, containing, cut, on_nth, socket_of, unchanged
 
-STEMS = [step.stem for step in chain.load()]
-NEEDED_FROM_NOTHING = [stem for stem in STEMS if "fix" not in stem]
+NEEDED_FROM_NOTHING = [step for step in chain.load().steps if "fix" not in step.label]
+STEMS = [step.stem for step in NEEDED_FROM_NOTHING]
+LABELS = [step.label for step in NEEDED_FROM_NOTHING]
 RANDOM_POINTS = 6
 
 # Counts the DDL commands of a session that has our name, and acts on the one that is asked for.
@@ -40,12 +41,12 @@ UNTRAP = "DROP EVENT TRIGGER trap; DROP SCHEMA trap CASCADE"
 
 @pytest.fixture(scope="module")
 def stages(cluster: Cluster) -> list[str]:
-    """Dumps of a database after none, one, two, … of the steps, by psql: what may stand after a run was cut off."""
+    """Dumps of a database after none, one, two, … of the steps, by psql: what there may be after a run was cut off."""
     with psycopg.connect(cluster.url, autocommit=True) as connection:
         connection.execute("CREATE DATABASE stages TEMPLATE template0")
         reference = Db(cluster, "stages")
         dumps = [reference.dump()]
-        for stem in NEEDED_FROM_NOTHING:
+        for stem in STEMS:
             reference.migrate(stem)
             dumps.append(reference.dump())
         connection.execute("DROP DATABASE stages WITH (FORCE)")
@@ -53,27 +54,29 @@ def stages(cluster: Cluster) -> list[str]:
 
 
 def assert_whole_steps_then_finished(db: Db, stages: list[str], done: Run) -> None:
-    """No step stands in part; its line in the diary stands with it; one more run finishes."""
+    """No step is there in part; its line in the history comes with it; one more run finishes."""
     assert "Traceback" not in done.err, done
     assert_one_message(done)
     deadline = time.monotonic() + 30
     while db.value("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'budget-engine-recipes'"):
         assert time.monotonic() < deadline  # the server may go on for a while with what it was sent
         time.sleep(0.01)
-    standing = stages.index(db.dump())
-    in_diary = (
-        [] if standing == 0 else [step for (step,) in db.rows("SELECT step FROM budget_engine.diary ORDER BY id")]
-    )
-    assert in_diary == NEEDED_FROM_NOTHING[:standing]
+    reached = stages.index(db.dump())
+    in_history = [] if reached == 0 else history(db)
+    assert in_history == LABELS[:reached]
     again = db.invoke("setup")
     assert again.code == 0, again
     assert db.differing() == {}
     assert db.dump() == stages[-1]
-    assert db.rows("SELECT step FROM budget_engine.diary ORDER BY id") == [(stem,) for stem in NEEDED_FROM_NOTHING]
+    assert history(db) == LABELS
+
+
+def history(db: Db) -> list[str]:
+    return [step for (step,) in db.rows("SELECT step FROM budget_engine.history ORDER BY id")]
 
 
 def assert_one_message(done: Run) -> None:
-    assert done.err.count("error: ") == (done.code != 0), done
+    assert done.err.count("error  ") == (done.code != 0), done
 
 
 def setup_through(db: Db, client_says: Watcher = unchanged, server_says: Watcher = unchanged) -> Run:
@@ -112,7 +115,7 @@ def test_line_is_cut_in_the_last_look(db: Db, stages: list[str]) -> None:
     """Everything is done, but nobody could say so: not a success."""
     done = setup_through(db, client_says=on_nth(of_the_work("Q"), 3, cut))
     assert done.code == 4, done
-    assert "promises stand" not in done.out
+    assert "checks pass" not in done.out
     assert db.dump() == stages[-1]
     assert_whole_steps_then_finished(db, stages, done)
 
@@ -131,9 +134,9 @@ def test_backend_is_terminated_in_a_command(db: Db, stages: list[str], command: 
     assert_whole_steps_then_finished(db, stages, done)
 
 
-def test_backend_is_terminated_while_it_builds_online(db: Db) -> None:
+def test_backend_is_terminated_while_it_builds_concurrently(db: Db) -> None:
     """An old transaction holds the build up; what is left is an INVALID index."""
-    db.migrate(*NEEDED_FROM_NOTHING)
+    db.migrate(*STEMS)
     whole = db.dump()
     db.execute("DROP INDEX idx_games_owner, idx_slots_type")
     builder = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
@@ -260,8 +263,8 @@ FAILURES = {
 
 @pytest.mark.parametrize(("tag", "command", "stem", "text"), FAILURES.values(), ids=FAILURES)
 def test_failing_step(db: Db, stages: list[str], tag: str, command: str, stem: str, text: str) -> None:
-    """The steps before it stand, it left no trace; the message says where, what the server said, and what stands."""
-    condition = f"TG_TAG = '{tag}' AND current_query() LIKE '%budget_engine.diary%'"
+    """The steps before it are done, it left no trace; the message says all that, where, and what the server said."""
+    condition = f"TG_TAG = '{tag}' AND current_query() LIKE '%budget_engine.history%'"
     match = f"EXISTS (SELECT FROM pg_event_trigger_ddl_commands() WHERE {OBJECT[tag].format(command.split()[-1])})"
     db.execute(TRAP.format(condition=f"{condition} AND {match}", action=FAIL, event="ddl_command_end"))
     done = db.invoke("setup")
@@ -271,15 +274,8 @@ def test_failing_step(db: Db, stages: list[str], tag: str, command: str, stem: s
     assert place is not None, done
     assert int(place[1]) in lines_with(stem, text)
     assert command.split()[-1].split(".")[-1] in place[2]
-    before = NEEDED_FROM_NOTHING[: NEEDED_FROM_NOTHING.index(stem)]
-    for words in (
-        chain.label(stem),
-        f"sprung on {tag}",
-        "a detail",
-        "a hint",
-        "left no trace",
-        *map(chain.label, before),
-    ):
+    before = LABELS[: STEMS.index(stem)]
+    for words in (f"sprung on {tag}", "a detail", "a hint", f"{chain.label(stem)} changed nothing", *before):
         assert words in done.err
     assert db.dump() == stages[len(before)]
     assert_whole_steps_then_finished(db, stages, done)
@@ -294,7 +290,7 @@ OBJECT = {
 }
 
 
-def test_promise_that_does_not_stand_is_rolled_back(db: Db, stages: list[str]) -> None:
+def test_step_whose_checks_do_not_pass_is_rolled_back(db: Db, stages: list[str]) -> None:
     """Something undoes the step's work behind its back: the verification, in the same transaction, raises."""
     db.execute(
         TRAP.format(

@@ -15,8 +15,6 @@ from typing import Any
 
 import psycopg
 import pytest
-from budget_engine.migration import chain, turn
-from budget_engine.migration.chain import ROOT
 from conftest import (
     MIGRATIONS,
     PACKAGED_TOO,

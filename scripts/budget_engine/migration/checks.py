@@ -147,7 +147,7 @@ class Check:
 
     @property
     def title(self) -> str:
-        """What people call it: slots.must_keep, index idx_slots_type, key slots (type, name)."""
+        """What people call it: table.column, index idx_of_it, key table (one, two)."""
         match self.kind:
             case Kind.TABLE:
                 return self.table

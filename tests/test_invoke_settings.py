@@ -134,12 +134,9 @@ def test_variables_do_not_matter(tree: Path) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        "--list",
         "--list --list-format=json",
-        "--list db",
         "--help",
         "--help slots-flags",
-        "--version",
         "--complete -- invoke --",
         "--complete -- invoke setup --",
         "--print-completion-script=bash",

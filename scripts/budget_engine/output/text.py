@@ -1,5 +1,6 @@
-"""The text: what a person reads, made of plain values. No connection, no terminal, and no package is imported for it:
-that one is missing must be said, too.
+"""The text a person reads, made of plain values.
+
+No connection and no terminal, and no package is imported for it: that one is missing must be said, too.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def behind(server: Server, checks: Iterable[Check]) -> list[str]:
     ]
 
 
+WITHOUT_PROFILES = "Supabase without profiles"
 STARTED = line("note", "the embedded server was started and keeps running; invoke db.psql opens it, invoke db.stop stops it")
 
 
@@ -86,7 +88,14 @@ def row_security(checks: Iterable[Check]) -> str:
     secured = any(check.kind is Kind.ROW_SECURITY for check in checks)
     if not secured and not policies:
         return "plain PostgreSQL"
-    return "Supabase" if any("_admin" in name for name in policies) else "Supabase without profiles"
+    return "Supabase" if any("_admin" in name for name in policies) else WITHOUT_PROFILES
+
+
+def without_admins(checks: Iterable[Check]) -> list[str]:
+    """Say that nobody but the service role gets a row, where that is so: admins are missing, not failing."""
+    if row_security(checks) != WITHOUT_PROFILES:
+        return []
+    return [line("note", f"{WITHOUT_PROFILES} (id uuid, role): no policies for admins; with it they are pending")]
 
 
 def summary(checks: Iterable[Check]) -> str:
@@ -134,9 +143,17 @@ def steps(plan: Plan, *, passed: Iterable[Check] = ()) -> list[str]:
 
 
 def _step_lines(planned: StepPlan, passed: Sequence[Check]) -> list[str]:
-    rows = [f"{sign} {thing:<{_THING - 2}}{detail}".rstrip() for sign, thing, detail in _things(planned)]
+    rows = [_row(*thing) for thing in _things(planned)]
+    rows += [
+        _row("=", check.title, f"is {check.actual or 'missing'}, documented: {check.expected}; not required")
+        for check in outermost(planned.told)
+    ]
     rows += [f"  {check.title}: {check.actual}" for check in passed]
     return [step(planned.label, planned.state.value), *(step("", row) for row in rows)]
+
+
+def _row(sign: str, thing: str, detail: str) -> str:
+    return f"{sign} {thing:<{_THING - 3}} {detail}".rstrip()
 
 
 def things(plan: Plan) -> list[str]:
@@ -144,8 +161,8 @@ def things(plan: Plan) -> list[str]:
     lines = []
     for planned in plan.steps:
         label = planned.label
-        for sign, thing, detail in _things(planned):
-            lines.append(step(label, f"{sign} {thing:<{_THING - 2}}{detail}".rstrip()))
+        for thing in _things(planned):
+            lines.append(step(label, _row(*thing)))
             label = ""
     return lines
 
@@ -310,12 +327,17 @@ def error(error: RecipeError, target: str = "") -> list[str]:
 
 def moves(target: Target, server: Server, moving: Sequence[Move]) -> list[str]:
     """Say what would move, and about how many rows each table has."""
+    from budget_engine.migration.recreate import ARCHIVE  # here: it needs psycopg, and this module must load without
 
     def held(move: Move) -> str:
         return "empty" if move.rows is None else f"about {move.rows} rows" if move.rows else "with rows"
 
     return [
-        line("moves", f"out of schema {server.schema} on {target.display}; new and empty tables take their place:"),
+        line(
+            "moves",
+            f"out of schema {server.schema} on {target.display} to a new one, {ARCHIVE} (or {ARCHIVE}_2, …); new and "
+            "empty tables take the place of the chain's own:",
+        ),
         *(line("", f"{move.found} ({held(move)})") for move in moving),
     ]
 

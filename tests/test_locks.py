@@ -418,8 +418,8 @@ def test_deadlock_is_tried_again(db: Db) -> None:
         CREATE EVENT TRIGGER want_worlds ON ddl_command_end WHEN TAG IN ('ALTER TABLE')
           EXECUTE FUNCTION want_worlds()""")
     with holding(db, "SET LOCAL deadlock_timeout = '1min'; LOCK TABLE worlds IN ROW EXCLUSIVE MODE") as other:
-        process = db.start("setup", LOCK_TIMEOUT="30s")
-        until(lambda: db.value(WAITING), process)
+        process = db.start("setup")
+        until(lambda: db.value(f"{OURS} AND wait_event = 'PgSleep'"), process)
         other.execute("INSERT INTO prompt_snapshots (tp, linearized_prompt_text) VALUES ('{}', 'meanwhile')")
         other.commit()
         done = ended(process)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import signal
 import subprocess
 import tempfile
@@ -54,7 +55,7 @@ def small(small_server: embedded.Cluster) -> Iterator[Db]:
 
 def assert_clear(done: Run, code: int, *words: str) -> None:
     assert done.code == code, done
-    assert done.err.count("error: ") == 1, done
+    assert len(re.findall("^error    ", done.err, re.M)) == 1, done
     assert "Traceback" not in done.err, done
     for word in words:
         assert word in done.err, done

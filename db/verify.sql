@@ -15,12 +15,11 @@ END $$;
 WITH path (schema, position) AS (
   SELECT oid, position FROM json_array_elements_text(current_setting('budget_engine.path')::json) WITH ORDINALITY AS listed (name, position)
   JOIN pg_namespace ON nspname = listed.name
-), supabase (here) AS (
-  SELECT EXISTS (SELECT FROM pg_class JOIN pg_attribute ON attrelid = pg_class.oid
-                 WHERE relnamespace = auth.oid AND relname = 'users' AND attname = 'id' AND atttypid = 'uuid'::regtype)
-         AND EXISTS (SELECT FROM pg_proc WHERE pronamespace = auth.oid AND proname = 'uid' AND pronargs = 0)
+), supabase (here) AS (  -- a row where auth.users (id uuid) exists
+  SELECT EXISTS (SELECT FROM pg_proc WHERE pronamespace = auth.oid AND proname = 'uid' AND pronargs = 0)
          AND to_regrole('service_role') IS NOT NULL AND to_regrole('authenticated') IS NOT NULL
-  FROM pg_namespace AS auth WHERE nspname = 'auth'
+  FROM pg_namespace AS auth JOIN pg_class ON relnamespace = auth.oid AND relname = 'users'
+  JOIN pg_attribute ON attrelid = pg_class.oid AND attname = 'id' AND atttypid = 'uuid'::regtype WHERE nspname = 'auth'
 ), profiles (profiles_oid, complete) AS (
   SELECT attrelid, count(*) = 2 FROM pg_attribute
   WHERE attrelid = (SELECT pg_class.oid FROM path JOIN pg_class ON relnamespace = schema AND relname = 'profiles' ORDER BY position LIMIT 1)
@@ -103,6 +102,8 @@ WITH path (schema, position) AS (
     UNION ALL SELECT step, 'dependants', table_name, name, 'none', false, NULL, NULL FROM columns WHERE replaces IS NOT NULL
     UNION ALL SELECT step, 'key', table_name, columns, form, addable, index_name, NULL FROM keys
     UNION ALL SELECT step, 'foreign key', table_name, name, reference, addable OR step = 'turn_metrics', NULL, NULL FROM columns WHERE target IS NOT NULL
+    UNION ALL SELECT step, 'foreign key', table_name, name, 'REFERENCES auth.users(id) ON DELETE SET NULL', false, NULL, NULL
+    FROM columns CROSS JOIN supabase WHERE name = 'created_by'
     UNION ALL SELECT step, 'index', table_name, name, form, true, name, NULL FROM indexes
     UNION ALL SELECT step, 'comment', table_name, name, 'present', true, NULL, NULL FROM columns WHERE step IN ('slots_flags', 'budget_report', 'turn_metrics')
     UNION ALL (VALUES
@@ -125,7 +126,8 @@ WITH path (schema, position) AS (
       OR EXISTS (SELECT FROM pg_policy WHERE polrelid = tables.relation AND polname = table_name || '_service_role'))
     UNION ALL SELECT step, 'policy', table_name, table_name || suffix, form, step <> 'core_schema', NULL, NULL
     FROM created JOIN tables USING (table_name) JOIN policies ON table_name = ANY (policies.tables) CROSS JOIN supabase LEFT JOIN profiles ON true
-    WHERE here AND (suffix = '_service_role' OR profiles.complete) AND (step <> 'core_schema' OR tables.relation IS NULL)
+    WHERE here AND (suffix = '_service_role' OR profiles.complete) AND (step <> 'core_schema' OR tables.relation IS NULL
+      OR EXISTS (SELECT FROM pg_policy WHERE polrelid = tables.relation AND polname = table_name || suffix))
       AND NOT EXISTS (SELECT FROM pg_policy WHERE polrelid = tables.relation AND polname <> 'Service role can manage ' || table_name  -- older files' own
                         AND polname <> ALL (SELECT table_name || p.suffix FROM policies AS p WHERE table_name = ANY (p.tables)))
   ) AS listed
@@ -217,7 +219,7 @@ WITH path (schema, position) AS (
   SELECT DISTINCT ON (expected.position) expected.*, tables.creator, tables.relation,
          -- of a table that exists, not what came with it; a core table is its application's but for what foreign keys lead to
          expected.step <> 'core_schema' AND (expected.addable OR expected.kind <> 'foreign key') OR tables.relation IS NULL
-         OR expected.kind IN ('row-level security', 'policy')
+         OR expected.kind = 'row-level security'
          OR (expected.kind, expected.name) IN (('table', ''), ('column', 'id'), ('key', 'id')) AND (expected.table_name IN ('games', 'turns')
             OR EXISTS (SELECT FROM columns JOIN tables AS child USING (table_name) WHERE target = expected.table_name AND child.relation IS NULL)) AS required,
          coalesce(CASE WHEN expected.kind = 'key' AND expected.form = 'UNIQUE' THEN left(actual.form, 0) || 'UNIQUE' ELSE actual.form END,

@@ -20,12 +20,11 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import clean_environment, run
-from versions import MAJOR, locate, new_in
-
+from budget_engine.errors import UnreachableError
 from budget_engine.postgres import embedded
 from budget_engine.postgres.embedded import Cluster, running, start, stop
-from budget_engine.errors import UnreachableError
+from conftest import clean_environment, run
+from versions import MAJOR, locate, new_in
 
 PROJECT = Path(__file__).resolve().parent.parent
 ROOT_CASE = os.geteuid() == 0
@@ -511,7 +510,9 @@ if ROOT_CASE:
 def test_missing_package_asks_for_a_url(folder: Path) -> None:
     code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from budget_engine.postgres import embedded\n"
     code += "try: embedded.locate(Path.cwd())\nexcept embedded.errors.UnreachableError as error: print(error.remedy)"
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code, PROJECT / "scripts"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, PROJECT / "scripts"], capture_output=True, text=True, check=True
+    )
     assert "DATABASE_URL" in done.stdout
 
 

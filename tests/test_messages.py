@@ -21,15 +21,15 @@ from pathlib import Path
 import pooler as poolers
 import psycopg
 import pytest
+from budget_engine import errors
+from budget_engine.migration import chain
+from budget_engine.output.ending import reported
 from conftest import MIGRATIONS, THE_TURN, Db, Run, clean_environment, database, ended, private_server, run, until
 from pooler import Pooler
 from proxy import COMMITTED, Proxy, containing, cut, on_nth, socket_of
 from psycopg.errors import lookup
+from states import CORE_ROWS, CORE_WITH_UUID_TURNS
 from test_command_line import hang_up, peer, recipe, speak_http, stay_silent, tree
-
-from budget_engine import errors
-from budget_engine.migration import chain
-from budget_engine.output.ending import reported
 
 __all__ = ["tree"]  # the fixture
 README = (chain.ROOT / "README.md").read_text(encoding="utf-8")
@@ -276,11 +276,14 @@ WAITING = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'bu
 
 
 def test_deadlock_for_which_there_is_no_patience(db: Db) -> None:
-    """The step, which holds prompt_snapshots, wants worlds; the other one has that, and wants prompt_snapshots."""
+    """The step, which holds prompt_snapshots, wants worlds; the other one has that, and wants prompt_snapshots.
+
+    Only somebody's trigger, which has more patience than the step itself, gets it that far.
+    """
     db.migrate(*STEMS)
     db.execute("ALTER TABLE prompt_snapshots DROP COLUMN budget_report")
     before = db.dump(data=True)
-    db.execute(TRAP.format(action="LOCK TABLE worlds IN SHARE MODE"))
+    db.execute(TRAP.format(action="PERFORM set_config('lock_timeout', '30s', true); LOCK TABLE worlds IN SHARE MODE"))
     with holding(db, "SET LOCAL deadlock_timeout = '1min'; LOCK TABLE worlds IN ROW EXCLUSIVE MODE") as other:
         process = db.start("setup", LOCK_TIMEOUT="30s", LOCK_WAIT="0")
         until(lambda: db.value(WAITING), process)
@@ -494,9 +497,7 @@ def broken(tree: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["missing", "garbled"])
-@pytest.mark.parametrize(
-    "file", ["db/verify.sql", "db/migrations/20250222_turn_metrics.sql", "pyproject.toml"]
-)
+@pytest.mark.parametrize("file", ["db/verify.sql", "db/migrations/20250222_turn_metrics.sql", "pyproject.toml"])
 def test_checkout_that_is_not_whole(broken: Path, db: Db, file: str, content: bytes | None) -> None:
     (broken / file).unlink()
     if content is not None:
@@ -634,8 +635,7 @@ def test_a_pipe_that_does_not_block_gets_everything() -> None:
 
 
 def test_question_that_nobody_can_be_asked(db: Db) -> None:
-    db.migrate(STEMS[0])
-    db.execute("ALTER TABLE worlds DROP COLUMN doc; INSERT INTO worlds (id) VALUES ('w')")
+    db.execute(CORE_WITH_UUID_TURNS + CORE_ROWS)
     before = db.dump(data=True)
     for streams in ("<&-", ">&- <&-", "</dev/null"):
         done = shell(chain.ROOT, f"invoke prereqs --recreate {streams}", DATABASE_URL=db.url)
@@ -704,6 +704,9 @@ class Hook:
             strike()
 
 class Stderr:
+    def isatty(self):
+        return False
+
     def write(self, text):
         strike()
         return sys.__stderr__.write(text)

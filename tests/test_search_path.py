@@ -6,9 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from conftest import Db
-
 from budget_engine.migration import chain
+from conftest import Db
 
 STEMS = [step.stem for step in chain.load().steps if step.task != "fix"]
 TABLES = sorted(s.new_table for step in chain.load().steps for s in step.statements if s.new_table)
@@ -113,4 +112,6 @@ def test_table_of_a_later_schema_among_those_of_the_first(db: Db) -> None:
     ):
         env = {"DATABASE_URL": f"{db.url}&search_path={path}"}
         document = json.loads(db.invoke("verify", "--format", "json", env=env).out)
-        assert {home: tables for home, tables in found(document).items() if home != document["server"]["schema"]} == behind
+        assert {
+            home: tables for home, tables in found(document).items() if home != document["server"]["schema"]
+        } == behind

@@ -11,12 +11,11 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import Db, Run, ended, until
-from states import BIGINT, CORE, CORE_WITH_UUID_TURNS, snapshots
-
 from budget_engine.migration import chain, runner, survey, turn
 from budget_engine.postgres.connection import Connection
 from budget_engine.settings import load
+from conftest import Db, Run, ended, until
+from states import BIGINT, CORE, CORE_WITH_UUID_TURNS, snapshots
 
 SCHEMAS = [f"tenant_{number:02}" for number in range(24)]
 EVERYTHING = re.compile(r"^done .*\b(\d+) of \1 checks pass;", re.M)

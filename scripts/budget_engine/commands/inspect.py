@@ -194,7 +194,7 @@ def _looking(task: str, form: str, *, quiet: bool, sql: bool = False) -> Iterato
             found = session.look(believes=lambda todo: not todo.missing)
             CONSOLE.first(text.opening(where, given, found))
             todo = session.todo(found)
-            look = _Look(task, given, where, session, found, todo, session.commands(todo.conflicts))
+            look = _Look(task, given, where, session, found, todo, session.commands(todo))
             yield look
             CONSOLE.say()
     except (Exception, KeyboardInterrupt) as error:
@@ -215,6 +215,7 @@ def _ending_of(look: _Look) -> Iterator[None]:
 
 def _say_steps(look: _Look, *, verbose: bool) -> None:
     CONSOLE.say(*text.steps(look.plan, passed=look.found.checks if verbose else ()))
+    CONSOLE.say(*text.without_admins(look.found.checks))
     CONSOLE.say(text.line("checks", f"{text.summary(look.found.checks)}; {CONSOLE.target}"))
 
 

@@ -1,19 +1,25 @@
-"""The text: what a person reads, made of plain values. No connection, no terminal."""
+"""The text a person reads, made of plain values.
+
+No connection and no terminal, and no package is imported for it: that one is missing must be said, too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from budget_engine.errors import RecipeError
 from budget_engine.migration.checks import Check, Kind, Lock, outermost, that_count
 from budget_engine.migration.plan import Action, Effect, Plan, StepPlan
-from budget_engine.migration.recreate import ARCHIVE, Move
-from budget_engine.migration.runner import Rehearsed
-from budget_engine.migration.surroundings import Surroundings
-from budget_engine.migration.survey import Server, Survey
 from budget_engine.output.console import LABEL
-from budget_engine.postgres.blockers import Bystander, Size
-from budget_engine.settings import Settings, Target
+
+if TYPE_CHECKING:
+    from budget_engine.migration.recreate import Move
+    from budget_engine.migration.runner import Rehearsed
+    from budget_engine.migration.surroundings import Surroundings
+    from budget_engine.migration.survey import Server, Survey
+    from budget_engine.postgres.blockers import Bystander, Size
+    from budget_engine.settings import Settings, Target
 
 _STEP = 30  # columns: the longest label, fix_prompt_snapshots_turn_id, and a little air
 _THING = 42  # a sign and what it is about
@@ -62,6 +68,7 @@ def behind(server: Server, checks: Iterable[Check]) -> list[str]:
     ]
 
 
+WITHOUT_PROFILES = "Supabase without profiles"
 STARTED = line("note", "the embedded server was started and keeps running; db.psql opens it, db.stop stops it")
 
 
@@ -81,7 +88,14 @@ def row_security(checks: Iterable[Check]) -> str:
     secured = any(check.kind is Kind.ROW_SECURITY for check in checks)
     if not secured and not policies:
         return "plain PostgreSQL"
-    return "Supabase" if any("_admin" in name for name in policies) else "Supabase without profiles"
+    return "Supabase" if any("_admin" in name for name in policies) else WITHOUT_PROFILES
+
+
+def without_admins(checks: Iterable[Check]) -> list[str]:
+    """Say that nobody but the service role gets a row, where that is so: admins are missing, not failing."""
+    if row_security(checks) != WITHOUT_PROFILES:
+        return []
+    return [line("note", f"{WITHOUT_PROFILES} (id uuid, role): no policies for admins; with it they are pending")]
 
 
 def summary(checks: Iterable[Check]) -> str:
@@ -313,6 +327,7 @@ def error(error: RecipeError, target: str = "") -> list[str]:
 
 def moves(target: Target, server: Server, moving: Sequence[Move]) -> list[str]:
     """Say what would move, and about how many rows each table has."""
+    from budget_engine.migration.recreate import ARCHIVE  # here: it needs psycopg, and this module must load without
 
     def held(move: Move) -> str:
         return "empty" if move.rows is None else f"about {move.rows} rows" if move.rows else "with rows"

@@ -55,6 +55,10 @@ class Action:
         build = self.effect is Effect.BUILD
         return {table: {*lock.conflicts_with, *(WRITERS if build else ())} for table, lock in self.locks.items()}
 
+    def updates(self, table: str) -> bool:
+        """Whether it gives rows of this table other values."""
+        return re.search(rf"\bUPDATE {table}\b", self.statement.flat) is not None
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -83,13 +87,11 @@ class StepPlan:
 class Plan:
     """What a task has to do, in the chain's order.
 
-    checks: every check of the chain, what goes along with a replaced column counted as missing; passed: how many passed
-    when this was planned.
+    checks: every check of the chain, what goes along with a replaced column counted as missing.
     """
 
     steps: tuple[StepPlan, ...]
     checks: tuple[Check, ...] = field(repr=False)
-    passed: int
 
     @property
     def transactions(self) -> list[StepPlan]:
@@ -117,8 +119,9 @@ class Plan:
         rights = [
             right for step in self.steps for check in step.reasons for right in (check.lacking or "").splitlines()
         ]
-        hidden = [_hidden(action) for action in self.actions]
-        return tuple(dict.fromkeys(right for right in (*rights, *hidden) if right))
+        hidden = {check.table for check in self.checks if check.rows_hidden}
+        unseen = [_unseen(table) for action in self.actions for table in hidden if action.updates(table)]
+        return tuple(dict.fromkeys([*rights, *unseen]))
 
     @property
     def missing(self) -> tuple[Check, ...]:
@@ -144,12 +147,9 @@ class Plan:
         return list(dict.fromkeys(check.table for check in adding))
 
 
-def _hidden(action: Action) -> str | None:
-    """Say what it lacks to see the rows that it updates."""
-    for check in action.checks:
-        if check.rows_hidden and re.search(rf"\bUPDATE {check.table}\b", action.statement.flat):
-            return f"BYPASSRLS (or ALTER TABLE {check.table} NO FORCE ROW LEVEL SECURITY meanwhile: it may hide rows)"
-    return None
+def _unseen(table: str) -> str:
+    """Say what the role lacks to see the rows that are updated."""
+    return f"BYPASSRLS (or ALTER TABLE {table} NO FORCE ROW LEVEL SECURITY meanwhile: it may hide rows)"
 
 
 def make(chain: Chain, wanted: Sequence[Step], checks: Sequence[Check]) -> Plan:
@@ -167,7 +167,6 @@ def make(chain: Chain, wanted: Sequence[Step], checks: Sequence[Check]) -> Plan:
     return Plan(
         tuple(_plan_step(step, seen, due, new_tables, blocked) for step in wanted),
         tuple(seen),
-        passed=sum(check.passed for check in checks),
     )
 
 
@@ -299,12 +298,12 @@ def _sent(statement: Statement, checks: Sequence[Check], *, concurrent: bool) ->
 
 
 def left_to_the_rows(plan: Plan) -> list[str]:
-    """Return what rows may refuse, which nobody has counted: those of a key that is NOT VALID can be."""
+    """Return what is required and rows may refuse, uncounted: those of a foreign key that is NOT VALID can be."""
     return [
         action.statement.flat
         for action in plan.concurrent
         for check in action.checks
-        if (check.kind is Kind.FOREIGN_KEY and not check.unfinished) or check.kind is Kind.KEY
+        if check.required and ((check.kind is Kind.FOREIGN_KEY and not check.unfinished) or check.kind is Kind.KEY)
     ]
 
 

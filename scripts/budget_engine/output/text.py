@@ -69,7 +69,7 @@ def behind(server: Server, checks: Iterable[Check]) -> list[str]:
 
 
 WITHOUT_PROFILES = "Supabase without profiles"
-STARTED = line("note", "the embedded server was started and keeps running; db.psql opens it, db.stop stops it")
+STARTED = line("note", "the embedded server was started and keeps running; invoke db.psql opens it, invoke db.stop stops it")
 
 
 def sources(target: Target, settings: Settings) -> str:

@@ -308,12 +308,12 @@ def _sent(statement: Statement, checks: Sequence[Check], *, concurrent: bool) ->
 
 
 def left_to_the_rows(plan: Plan) -> list[str]:
-    """Return what rows may refuse, which nobody has counted: those of a key that is NOT VALID can be."""
+    """Return what is required and rows may refuse, uncounted: those of a foreign key that is NOT VALID can be."""
     return [
         action.statement.flat
         for action in plan.concurrent
         for check in action.checks
-        if (check.kind is Kind.FOREIGN_KEY and not check.unfinished) or check.kind is Kind.KEY
+        if check.required and ((check.kind is Kind.FOREIGN_KEY and not check.unfinished) or check.kind is Kind.KEY)
     ]
 
 

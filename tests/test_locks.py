@@ -269,6 +269,22 @@ def test_two_runs_that_queue_for_one_index_build_it_once(db: Db) -> None:
     assert db.differing() == {}
 
 
+def test_a_build_that_ends_during_the_survey_is_not_taken_for_unfinished(db: Db) -> None:
+    """The survey sees the catalogs as they were when it began, and the locks as they are when it comes to them."""
+    assert db.invoke("setup").code == 0
+    index = "SELECT oid FROM pg_class WHERE relname = 'idx_slots_type'"
+    before = db.rows(index)
+    db.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'idx_slots_type'::regclass")
+    with holding(db, "LOCK TABLE slots IN SHARE UPDATE EXCLUSIVE MODE; LOCK TABLE templates") as builder:
+        process = db.start("setup", LOCK_TIMEOUT="30s")
+        until(lambda: db.value(WAITING), process)
+        builder.execute("UPDATE pg_index SET indisvalid = true WHERE indexrelid = 'idx_slots_type'::regclass")
+        builder.commit()
+        done = ended(process)
+    assert done.code == 0, done
+    assert db.rows(index) == before
+
+
 def test_concurrent_work_that_another_run_did_is_not_claimed(db: Db) -> None:
     """Between the look and the build, somebody builds by hand: this run did nothing, and its history says so."""
     db.migrate(*BUT_FOR_THE_FIX)

@@ -99,12 +99,13 @@ class Session:
         return plan.make(self.chain, self.wanted, found.checks)
 
     def look(
-        self, believes: Callable[[plan.Plan], bool] = lambda todo: not (todo.conflicts or todo.lacking)
+        self, believes: Callable[[plan.Plan], bool] = lambda todo: not (todo.conflicts or todo.lacking or todo.drops)
     ) -> survey.Survey:
         """Survey; look again, until two looks agree, before believing what they say.
 
         While another run commits, a survey may be torn: some functions see the newest catalogs, the joins beside them
-        see those of the moment at which the query began.
+        see those of the moment at which the query began. So an index may seem left unfinished when its build has just
+        ended.
         """
         found = self._survey()
         while not believes(self.todo(found)):

@@ -109,6 +109,11 @@ class Plan:
         return [action for step in self.steps for action in step.transaction] + self.concurrent
 
     @property
+    def drops(self) -> bool:
+        """Whether it drops anything: an unfinished index, to build it again."""
+        return any(len(action.sql) > 1 for action in self.concurrent)
+
+    @property
     def conflicts(self) -> tuple[Check, ...]:
         """What no step fixes."""
         return tuple(check for step in self.steps for check in step.conflicts)
@@ -119,8 +124,13 @@ class Plan:
         rights = [
             right for step in self.steps for check in step.reasons for right in (check.lacking or "").splitlines()
         ]
-        hidden = {check.table for check in self.checks if check.rows_hidden}
-        unseen = [_unseen(table) for action in self.actions for table in hidden if action.updates(table)]
+        unseen = [
+            _unseen(check.table)
+            for step in self.steps
+            for check in step.reasons  # rows are given the values of a column that is new
+            if check.rows_hidden and check.kind is Kind.COLUMN and check.actual is None
+            if any(action.updates(check.table) for action in step.transaction)
+        ]
         return tuple(dict.fromkeys([*rights, *unseen]))
 
     @property

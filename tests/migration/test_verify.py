@@ -71,7 +71,7 @@ GAME_IDX = "key turns (game_id, idx)"
 def documented(check: Check) -> bool:
     """Whether it is told, but not required, of a table that exists."""
     if check.step != CORE:
-        return check.title == "foreign key prompt_snapshots (game_id)"
+        return check.kind is Kind.FOREIGN_KEY and check.name in ("game_id", "created_by")
     needed = check.table in ("games", "turns") and check.name in ("", "id") and check.kind in _OUTLINE
     return not needed and check.kind is not Kind.ROW_SECURITY
 
@@ -397,7 +397,7 @@ def _break_foreign_key(check: Check, checks: Checks) -> Iterator[Breakage]:
     set_null = "SET NULL" in check.expected
     action = check.expected.replace("SET NULL", "CASCADE") if set_null else f"{no_action} ON DELETE SET DEFAULT"
     yield _as_another(check, "other action", with_key(action), action)
-    elsewhere = re.sub(r"REFERENCES \w+", "REFERENCES public.other", check.expected)
+    elsewhere = re.sub(r"REFERENCES [\w.]+", "REFERENCES public.other", check.expected)
     other = f"CREATE TABLE other (id {type_} PRIMARY KEY)"
     yield _as_another(check, "elsewhere", f"{other}; {with_key(elsewhere)}", elsewhere)
     named = f"{drop}; {alter} ADD CONSTRAINT {name} CHECK ({check.name} IS NOT NULL) NOT VALID"

@@ -117,7 +117,7 @@ class Console:
         return self.mask(text if self.command == "invoke" else _TASKS.sub(f"{self.command} ", text))
 
     def _print(self, stream: TextIO, *lines: str) -> None:
-        for line in lines:
+        for line in "\n".join(lines).split("\n") if lines else ():
             for part in self._fitted(self._spelled(line), stream):
                 self._write(stream, part)
 

@@ -20,12 +20,11 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import clean_environment, run
-from versions import MAJOR, locate, new_in
-
+from budget_engine.errors import UnreachableError
 from budget_engine.postgres import embedded
 from budget_engine.postgres.embedded import Cluster, running, start, stop
-from budget_engine.errors import UnreachableError
+from conftest import clean_environment, run
+from versions import MAJOR, locate, new_in
 
 PROJECT = Path(__file__).resolve().parent.parent
 ROOT_CASE = os.geteuid() == 0

@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Db, Run, clean_environment, run
-from test_command_line import tree as checkout
-
 from budget_engine import env_file
-from budget_engine.migration.chain import ROOT
 from budget_engine.errors import BeyondError, EnvFileChoiceError, EnvFileError, OtherNameError, SettingsError
+from budget_engine.migration.chain import ROOT
 from budget_engine.output import text as words
 from budget_engine.settings import Settings, load
+from conftest import Db, Run, clean_environment, run
+from test_command_line import tree as checkout
 
 __all__ = ["checkout"]  # the fixture
 APP, OTHER = "postgresql://app@db.example.com/app", "postgresql://app@db.example.com/other"

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Run, clean_environment
-
 from budget_engine.migration import chain
+from conftest import Run, clean_environment
 
 MENU = {"setup", "slots-flags", "slots_flags", "turn-metrics", "turn_metrics", "verify", "db.url", "lint"}
 UNDERSCORES = "tasks: {auto_dash_names: false}\n"

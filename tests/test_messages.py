@@ -21,16 +21,15 @@ from pathlib import Path
 import pooler as poolers
 import psycopg
 import pytest
+from budget_engine import errors
+from budget_engine.migration import chain
+from budget_engine.output.ending import reported
 from conftest import MIGRATIONS, THE_TURN, Db, Run, clean_environment, database, ended, private_server, run, until
 from pooler import Pooler
 from proxy import COMMITTED, Proxy, containing, cut, on_nth, socket_of
 from psycopg.errors import lookup
 from states import CORE_ROWS, CORE_WITH_UUID_TURNS
 from test_command_line import hang_up, peer, recipe, speak_http, stay_silent, tree
-
-from budget_engine import errors
-from budget_engine.migration import chain
-from budget_engine.output.ending import reported
 
 __all__ = ["tree"]  # the fixture
 README = (chain.ROOT / "README.md").read_text(encoding="utf-8")

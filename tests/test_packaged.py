@@ -8,12 +8,11 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from conftest import Db
-from states import ORPHANS, by_hand, with_uuid
-
 from budget_engine.postgres import embedded
 from budget_engine.postgres.connection import Connection
 from budget_engine.settings import Settings, parse_target
+from conftest import Db
+from states import ORPHANS, by_hand, with_uuid
 
 COMPILING = {"jit": "on", "jit_above_cost": "0"}
 LOOKING = ("doctor", "plan", "status", "verify")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 
+from budget_engine.migration import chain
 from conftest import Db, Run
 from proxy import Conversation, Proxy, socket_of
-
-from budget_engine.migration import chain
 
 LOGIN = ["SSLRequest", "Startup"]
 SURVEY, TRANSACTIONS, TERMINATE = ["Q"], ["Q"], ["X"]

@@ -6,9 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from conftest import Db
-
 from budget_engine.migration import chain
+from conftest import Db
 
 STEMS = [step.stem for step in chain.load().steps if step.task != "fix"]
 TABLES = sorted(s.new_table for step in chain.load().steps for s in step.statements if s.new_table)

@@ -19,14 +19,13 @@ from string import Template
 from urllib.parse import quote, quote_plus, unquote
 
 import pytest
-from conftest import SEED, Run, clean_environment, run
-from test_command_line import peer, refuse_password
-
 from budget_engine import env_file, libpq
+from budget_engine.errors import RecipeError
 from budget_engine.output import text
 from budget_engine.postgres.connection import Connection
-from budget_engine.errors import RecipeError
 from budget_engine.settings import Settings, Target, completed, mask, parse_target
+from conftest import SEED, Run, clean_environment, run
+from test_command_line import peer, refuse_password
 
 URLS, AT_ONCE = 10_000, 2_500
 PROCESSES = 36

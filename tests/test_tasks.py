@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import psycopg
 import pytest
+from budget_engine.postgres import embedded
 from conftest import Db
 from states import (
     ANOTHER_FEATURE,
@@ -16,7 +17,6 @@ from states import (
     with_uuid,
 )
 
-from budget_engine.postgres import embedded
 
 @pytest.fixture(scope="module")
 def by_setup(cluster: embedded.Cluster) -> Iterator[str]:

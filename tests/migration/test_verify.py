@@ -18,15 +18,14 @@ from typing import Any
 import psycopg
 import pytest
 import supabase
-from conftest import Db, as_text
-from states import COLUMNS
-from verification import VERIFY, verified
-from versions import MAJOR
-
 from budget_engine import errors
 from budget_engine.commands import setup
 from budget_engine.migration import chain, plan, survey
 from budget_engine.migration.checks import Check, Kind
+from conftest import Db, as_text
+from states import COLUMNS
+from verification import VERIFY, verified
+from versions import MAJOR
 
 CHAIN = chain.load()
 CORE, SLOTS_TEMPLATES, SNAPSHOTS, FIX, FLAGS, REPORT, METRICS = (step.label for step in CHAIN.steps)

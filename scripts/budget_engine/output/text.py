@@ -1,5 +1,6 @@
-"""The text: what a person reads, made of plain values. No connection, no terminal, and no package is imported for it:
-that one is missing must be said, too.
+"""The text a person reads, made of plain values.
+
+No connection and no terminal, and no package is imported for it: that one is missing must be said, too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING
 from budget_engine.errors import RecipeError
 from budget_engine.migration.checks import STRENGTH, Check, Kind, Lock, outermost, that_count
 from budget_engine.migration.plan import Action, Effect, Plan, StepPlan
-from budget_engine.migration.recreate import ARCHIVE
 from budget_engine.output.console import LABEL
 
 if TYPE_CHECKING:
@@ -342,6 +342,7 @@ def error(error: RecipeError, target: str = "") -> list[str]:
 
 def moves(target: Target, server: Server, moving: Sequence[Move]) -> list[str]:
     """Say what would move, and about how many rows each table has."""
+    from budget_engine.migration.recreate import ARCHIVE  # here: it needs psycopg, and this module must load without
 
     def held(move: Move) -> str:
         return "empty" if move.rows is None else f"about {move.rows} rows" if move.rows else "with rows"

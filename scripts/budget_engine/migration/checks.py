@@ -183,7 +183,7 @@ class Check:
 
 
 def outermost(checks: Iterable[Check]) -> list[Check]:
-    """Leave out what goes without saying: the parts of a table or column that is missing, a missing trigger's function."""
+    """Leave out what goes without saying: parts of a table or column that is missing, a missing trigger's function."""
     checks = list(checks)
     tables = {check.table for check in checks if check.kind is Kind.TABLE}
     columns = [check for check in checks if check.kind is Kind.COLUMN and (check.actual is None or check.replaces)]

@@ -197,8 +197,10 @@ def _detail(check: Check, defaults: Mapping[tuple[str, str], str]) -> str:
         return "new table"
     if check.kind in (Kind.COMMENT, Kind.FUNCTION, Kind.TRIGGER):
         return "" if check.actual is None else "brought to the expected form"
-    default = "" if check.kind is not Kind.COLUMN else defaults.get((check.table, check.name), "")
-    return f"{check.actual} → {check.expected}" if check.actual else check.expected + default.removesuffix(" DEFAULT none")
+    if check.actual is not None:
+        return f"{check.actual} → {check.expected}"
+    default = defaults.get((check.table, check.name), "") if check.kind is Kind.COLUMN else ""
+    return check.expected + default.removesuffix(" DEFAULT none")
 
 
 # ── what a plan means ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -284,7 +286,7 @@ def _number(count: int, what: str) -> str:
 
 
 def rehearsal(done: Rehearsed, plan: Plan) -> list[str]:
-    """How a rehearsal went: what each step created in how long, and how many checks passed before it was rolled back."""
+    """How a rehearsal went: what each step created in how long, and how many checks passed at its end."""
     made = {step.label: [check for action in step.transaction for check in action.checks] for step in plan.steps}
     open_ = sum(not check.passed for check in that_count(done.checks))
     later = f"; the concurrent part would fix the other {open_}, where no row refuses" if open_ else ""

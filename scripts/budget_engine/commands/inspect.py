@@ -36,10 +36,7 @@ def verify(*, form: str, quiet: bool, verbose: bool, remedies: bool) -> None:
         rows = list(map(str, survey.orphans(look.connection, look.plan.missing)))
         if form == PEOPLE and not remedies:
             _say_steps(look, verbose=verbose, conflicts=False)
-        with _ending_of(look):
-            for hindrance in no_place(look.plan, look.found.server):
-                raise hindrance
-            refuse_what_is_missing(look.session, look.plan, look.found, rows=rows, listed=form == PEOPLE)
+        _refuse(look, rows, listed=form == PEOPLE)
         if remedies:
             commands = [command for check in look.plan.conflicts for command in look.commands.get(check, ())]
             CONSOLE.emit("\n".join(dict.fromkeys(commands)))
@@ -57,11 +54,17 @@ def status(*, form: str, check: bool, quiet: bool, verbose: bool) -> None:
         _say_steps(look, verbose=verbose, conflicts=not check)
         CONSOLE.say(*text.around(around, look.found.server))
         if check:
-            rows = list(map(str, survey.orphans(look.connection, look.plan.missing)))
-            with _ending_of(look):
-                refuse_what_is_missing(look.session, look.plan, look.found, rows=rows, listed=True)
+            _refuse(look, list(map(str, survey.orphans(look.connection, look.plan.missing))), listed=True)
         if form == "json":
             CONSOLE.emit_json(formats.as_json(look.view({"surroundings": asdict(around)})))
+
+
+def _refuse(look: _Look, rows: list[str], *, listed: bool) -> None:
+    """End the task as what is missing demands; rows: those that refuse it; listed: what is missing has been said."""
+    with _ending_of(look):
+        for hindrance in no_place(look.plan, look.found.server):
+            raise hindrance
+        refuse_what_is_missing(look.session, look.plan, look.found, rows=rows, listed=listed)
 
 
 def what_setup_would_do(*, form: str, sql: bool, quiet: bool, verbose: bool) -> None:

@@ -6,7 +6,7 @@ What `invoke plan` shows, `plan --sql` prints, `rehearse` runs and setup sends i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -117,8 +117,9 @@ class Plan:
         rights = [
             right for step in self.steps for check in step.reasons for right in (check.lacking or "").splitlines()
         ]
-        hidden = [_hidden(action) for action in self.actions]
-        return tuple(dict.fromkeys(right for right in (*rights, *hidden) if right))
+        hidden = {check.table for check in self.checks if check.rows_hidden}
+        rights += [right for action in self.actions for right in _to_see_rows(action.statement, hidden)]
+        return tuple(dict.fromkeys(filter(None, rights)))
 
     @property
     def missing(self) -> tuple[Check, ...]:
@@ -144,12 +145,11 @@ class Plan:
         return list(dict.fromkeys(check.table for check in adding))
 
 
-def _hidden(action: Action) -> str | None:
-    """Say what it lacks to see the rows that it updates."""
-    for check in action.checks:
-        if check.rows_hidden and re.search(rf"\bUPDATE {check.table}\b", action.statement.flat):
-            return f"BYPASSRLS (or ALTER TABLE {check.table} NO FORCE ROW LEVEL SECURITY meanwhile: it may hide rows)"
-    return None
+def _to_see_rows(statement: Statement, hidden: Iterable[str]) -> Iterator[str]:
+    """Name what it takes to see the rows that a statement updates, of tables that hide theirs."""
+    for table in hidden:
+        if re.search(rf"\bUPDATE {table}\b", statement.flat):
+            yield f"BYPASSRLS (or ALTER TABLE {table} NO FORCE ROW LEVEL SECURITY meanwhile: it may hide rows)"
 
 
 def make(chain: Chain, wanted: Sequence[Step], checks: Sequence[Check]) -> Plan:
@@ -304,7 +304,8 @@ def left_to_the_rows(plan: Plan) -> list[str]:
         check.title
         for action in plan.concurrent
         for check in action.checks
-        if (check.kind is Kind.FOREIGN_KEY and not check.unfinished) or check.kind is Kind.KEY
+        if check.required
+        and ((check.kind is Kind.FOREIGN_KEY and not check.unfinished) or check.kind is Kind.KEY)
     ]
 
 

@@ -297,7 +297,7 @@ def pictures(c: Context) -> None:
 
 def _run_of_tests(c: Context, module: str, *words: str) -> None:
     """Run a module that lies beside the tests, and uses what they use."""
-    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "scripts")])
     c.run(shlex.join([sys.executable, "-m", module, *words]), env={"PYTHONPATH": path})
 
 

@@ -131,9 +131,9 @@ WITH path (schema, position) AS (
                         AND polname <> ALL (SELECT table_name || p.suffix FROM policies AS p WHERE table_name = ANY (p.tables)))
   ) AS listed
 ), actual (kind, table_name, name, form) AS (
-  SELECT 'table', table_name, '', CASE WHEN relispartition THEN 'partition' ELSE json '{"r": "table", "p": "partitioned table", "v": "view",
-    "m": "materialized view", "f": "foreign table", "S": "sequence", "c": "type", "i": "index", "I": "index"}' ->> relkind::text END
-  FROM tables JOIN pg_class ON pg_class.oid = relation
+  SELECT 'table', table_name, '', CASE WHEN relpersistence = 't' THEN 'temporary table' WHEN relispartition THEN 'partition' ELSE json '{"r": "table",
+    "p": "partitioned table", "v": "view", "m": "materialized view", "f": "foreign table", "S": "sequence", "c": "type", "i": "index", "I": "index"}'
+    ->> relkind::text END FROM tables JOIN pg_class ON pg_class.oid = relation
   UNION ALL SELECT 'table', table_name, '', 'type' FROM tables JOIN pg_type ON typname = table_name AND typnamespace = home WHERE relation IS NULL
   UNION ALL SELECT 'column', table_name, attname, concat_ws(' ', format_type(atttypid, atttypmod), CASE WHEN attnotnull THEN 'NOT NULL' END,
            (SELECT 'NOT VALID' FROM pg_constraint WHERE conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'n' AND NOT convalidated),

@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from inspect import unwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import budget_engine.output.console  # noqa: E402, F401 - Invoke prints its version and help before it has loaded tasks.py
-
-del sys.path[0]
 
 
 def distrust(lost: ImportError) -> None:
@@ -27,9 +26,10 @@ def distrust(lost: ImportError) -> None:
 
 
 try:
+    import invoke.main
     from invoke.config import Config
     from invoke.exceptions import Exit
-    from invoke.main import program
+    from invoke.program import Program
 except ImportError as error:
     distrust(error)
     command = [sys.executable, str(ROOT / "scripts/inv"), *sys.argv[1:]]
@@ -52,9 +52,33 @@ class Settings(Config):
             raise Exit(f"scripts/inv: the file of --config cannot be used: {error}", code=1) from None
 
 
-program.config_class = Settings
+class Menu(Program):
+    """Invoke with a menu in the order of tasks.py, which is that of the work, and with this project's version."""
+
+    def list_flat(self) -> None:
+        """Print the tasks, those for developers last."""
+        pairs = self._make_pairs(self.scoped_collection)
+        self.display_with_columns(pairs if self.list_depth else sorted(pairs, key=self._line))
+
+    def _line(self, pair: tuple[str, str | None]) -> int:
+        """Return the line of tasks.py on which a task of the menu begins."""
+        name = pair[0].split()[0].strip(".")
+        return int(unwrap(self.scoped_collection[name].body).__code__.co_firstlineno)
+
+    def print_version(self) -> None:
+        """Print ours, and Invoke's."""
+        from budget_engine.migration.chain import version
+        from budget_engine.output.ending import reported
+
+        with reported():
+            print(f"Budget Engine recipes {version()} (Invoke {self.version})")
+
+
+ours = invoke.main.program  # tasks.py asks it for the menu
+ours.__class__ = Menu
+ours.config_class = Settings
 try:
-    program.run(["invoke", "--search-root", str(ROOT), *sys.argv[1:]])
+    ours.run(["invoke", "--search-root", str(ROOT), *sys.argv[1:]])
 except SystemExit as end:
     lost = end.__cause__  # of a task that has said so
     if isinstance(lost, ImportError) and not (lost.name or "").startswith("budget_engine"):

@@ -122,7 +122,7 @@ def test_who_starts_it_says_so_and_how_to_stop_it(folder: Path) -> None:
     chosen = {"DATABASE_URL": "embedded", embedded.DATA_VARIABLE: str(folder / ".postgres")}
     first, second = (run(command, clean_environment() | chosen) for _ in range(2))
     assert (first.code, second.code) == (0, 0), first
-    told = [line for line in first.out.splitlines() if "python3 scripts/inv db.stop" in line]
+    told = [line for line in first.out.splitlines() if "invoke db.stop" in line]
     assert len(told) == 1
     assert "db.stop" not in second.out
     assert first.out.splitlines()[-1].startswith("done  ")
@@ -447,7 +447,7 @@ def test_ordinary_user_runs_it_as_himself(folder: Path) -> None:
     checkout = folder / "checkout"
     checkout.mkdir(mode=0o700)
     os.chown(checkout, SOMEBODY, SOMEBODY)
-    environment = {"PATH": os.defpath, "PYTHONPATH": str(folder / "packages"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {"PATH": os.defpath, "PYTHONPATH": f"{folder}/packages:{folder}/packages/scripts", "PYTHONDONTWRITEBYTECODE": "1"}
     how = {"user": SOMEBODY, "group": SOMEBODY, "extra_groups": [], "env": environment}
     out, err = _starter(checkout, binaries, executable=_python_for(SOMEBODY), **how).communicate(timeout=60)
     assert err == ""

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -17,9 +18,11 @@ from budget_engine.postgres.embedded import Cluster
 from conftest import MIGRATIONS, SEED, THE_TURN, Db, Run, ended, until
 from proxy import COMMITTED, Message, Proxy, Watcher, containing, cut, on_nth, socket_of, unchanged
 
-STEMS = [step.stem for step in chain.load()]
-NEEDED_FROM_NOTHING = [stem for stem in STEMS if "fix" not in stem]
+NEEDED_FROM_NOTHING = [step for step in chain.load().steps if "fix" not in step.label]
+STEMS = [step.stem for step in NEEDED_FROM_NOTHING]
+LABELS = [step.label for step in NEEDED_FROM_NOTHING]
 RANDOM_POINTS = 6
+COMMANDS = 78  # what event triggers see of a setup from nothing, a little less than all
 
 # Counts the DDL commands of a session that has our name, and acts on the one that is asked for.
 TRAP = """
@@ -35,45 +38,70 @@ CREATE EVENT TRIGGER trap ON {event} EXECUTE FUNCTION trap.spring()"""
 ON_COMMAND = "nextval('trap.commands') = {}"
 DIE = "PERFORM pg_terminate_backend(pg_backend_pid())"
 FAIL = "RAISE EXCEPTION 'sprung on %', TG_TAG USING ERRCODE = 'XX001', DETAIL = 'a detail', HINT = 'a hint'"
+# The server sends a notice at once, all else when it has 8 kB, or the whole message is done; and waits to be heard.
+CALL = "RAISE NOTICE 'sprung'; PERFORM pg_sleep(0.2)"
 UNTRAP = "DROP EVENT TRIGGER trap; DROP SCHEMA trap CASCADE"
 
 
 @pytest.fixture(scope="module")
 def stages(cluster: Cluster) -> list[str]:
-    """Dumps of a database after none, one, two, … of the steps, by psql: what may stand after a run was cut off."""
+    """Dumps of a database after none, one, two, … of the steps, by psql: what there may be after a run was cut off."""
     with psycopg.connect(cluster.url, autocommit=True) as connection:
         connection.execute("CREATE DATABASE stages TEMPLATE template0")
         reference = Db(cluster, "stages")
         dumps = [reference.dump()]
-        for stem in NEEDED_FROM_NOTHING:
+        for stem in STEMS:
             reference.migrate(stem)
             dumps.append(reference.dump())
         connection.execute("DROP DATABASE stages WITH (FORCE)")
     return dumps
 
 
-def assert_whole_steps_then_finished(db: Db, stages: list[str], done: Run) -> None:
-    """No step stands in part; its line in the diary stands with it; one more run finishes."""
-    assert "Traceback" not in done.err, done
-    assert_one_message(done)
+def on_command(n: int, action: str) -> str:
+    """Write the trap that acts when the n-th command is done (counted from 1)."""
+    return TRAP.format(condition=ON_COMMAND.format(n), action=action, event="ddl_command_end")
+
+
+def trapped(db: Db, trap: str, run: Callable[[], Run]) -> Run:
+    """Run with the trap, and take it away once the server is done, too."""
+    db.execute(trap)
+    done = run()
+    wait_for_the_server(db)
+    db.execute(UNTRAP)
+    return done
+
+
+def wait_for_the_server(db: Db) -> None:
+    """Wait for our sessions to end: the server may go on for a while with what it was sent."""
     deadline = time.monotonic() + 30
     while db.value("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'budget-engine-recipes'"):
-        assert time.monotonic() < deadline  # the server may go on for a while with what it was sent
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    standing = stages.index(db.dump())
-    in_diary = (
-        [] if standing == 0 else [step for (step,) in db.rows("SELECT step FROM budget_engine.diary ORDER BY id")]
-    )
-    assert in_diary == NEEDED_FROM_NOTHING[:standing]
+
+
+def assert_whole_steps_then_finished(db: Db, stages: list[str], done: Run) -> None:
+    """No step is there in part; its line in the history comes with it; one more run finishes."""
+    assert "Traceback" not in done.err, done
+    assert_one_message(done)
+    wait_for_the_server(db)
+    reached = stages.index(db.dump())
+    in_history = [] if reached == 0 else history(db)
+    assert in_history == LABELS[:reached]
     again = db.invoke("setup")
     assert again.code == 0, again
     assert db.differing() == {}
     assert db.dump() == stages[-1]
-    assert db.rows("SELECT step FROM budget_engine.diary ORDER BY id") == [(stem,) for stem in NEEDED_FROM_NOTHING]
+    assert history(db) == LABELS
+
+
+def history(db: Db) -> list[str]:
+    """The transactions; for a table of an earlier run an index is built concurrently, which is a line of its own."""
+    lines = db.rows("SELECT step FROM budget_engine.history WHERE part = 'transaction' ORDER BY id")
+    return [step for (step,) in lines]
 
 
 def assert_one_message(done: Run) -> None:
-    assert done.err.count("error: ") == (done.code != 0), done
+    assert done.err.count("error  ") == (done.code != 0), done
 
 
 def setup_through(db: Db, client_says: Watcher = unchanged, server_says: Watcher = unchanged) -> Run:
@@ -112,7 +140,7 @@ def test_line_is_cut_in_the_last_look(db: Db, stages: list[str]) -> None:
     """Everything is done, but nobody could say so: not a success."""
     done = setup_through(db, client_says=on_nth(of_the_work("Q"), 3, cut))
     assert done.code == 4, done
-    assert "promises stand" not in done.out
+    assert "checks pass" not in done.out
     assert db.dump() == stages[-1]
     assert_whole_steps_then_finished(db, stages, done)
 
@@ -120,20 +148,17 @@ def test_line_is_cut_in_the_last_look(db: Db, stages: list[str]) -> None:
 # ── the server's process ends ──────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("command", random.Random(SEED).sample(range(1, 61), RANDOM_POINTS))
+@pytest.mark.parametrize("command", random.Random(SEED).sample(range(1, 1 + COMMANDS), RANDOM_POINTS))
 def test_backend_is_terminated_in_a_command(db: Db, stages: list[str], command: int) -> None:
     print(f"FAULT_SEED={SEED}, command {command}")
-    trap = TRAP.format(condition=ON_COMMAND.format(command), action=DIE, event="ddl_command_end")
-    db.execute(trap)
-    done = db.invoke("setup")
-    db.execute(UNTRAP)
+    done = trapped(db, on_command(command, DIE), lambda: db.invoke("setup"))
     assert done.code == 4, done
     assert_whole_steps_then_finished(db, stages, done)
 
 
-def test_backend_is_terminated_while_it_builds_online(db: Db) -> None:
+def test_backend_is_terminated_while_it_builds_concurrently(db: Db) -> None:
     """An old transaction holds the build up; what is left is an INVALID index."""
-    db.migrate(*NEEDED_FROM_NOTHING)
+    db.migrate(*STEMS)
     whole = db.dump()
     db.execute("DROP INDEX idx_games_owner, idx_slots_type")
     builder = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
@@ -172,14 +197,27 @@ def signalled(db: Db, number: signal.Signals, wanted: Callable[[Message], bool],
 POINTS: dict[str, tuple[Callable[[Message], bool], int]] = {
     "login": (lambda message: message.kind == "R", 1),
     "survey": (containing(COMMITTED), 1),
-    **{f"notice {n}": (lambda message: message.kind == "N", n) for n in (1, 5, 9, 11, 16)},
     "commit 3": (containing(COMMITTED), 1 + 3),
 }
+
+
+def signalled_in(db: Db, number: signal.Signals, command: int) -> Run:
+    """Run setup, and signal it while the server is in this command (counted from 1)."""
+    run = partial(signalled, db, number, containing("^N.*sprung"), 1)
+    return trapped(db, on_command(command, CALL), run)
 
 
 @pytest.mark.parametrize(("wanted", "n"), POINTS.values(), ids=POINTS)
 def test_ctrl_c(db: Db, stages: list[str], wanted: Callable[[Message], bool], n: int) -> None:
     done = signalled(db, signal.SIGINT, wanted, n)
+    assert done.code == 130, done
+    assert len(done.err.splitlines()) == 1, done
+    assert_whole_steps_then_finished(db, stages, done)
+
+
+@pytest.mark.parametrize("command", [1, 20, 40, 60, 78])
+def test_ctrl_c_in_a_command(db: Db, stages: list[str], command: int) -> None:
+    done = signalled_in(db, signal.SIGINT, command)
     assert done.code == 130, done
     assert len(done.err.splitlines()) == 1, done
     assert_whole_steps_then_finished(db, stages, done)
@@ -222,10 +260,10 @@ def test_ctrl_c_while_the_modules_load(db: Db, stages: list[str], tmp_path: Path
     assert_whole_steps_then_finished(db, stages, done)
 
 
-@pytest.mark.parametrize("notice", random.Random(SEED[::-1]).sample(range(1, 17), 3))
-def test_client_is_killed(db: Db, stages: list[str], notice: int) -> None:
-    print(f"FAULT_SEED={SEED}, notice {notice}")
-    done = signalled(db, signal.SIGKILL, lambda message: message.kind == "N", notice)
+@pytest.mark.parametrize("command", random.Random(SEED[::-1]).sample(range(1, 1 + COMMANDS), 3))
+def test_client_is_killed(db: Db, stages: list[str], command: int) -> None:
+    print(f"FAULT_SEED={SEED}, command {command}")
+    done = signalled_in(db, signal.SIGKILL, command)
     assert done.code == -signal.SIGKILL
     assert_whole_steps_then_finished(db, stages, Run(0, done.out, done.err))
 
@@ -240,46 +278,53 @@ def lines_with(stem: str, text: str) -> list[int]:
 
 # Where it fails: the DDL tag, a word of the command, the step, the text on the line that the message must name.
 FAILURES = {
-    "first statement": ("CREATE TABLE", "CREATE TABLE worlds", STEMS[0], "CREATE TABLE worlds ("),
+    "first statement": (
+        "CREATE TABLE",
+        "CREATE TABLE IF NOT EXISTS worlds",
+        "20250130000000_core_schema",
+        "CREATE TABLE IF NOT EXISTS worlds (",
+    ),
     "within a function's creation": (
         "CREATE FUNCTION",
         "update_entry_points",
-        STEMS[0],
-        "CREATE OR REPLACE FUNCTION update_entry_points_search_text()",
+        "20250130000000_core_schema",
+        "CREATE FUNCTION update_entry_points_search_text()",
     ),
     "middle of turn_metrics": (
         "CREATE INDEX",
         "idx_turn_metrics_created",
-        STEMS[-1],
-        "CREATE INDEX idx_turn_metrics_created ON",
+        "20250222_turn_metrics",
+        "CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_turn_metrics_created ON",
     ),
-    "EXECUTE in a loop": ("COMMENT", "turn_metrics.model_ms", STEMS[-1], "EXECUTE statement;"),
-    "ALTER TABLE": ("ALTER TABLE", "ADD COLUMN budget_report", STEMS[5], "ALTER TABLE prompt_snapshots ADD COLUMN"),
+    "within a block": (
+        "COMMENT",
+        "turn_metrics.model_ms",
+        "20250222_turn_metrics",
+        "COMMENT ON COLUMN turn_metrics.model_ms",
+    ),
+    "ALTER TABLE": (
+        "ALTER TABLE",
+        "ADD COLUMN IF NOT EXISTS budget_report",
+        "20250221_budget_report",
+        "ALTER TABLE prompt_snapshots ADD COLUMN",
+    ),
 }
 
 
 @pytest.mark.parametrize(("tag", "command", "stem", "text"), FAILURES.values(), ids=FAILURES)
 def test_failing_step(db: Db, stages: list[str], tag: str, command: str, stem: str, text: str) -> None:
-    """The steps before it stand, it left no trace; the message says where, what the server said, and what stands."""
-    condition = f"TG_TAG = '{tag}' AND current_query() LIKE '%budget_engine.diary%'"
+    """The steps before it are done, it left no trace; the message says all that, where, and what the server said."""
+    condition = f"TG_TAG = '{tag}' AND current_query() LIKE '%budget_engine.history%'"
     match = f"EXISTS (SELECT FROM pg_event_trigger_ddl_commands() WHERE {OBJECT[tag].format(command.split()[-1])})"
-    db.execute(TRAP.format(condition=f"{condition} AND {match}", action=FAIL, event="ddl_command_end"))
-    done = db.invoke("setup")
-    db.execute(UNTRAP)
+    trap = TRAP.format(condition=f"{condition} AND {match}", action=FAIL, event="ddl_command_end")
+    done = trapped(db, trap, lambda: db.invoke("setup"))
     assert done.code == 1, done
     place = re.search(rf"db/migrations/{stem}\.sql, line (\d+): (.*)", done.err)
     assert place is not None, done
     assert int(place[1]) in lines_with(stem, text)
     assert command.split()[-1].split(".")[-1] in place[2]
-    before = NEEDED_FROM_NOTHING[: NEEDED_FROM_NOTHING.index(stem)]
-    for words in (
-        chain.label(stem),
-        f"sprung on {tag}",
-        "a detail",
-        "a hint",
-        "left no trace",
-        *map(chain.label, before),
-    ):
+    before = LABELS[: STEMS.index(stem)]
+    for words in (f"sprung on {tag}", "a detail", "a hint", f"{chain.label(stem)} changed nothing", *before):
         assert words in done.err
     assert db.dump() == stages[len(before)]
     assert_whole_steps_then_finished(db, stages, done)
@@ -294,18 +339,15 @@ OBJECT = {
 }
 
 
-def test_promise_that_does_not_stand_is_rolled_back(db: Db, stages: list[str]) -> None:
+def test_step_whose_checks_do_not_pass_is_rolled_back(db: Db, stages: list[str]) -> None:
     """Something undoes the step's work behind its back: the verification, in the same transaction, raises."""
-    db.execute(
-        TRAP.format(
-            condition="TG_TAG = 'CREATE INDEX' AND to_regclass('idx_turn_metrics_created') IS NOT NULL",
-            action="DROP INDEX idx_turn_metrics_created; ALTER TABLE turn_metrics DROP COLUMN model_ms",
-            event="ddl_command_end",
-        )
+    trap = TRAP.format(
+        condition="TG_TAG = 'CREATE INDEX' AND to_regclass('idx_turn_metrics_created') IS NOT NULL",
+        action="DROP INDEX idx_turn_metrics_created; ALTER TABLE turn_metrics DROP COLUMN model_ms",
+        event="ddl_command_end",
     )
-    done = db.invoke("setup")
-    db.execute(UNTRAP)
-    assert done.code == 6, done  # no step adds a column to a turn_metrics that stands: it is in the way
-    assert "turn_metrics.model_ms" in done.err
+    done = trapped(db, trap, lambda: db.invoke("setup"))
+    assert done.code == 1, done
+    assert "column turn_metrics.model_ms is missing" in done.err
     assert db.dump() == stages[5]
     assert_whole_steps_then_finished(db, stages, done)

@@ -76,6 +76,35 @@ def user_file(home: Path, name: str, content: bytes) -> dict[str, str]:
 # ── scripts/inv ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_version_is_ours(tree: Path) -> None:
+    shutil.copy(chain.ROOT / "pyproject.toml", tree)
+    done = as_inv(tree, "--version")
+    assert done.code == 0, done
+    assert re.fullmatch(rf"Budget Engine recipes {re.escape(chain.version())} \(Invoke [\d.]+\)\n", done.out), done
+
+
+def test_list_is_in_the_order_of_the_work(tree: Path) -> None:
+    """Those for developers last."""
+    names = re.findall(r"^  ([\w.-]+)", as_inv(tree, "--list").out, re.M)
+    assert names[:6] == ["setup", "prereqs", "fix", "slots-flags", "budget-report", "turn-metrics"]
+    assert set(names[6:11]) == {"verify", "status", "plan", "rehearse", "doctor"}
+    assert set(names[-4:]) == {"test", "lint", "bench", "pictures"}
+    assert set(re.findall(r"^  ([\w.-]+)", plain(tree, "--list").out, re.M)) == set(names)
+    assert re.findall(r"^  \.(\w+)", as_inv(tree, "--list", "db").out, re.M) == ["start", "stop", "url", "psql"]
+    assert "db [4 tasks]" in as_inv(tree, "--list", "--list-depth", "1").out
+
+
+@pytest.mark.parametrize("spelling", ["invoke", "python3 scripts/inv", "python3.12 '/my place/scripts/inv'"])
+def test_messages_spell_tasks_as_this_run_was_started(tree: Path, spelling: str) -> None:
+    """Else who has no environment active is told to run what is not there."""
+    program = ["-I", "-X", f"ran_as={spelling}", str(tree / "scripts/as_invoke.py")]
+    place = {"DATABASE_URL": "embedded", "BUDGET_ENGINE_POSTGRES": str(tree / "postgres")}
+    done = invoke(program, "--dry", "setup", cwd=tree, **place)
+    assert done.code == 4, done
+    assert f"help     Start it ({spelling} db.start)" in done.err
+    assert done.err.count("invoke ") == (spelling == "invoke"), done
+
+
 @pytest.mark.parametrize("kind", FILES)
 def test_settings_of_the_user_do_not_matter(tree: Path, tmp_path: Path, kind: str) -> None:
     user = user_file(tmp_path / "home", *FILES[kind])
@@ -104,12 +133,9 @@ def test_variables_do_not_matter(tree: Path) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        "--list",
         "--list --list-format=json",
-        "--list db",
         "--help",
         "--help slots-flags",
-        "--version",
         "--complete -- invoke --",
         "--complete -- invoke setup --",
         "--print-completion-script=bash",

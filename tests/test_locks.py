@@ -15,6 +15,8 @@ from typing import Any
 
 import psycopg
 import pytest
+from budget_engine.migration import chain, survey, turn
+from budget_engine.migration.chain import ROOT
 from conftest import (
     MIGRATIONS,
     PACKAGED_TOO,
@@ -28,9 +30,6 @@ from conftest import (
 )
 from proxy import Proxy, containing, on_nth, socket_of
 from states import with_uuid
-
-from budget_engine.migration import chain, survey, turn
-from budget_engine.migration.chain import ROOT
 
 TASKS = ["setup", "prereqs", "fix", "slots-flags", "budget-report", "turn-metrics", "verify"]
 STEMS = [step.stem for step in chain.load().steps]
@@ -412,14 +411,16 @@ def test_deadlock_is_tried_again(db: Db) -> None:
         CREATE FUNCTION want_worlds() RETURNS event_trigger LANGUAGE plpgsql AS $$
         BEGIN
           IF current_setting('application_name') = 'budget-engine-recipes' THEN
+            PERFORM pg_sleep(1);
             LOCK TABLE worlds IN SHARE MODE;
           END IF;
         END $$;
         CREATE EVENT TRIGGER want_worlds ON ddl_command_end WHEN TAG IN ('ALTER TABLE')
           EXECUTE FUNCTION want_worlds()""")
+    db.execute(f"ALTER DATABASE {db.name} SET deadlock_timeout = '10ms'")  # it is found before our patience ends
     with holding(db, "SET LOCAL deadlock_timeout = '1min'; LOCK TABLE worlds IN ROW EXCLUSIVE MODE") as other:
-        process = db.start("setup", LOCK_TIMEOUT="30s")
-        until(lambda: db.value(WAITING), process)
+        process = db.start("setup")
+        until(lambda: db.value(f"{OURS} AND wait_event = 'PgSleep'"), process)
         other.execute("INSERT INTO prompt_snapshots (tp, linearized_prompt_text) VALUES ('{}', 'meanwhile')")
         other.commit()
         done = ended(process)

@@ -10,7 +10,7 @@ from typing import Any
 import pooler as poolers
 import psycopg
 import pytest
-from budget_engine.migration import chain
+from budget_engine.migration import chain, plan
 from conftest import Db, Run, ended, until
 from pooler import Pooler
 from states import BIGINT, ORPHANS, by_hand, contents, lost, with_uuid
@@ -21,12 +21,15 @@ pytestmark = [
     pytest.mark.skipif(poolers.CONFIGURATION is None, reason="Debian's pgbouncer.ini is not there, or not readable"),
 ]
 
-STEMS = [step.stem for step in chain.load()]
-NEEDED_FROM_NOTHING = [stem for stem in STEMS if "fix" not in stem]
+STEPS = chain.load().steps
+STEMS = [step.stem for step in STEPS]
+NEEDED_FROM_NOTHING = [step for step in STEPS if "fix" not in step.label]
+FINISHED = [step.stem for step in NEEDED_FROM_NOTHING]
+ONCE_EACH = [(step.label, "transaction") for step in NEEDED_FROM_NOTHING]
 TASKS = ["prereqs", "fix", "slots-flags", "budget-report", "turn-metrics"]
 RENAMED = {"public.prompt_snapshots.turn_id": "turn_id_uuid"}
 
-# What the online part has to build, and to validate, on a table of some size.
+# What the concurrent part has to build, and to validate, on a table of some size.
 MANY_ROWS = """
 INSERT INTO turns (game_id, idx, role, content)
 SELECT md5('game 1')::uuid, i, 'player', '{}' FROM generate_series(10, 100000) AS i;
@@ -49,12 +52,16 @@ def pooler(db: Db) -> Iterator[Pooler]:
 def through(pooler: Pooler, db: Db, *words: str, role: str = "postgres", query: str = "", **env: str) -> Run:
     done = db.invoke(*words, env={"DATABASE_URL": pooler.url(db, role) + query, **env})
     assert "Traceback" not in done.err, done
-    assert done.err.count("error: ") == (done.code != 0), done
+    assert done.err.count("error  ") == (done.code != 0), done
     return done
 
 
-def diary(db: Db) -> list[tuple[Any, ...]]:
-    return db.rows("SELECT step, part FROM budget_engine.diary ORDER BY id")
+def to_do(db: Db) -> plan.Plan:
+    return plan.make(chain.load(), STEPS, db.checks())
+
+
+def history(db: Db) -> list[tuple[Any, ...]]:
+    return db.rows("SELECT step, part FROM budget_engine.history ORDER BY id")
 
 
 @contextmanager
@@ -77,7 +84,7 @@ def test_setup_from_nothing_and_again(db: Db, pooler: Pooler) -> None:
     assert db.differing() == {}
     again = through(pooler, db, "setup")
     assert (again.code, "nothing to do" in again.out) == (0, True), again
-    assert diary(db) == [(stem, "atomic") for stem in NEEDED_FROM_NOTHING]
+    assert history(db) == ONCE_EACH
 
 
 def test_each_task_alone(db: Db, pooler: Pooler) -> None:
@@ -91,12 +98,12 @@ STATES: dict[str, tuple[str, dict[str, str]]] = {"by hand": (by_hand(), {}), "uu
 
 
 @pytest.mark.parametrize(("state", "renamed"), STATES.values(), ids=STATES)
-def test_old_database_with_online_work(db: Db, pooler: Pooler, state: str, renamed: dict[str, str]) -> None:
+def test_old_database_with_concurrent_work(db: Db, pooler: Pooler, state: str, renamed: dict[str, str]) -> None:
     db.execute(state)
     before = contents(db)
     done = through(pooler, db, "setup")
     assert done.code == 0, done
-    assert "CREATE INDEX CONCURRENTLY" in done.out
+    assert "concurrently" in done.out
     assert db.differing() == {}
     assert lost(before, contents(db), renamed) == []
 
@@ -168,7 +175,7 @@ def test_temporary_tables_do_not_hide_ours(db: Db) -> None:
 
 def test_twenty_at_once_from_nothing(db: Db, pooler: Pooler) -> None:
     twenty_at_once(pooler, db)
-    assert diary(db) == [(stem, "atomic") for stem in NEEDED_FROM_NOTHING]
+    assert history(db) == ONCE_EACH
 
 
 @pytest.mark.slow
@@ -177,10 +184,10 @@ def test_twenty_at_once_with_indexes_to_build(db: Db, pooler: Pooler) -> None:
     before = many_rows(db)
     twenty_at_once(pooler, db)
     assert many_rows(db) == before
-    lines = diary(db)
+    lines = history(db)
     assert len(lines) == len(set(lines))
-    online = ["core_schema", "slots_templates", "prompt_snapshots", "fix_prompt_snapshots_turn_id", "slots_flags"]
-    assert [chain.label(stem) for stem, part in lines if part == "online"] == online
+    concurrent = ["core_schema", "slots_templates", "prompt_snapshots", "fix_prompt_snapshots_turn_id", "slots_flags"]
+    assert [step for step, part in lines if part == "concurrent"] == concurrent
 
 
 def many_rows(db: Db) -> list[tuple[Any, ...]]:
@@ -193,7 +200,7 @@ def many_rows(db: Db) -> list[tuple[Any, ...]]:
 
 
 def test_who_holds_a_lock_is_named(db: Db, pooler: Pooler) -> None:
-    db.migrate(*NEEDED_FROM_NOTHING)
+    db.migrate(*FINISHED)
     db.execute("ALTER TABLE slots DROP COLUMN min_chars CASCADE")
     before = db.dump(data=True)
     with holding(db.connect(), "LOCK TABLE slots IN ROW EXCLUSIVE MODE") as holder:
@@ -214,13 +221,13 @@ def limited(db: Db, *settings: str) -> Iterator[str]:
     db.execute(f"REASSIGN OWNED BY {db.name} TO postgres; DROP ROLE {db.name}")
 
 
-# What ends the online part, the exit code, how the next run comes.
+# What ends the concurrent part, the exit code, how the next run comes.
 LIMITS = [("statement_timeout", 1, "direct"), ("lock_timeout", 7, "lifted")]
 
 
 @pytest.mark.parametrize(("setting", "code", "finish"), LIMITS)
 def test_limit_of_the_role_through_the_pooler(db: Db, setting: str, code: int, finish: str) -> None:
-    db.migrate(*NEEDED_FROM_NOTHING)
+    db.migrate(*FINISHED)
     db.execute("DROP INDEX idx_slots_type")
     with limited(db, setting) as role, Pooler(db.cluster, roles=(role,)) as pooler:
         with holding(db.connect(), "LOCK TABLE slots IN ROW EXCLUSIVE MODE"):
@@ -231,7 +238,7 @@ def test_limit_of_the_role_through_the_pooler(db: Db, setting: str, code: int, f
         assert db.value("SELECT indisvalid FROM pg_index WHERE indexrelid = 'idx_slots_type'::regclass") is False
         if finish == "lifted":
             db.execute(f"ALTER ROLE {role} RESET {setting}")
-            pooler.stop()  # sessions that stand keep what they were born with
+            pooler.stop()  # sessions that are open keep what they were born with
             pooler.start()
         again = db.invoke("setup", role=role) if finish == "direct" else through(pooler, db, "setup", role=role)
         assert again.code == 0, again
@@ -247,7 +254,7 @@ def test_limit_of_the_role_through_the_pooler(db: Db, setting: str, code: int, f
     ids=["old", "new"],
 )
 def test_limits_of_the_role_are_lifted_on_the_server_itself(db: Db, names: tuple[str, ...]) -> None:
-    db.migrate(*NEEDED_FROM_NOTHING)
+    db.migrate(*FINISHED)
     db.execute("DROP INDEX idx_slots_type")
     with limited(db, *names) as role:
         with holding(db.connect(), "LOCK TABLE slots IN ROW EXCLUSIVE MODE") as holder:
@@ -294,7 +301,7 @@ def test_pooler_restarts_in_the_middle(db: Db, pooler: Pooler, missing: str) -> 
         pooler.stop()
         done = ended(process)
     assert done.code == 4, done
-    assert done.err.count("error: ") == 1, done
+    assert done.err.count("error  ") == 1, done
     pooler.start()
     again = through(pooler, db, "setup")
     assert again.code == 0, again
@@ -312,13 +319,13 @@ def test_server_ends_the_session_behind_the_pooler(db: Db, pooler: Pooler) -> No
         db.rows(BUILDING.replace("count(*)", "pg_terminate_backend(pid, 10000)"))
         done = ended(process)
     assert done.code == 4, done
-    assert done.err.count("error: ") == 1, done
+    assert done.err.count("error  ") == 1, done
     again = through(pooler, db, "setup")
     assert again.code == 0, again
     assert db.differing() == {}
 
 
-@pytest.mark.parametrize("state", ["", by_hand()], ids=["nothing", "online work"])
+@pytest.mark.parametrize("state", ["", by_hand()], ids=["nothing", "concurrent work"])
 def test_two_server_connections_are_enough(db: Db, state: str) -> None:
     db.execute(state)
     with Pooler(db.cluster, settings={"default_pool_size": "2"}) as pooler:
@@ -334,7 +341,7 @@ NO_ROOM = {
 
 
 @pytest.mark.parametrize("settings", NO_ROOM.values(), ids=NO_ROOM)
-def test_no_room_for_the_connection_that_online_work_needs(db: Db, settings: dict[str, str]) -> None:
+def test_no_room_for_the_connection_that_concurrent_work_needs(db: Db, settings: dict[str, str]) -> None:
     """All else is done; it asks again, visibly, until LOCK_WAIT; the rest is done on the server itself."""
     db.execute(by_hand())
     before = contents(db)
@@ -343,9 +350,11 @@ def test_no_room_for_the_connection_that_online_work_needs(db: Db, settings: dic
         done = through(pooler, db, "setup", CONNECT_TIMEOUT="1s", LOCK_WAIT="2s")
         assert time.monotonic() - began < 60  # not PgBouncer's 120
     assert done.code == 4, done
-    assert "waiting   online work needs a second connection" in done.out
+    assert "waiting  concurrent work needs a second connection" in done.out
     assert "the direct URL" in done.err
-    assert {str(by).partition(" ")[2] for _, _, by in db.differing().values()} == {"online"}
+    left = to_do(db)
+    assert left.concurrent
+    assert not left.transactions
     assert db.invoke("setup").code == 0
     assert db.differing() == {}
     assert lost(before, contents(db), {}) == []
@@ -358,20 +367,20 @@ def test_room_comes_in_time(db: Db) -> None:
         holding(pooler.connect(db), "SELECT") as holder,
     ):
         process = db.start("setup", DATABASE_URL=pooler.url(db), CONNECT_TIMEOUT="1s")
-        until(lambda: not [by for _, _, by in db.differing().values() if by in STEMS], process)
+        until(lambda: not to_do(db).transactions, process)
         time.sleep(1.5)
         holder.execute("COMMIT; BEGIN")
         holder.execute("COMMIT")
         done = ended(process)
         assert done.code == 0, done
         holder.execute("BEGIN")
-    assert "waiting   online work needs a second connection" in done.out
+    assert "waiting  concurrent work needs a second connection" in done.out
     assert db.differing() == {}
 
 
 def test_who_holds_the_lock_also_takes_the_last_server_connection(db: Db) -> None:
     """The watch gets none: it must not keep the step waiting, which has long given up."""
-    db.migrate(*NEEDED_FROM_NOTHING)
+    db.migrate(*FINISHED)
     db.execute("ALTER TABLE slots DROP COLUMN min_chars CASCADE")
     with Pooler(db.cluster, settings={"default_pool_size": "2"}) as pooler:
         with holding(pooler.connect(db), "LOCK TABLE slots IN ROW EXCLUSIVE MODE"):

@@ -21,7 +21,7 @@ from urllib.parse import quote, quote_plus, unquote
 import pytest
 from budget_engine import env_file, libpq
 from budget_engine.errors import RecipeError
-from budget_engine.output import text
+from budget_engine.output import text as words
 from budget_engine.postgres.connection import Connection
 from budget_engine.settings import Settings, Target, completed, mask, parse_target
 from conftest import SEED, Run, clean_environment, run
@@ -167,10 +167,10 @@ def all_said(text: str, *, in_file: bool) -> Iterator[str]:
         yield repr(settings)
         assert settings.target is not None
         target = completed(settings.target, source)
-        yield from [repr(target), text.target(target, settings), *text.notes(target, settings), *echoes(target)]
+        yield from [repr(target), words.target(target, settings), *words.notes(target, settings), *echoes(target)]
         Connection(target, settings).close()
     except RecipeError as error:
-        yield from [*text.error(error), repr(error), *traceback.format_exception(error)]
+        yield from [*words.error(error), repr(error), *traceback.format_exception(error)]
 
 
 def echoes(target: Target) -> Iterator[str]:
@@ -261,6 +261,6 @@ def test_error_itself_is_masked() -> None:
         target = parse_target(f"postgresql://app:QX%40ZJQX@127.0.0.1:{port}/game")
         with pytest.raises(RecipeError) as caught:
             Connection(target, Settings(target, ""))
-    said = [*text.error(caught.value), *traceback.format_exception(caught.value)]
+    said = [*words.error(caught.value), *traceback.format_exception(caught.value)]
     assert "password authentication failed: ***" in "".join(said)
     assert Slip("", "QX@ZJQX").shown_in("".join(said)) is None

@@ -80,9 +80,10 @@ BEGIN
                      FROM pg_class WHERE oid = ANY (moving) AND relkind IN ('r', 'p') ORDER BY relname <> 'turns', oid LOOP
       EXECUTE statement;
       PERFORM set_config('lock_timeout', '100ms', true);
+      EXIT WHEN locked IS NULL;
     END LOOP;
     PERFORM set_config('lock_timeout', patience, true), set_config('search_path', path, true);
-    locked := moving;  -- and look again: somebody may have been faster
+    locked := CASE WHEN locked IS NULL THEN '{}' ELSE moving END;  -- and look again, after the first, too: somebody may have been faster
   END LOOP;
 
   FOR statement IN
@@ -97,10 +98,16 @@ BEGIN
     RAISE NOTICE '% goes on with the old tables', statement;
   END LOOP;
 
-  SELECT format('core_archive%s', CASE WHEN n > 1 THEN '_' || n END) INTO archive
-    FROM generate_series(1, (SELECT count(*) + 1 FROM pg_namespace)) AS n
-   WHERE to_regnamespace(format('core_archive%s', CASE WHEN n > 1 THEN '_' || n END)) IS NULL ORDER BY n LIMIT 1;
-  EXECUTE format('CREATE SCHEMA %s', archive);
+  LOOP
+    SELECT format('core_archive%s', CASE WHEN n > 1 THEN '_' || n END) INTO archive
+      FROM generate_series(1, (SELECT count(*) + 1 FROM pg_namespace)) AS n
+     WHERE to_regnamespace(format('core_archive%s', CASE WHEN n > 1 THEN '_' || n END)) IS NULL ORDER BY n LIMIT 1;
+    BEGIN
+      EXECUTE format('CREATE SCHEMA %s', archive);
+      EXIT;
+    EXCEPTION WHEN unique_violation OR duplicate_schema THEN  -- another session was faster: the next one
+    END;
+  END LOOP;
   EXECUTE format('COMMENT ON SCHEMA %s IS %L', archive,
                  format(E'The core schema as it was until %s, and what led into it, rows and all; moved here by '
                         '20250130000002_recreate_core_schema because:\n%s', now(), reasons));

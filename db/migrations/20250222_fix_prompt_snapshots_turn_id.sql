@@ -58,6 +58,8 @@ BEGIN
       SELECT format('publication %s: its subscribers lack the kept column', pubname)
       FROM pg_publication_rel AS r JOIN pg_publication ON pg_publication.oid = prpubid WHERE prrelid = snapshots AND to_jsonb(r) ->> 'prattrs' IS NULL
       UNION ALL
+      SELECT 'the table itself, which is not an ordinary table' FROM pg_class WHERE oid = snapshots AND relkind <> 'r'
+      UNION ALL
       SELECT 'the column itself is generated, an identity or inherited' WHERE old.attgenerated <> '' OR old.attidentity <> '' OR old.attinhcount > 0
     ) AS found (what);
     IF hanging IS NOT NULL THEN

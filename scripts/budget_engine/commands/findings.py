@@ -342,7 +342,7 @@ def limits(server: Server, facts: Facts, lock_timeout_ms: int) -> Iterator[Findi
     for why, found in biting.items():
         yield note("limits", f"{', '.join(map(str, found))}: {why}", _lift(found, server))
     if facts.replication_role == "replica":  # local is as origin
-        says = f"session_replication_role = replica: slots that {server.role} inserts get no defaults"
+        says = f"session_replication_role = replica: no trigger runs for rows that {server.role} writes, none of ours either"
         yield note("limits", says, f"{_alter(server)} SET session_replication_role = origin;")
     elif not biting:
         lifted = ", ".join(map(str, facts.limits))

@@ -314,6 +314,8 @@ def no_place(todo: plan.Plan, server: survey.Server) -> list[errors.RecipeError]
     """Return why there is no place for tables, if there is none."""
     if server.schema is None:
         return [errors.NoSchemaError(search_path=server.search_path)]
+    if hidden := [check.table for check in todo.checks if check.is_temporary]:
+        return [errors.HiddenTableError(tables=", ".join(hidden))]
     new = any(check.kind is Kind.TABLE and check.actual is None for check in todo.missing)
     if new and re.match("pg_|information_schema$", server.schema):
         return [errors.SystemSchemaError(schema=server.schema, search_path=server.search_path)]

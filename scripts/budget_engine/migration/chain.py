@@ -7,9 +7,11 @@ COMMIT runs in one transaction; what follows COMMIT runs concurrently: each stat
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from budget_engine import errors
@@ -64,7 +66,8 @@ class Statement:
         return self.declares(check) or check.is_created_by(self.flat, with_column=with_column)
 
 
-def _parts(body: str) -> list[str]:
+@cache
+def _parts(body: str) -> tuple[str, ...]:
     """Split the body of a CREATE TABLE at its commas, those within parentheses and literals apart."""
     parts, depth, quoted, start = [], 0, False, 0
     for position, char in enumerate(body):
@@ -73,7 +76,7 @@ def _parts(body: str) -> list[str]:
         if char == "," and depth == 0 and not quoted:
             parts.append(body[start:position].strip())
             start = position + 1
-    return [*parts, body[start:].strip()]
+    return (*parts, body[start:].strip())
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Step:
 
     @property
     def label(self) -> str:
-        """The stem without its date: slots_flags."""
+        """The stem without its date: what people call the step."""
         return label(self.stem)
 
     @property
@@ -182,7 +185,7 @@ def text_of(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or error
-        raise errors.CheckoutError(file=file.relative_to(ROOT), why=why, where=str(file)) from None
+        raise errors.CheckoutError(file=os.path.relpath(file, ROOT), why=why, where=str(file)) from None
 
 
 def version() -> str:

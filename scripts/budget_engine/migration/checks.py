@@ -121,6 +121,11 @@ class Check:
         return self.required and not self.passed and self.fixed_by is None
 
     @property
+    def is_temporary(self) -> bool:
+        """Whether it is a table of which only the session has one, a temporary one."""
+        return self.kind is Kind.TABLE and self.actual == "temporary table"
+
+    @property
     def replaces(self) -> bool:
         """Whether it is a column of another type, whose values its step keeps under another name."""
         return self.kind is Kind.COLUMN and self.actual is not None and self.fixed_by is not None
@@ -142,7 +147,7 @@ class Check:
 
     @property
     def title(self) -> str:
-        """What people call it: slots.must_keep, index idx_slots_type, key slots (type, name)."""
+        """What people call it: table.column, index idx_of_it, key table (one, two)."""
         match self.kind:
             case Kind.TABLE:
                 return self.table

@@ -6,7 +6,7 @@ What `invoke plan` shows, `plan --sql` prints, `rehearse` runs and setup sends i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -55,6 +55,10 @@ class Action:
         build = self.effect is Effect.BUILD
         return {table: {*lock.conflicts_with, *(WRITERS if build else ())} for table, lock in self.locks.items()}
 
+    def updates(self, table: str) -> bool:
+        """Whether it gives rows of this table other values."""
+        return re.search(rf"\bUPDATE {table}\b", self.statement.flat) is not None
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -83,13 +87,11 @@ class StepPlan:
 class Plan:
     """What a task has to do, in the chain's order.
 
-    checks: every check of the chain, what goes along with a replaced column counted as missing; passed: how many passed
-    when this was planned.
+    checks: every check of the chain, what goes along with a replaced column counted as missing.
     """
 
     steps: tuple[StepPlan, ...]
     checks: tuple[Check, ...] = field(repr=False)
-    passed: int
 
     @property
     def transactions(self) -> list[StepPlan]:
@@ -118,8 +120,8 @@ class Plan:
             right for step in self.steps for check in step.reasons for right in (check.lacking or "").splitlines()
         ]
         hidden = {check.table for check in self.checks if check.rows_hidden}
-        rights += [right for action in self.actions for right in _to_see_rows(action.statement, hidden)]
-        return tuple(dict.fromkeys(filter(None, rights)))
+        unseen = [_unseen(table) for action in self.actions for table in hidden if action.updates(table)]
+        return tuple(dict.fromkeys([*rights, *unseen]))
 
     @property
     def missing(self) -> tuple[Check, ...]:
@@ -145,11 +147,9 @@ class Plan:
         return list(dict.fromkeys(check.table for check in adding))
 
 
-def _to_see_rows(statement: Statement, hidden: Iterable[str]) -> Iterator[str]:
-    """Name what it takes to see the rows that a statement updates, of tables that hide theirs."""
-    for table in hidden:
-        if re.search(rf"\bUPDATE {table}\b", statement.flat):
-            yield f"BYPASSRLS (or ALTER TABLE {table} NO FORCE ROW LEVEL SECURITY meanwhile: it may hide rows)"
+def _unseen(table: str) -> str:
+    """Say what the role lacks to see the rows that are updated."""
+    return f"BYPASSRLS (or ALTER TABLE {table} NO FORCE ROW LEVEL SECURITY meanwhile: it may hide rows)"
 
 
 def make(chain: Chain, wanted: Sequence[Step], checks: Sequence[Check]) -> Plan:
@@ -167,7 +167,6 @@ def make(chain: Chain, wanted: Sequence[Step], checks: Sequence[Check]) -> Plan:
     return Plan(
         tuple(_plan_step(step, seen, due, new_tables, blocked) for step in wanted),
         tuple(seen),
-        passed=sum(check.passed for check in checks),
     )
 
 
@@ -299,13 +298,12 @@ def _sent(statement: Statement, checks: Sequence[Check], *, concurrent: bool) ->
 
 
 def left_to_the_rows(plan: Plan) -> list[str]:
-    """Name what rows may refuse, and nobody has counted: those of a foreign key that is NOT VALID can be."""
+    """Name what is required and rows may refuse, uncounted: those of a foreign key that is NOT VALID can be."""
     return [
         check.title
         for action in plan.concurrent
         for check in action.checks
-        if check.required
-        and ((check.kind is Kind.FOREIGN_KEY and not check.unfinished) or check.kind is Kind.KEY)
+        if check.required and ((check.kind is Kind.FOREIGN_KEY and not check.unfinished) or check.kind is Kind.KEY)
     ]
 
 

@@ -147,7 +147,7 @@ def make(
         else replace(step, transaction=(), concurrent=(), reasons=tuple(c for c in step.reasons if c not in now))
         for step in rest.steps
     )
-    return plan.Plan(steps, tuple(checks), sum(check.passed for check in checks))
+    return plan.Plan(steps, tuple(checks))
 
 
 def _creating(recreate: Step, made_anew: AbstractSet[str], reasons: Sequence[Check]) -> list[plan.Action]:

@@ -37,11 +37,12 @@ _DUPLICATE_TABLE = "42P07"
 _TIMEOUTS = {"57014", "55P03", "25P04"}  # what a role's own limits end a statement with
 _MOMENT_MS = 100  # shorter than deadlock_timeout: nobody dies in a deadlock with us
 
-# passed: as many checks as the survey saw pass; fewer or more, and somebody was at work since: survey and plan again.
+# seen: how many checks found something, and how many passed, when this was surveyed; else somebody was at work since:
+# survey and plan again.
 _GUARD = """DO $guard$
 DECLARE
   path CONSTANT pg_catalog.text := pg_catalog.current_setting('search_path');
-  passed pg_catalog.int8;
+  seen pg_catalog.text;
 BEGIN
   PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
   IF NOT {taken} THEN
@@ -51,9 +52,9 @@ BEGIN
 END
 $guard$"""
 _COMPARE = """
-  EXECUTE 'SELECT count(*) FROM (' || current_setting('budget_engine.verification')
-    || ') AS checks WHERE actual = expected' INTO passed;
-  IF passed <> {passed} THEN
+  EXECUTE 'SELECT concat_ws('' '', count(actual), count(*) FILTER (WHERE actual = expected)) FROM ('
+    || current_setting('budget_engine.verification') || ') AS checks' INTO seen;
+  IF seen <> '{seen}' THEN
     RAISE EXCEPTION USING ERRCODE = '{busy}', MESSAGE = 'another {at_work}';
   END IF;"""
 
@@ -94,10 +95,10 @@ BEGIN
                                     coalesce(actual, ''missing''), expected), E''\\n'')
            FROM (' || current_setting('budget_engine.verification') || ') AS checks
            WHERE actual IS DISTINCT FROM expected
-             AND (required AND step = $1 OR (kind, "table", name) IN (SELECT w ->> 0, w ->> 1, w ->> 2
-                                                                      FROM json_array_elements($2) AS w))
+             AND (step = $1 AND (required OR "table" = ANY ($4))  -- of a table that it creates, all
+                  OR (kind, "table", name) IN (SELECT w ->> 0, w ->> 1, w ->> 2 FROM json_array_elements($2) AS w))
              AND (kind, "table", name) NOT IN (SELECT w ->> 0, w ->> 1, w ->> 2 FROM json_array_elements($3) AS w)'
-    INTO broken USING {step}, {also}::json, {later}::json;
+    INTO broken USING {step}, {also}::json, {later}::json, {new_tables}::text[];
   IF broken IS NOT NULL THEN
     RAISE EXCEPTION USING ERRCODE = 'TB003', MESSAGE = {message}, DETAIL = broken;
   END IF;
@@ -237,7 +238,9 @@ class Script:
 
     def _guard(self, *, compare: bool) -> str:
         facts = {"taken": self.found.turn.taken(turn.RUN), "busy": _BUSY, "at_work": AT_WORK}
-        return _GUARD.format(compare=_COMPARE.format(passed=self.plan.passed, **facts) if compare else "", **facts)
+        checks = self.found.checks
+        seen = f"{sum(check.actual is not None for check in checks)} {sum(check.passed for check in checks)}"
+        return _GUARD.format(compare=_COMPARE.format(seen=seen, **facts) if compare else "", **facts)
 
     def _locks(self, actions: Sequence[Action]) -> str:
         """Write what takes the locks that the actions want, the strongest first."""
@@ -268,8 +271,13 @@ class Script:
             and (check.key not in created or check.key in concurrent)
         ]
         also = list(dict.fromkeys(c.key for c in checks if c.step != planned.label and c.key not in concurrent))
-        message = literal(errors.BrokenStepError.says)
-        return _VERIFICATION.format(step=literal(planned.label), also=_keys(also), later=_keys(later), message=message)
+        return _VERIFICATION.format(
+            step=literal(planned.label),
+            also=_keys(also),
+            later=_keys(later),
+            new_tables=literal([check.table for check in checks if check.kind is Kind.TABLE]),
+            message=literal(errors.BrokenStepError.says),
+        )
 
     def rehearsal(self, connection: Connection) -> list[Sent]:
         """Write all transactions as one, which is rolled back; only the first lock is queued for."""

@@ -178,7 +178,9 @@ def _check(row: Sequence[str | None], on_request: str) -> Check:
 def _server(row: Sequence[str | None], checks: Sequence[Check], connection: Connection) -> Server:
     version, role, name, path, read_only, search_path, pid = row
     pooled = pid != str(connection.backend_pid)
-    schemas = tuple(schema for schema in json.loads(str(path)) if schema not in ("pg_catalog", "pg_temp"))
+    # The session's own temporary schema comes last (see transaction_settings); behind a pooler the next has another.
+    listed = [schema for schema in json.loads(str(path)) if schema != "pg_catalog"]
+    schemas = tuple(schema for schema in listed if schema == listed[0] or not schema.startswith("pg_temp_"))
     existing = {check.home for check in checks if check.found}
     homes = tuple(schema for schema in schemas if schema in existing)
     return Server(str(version).split()[0], str(role), str(name), schemas, read_only, str(search_path), pooled, homes)

@@ -38,8 +38,8 @@ _COLOURS = {
 }
 _COLOURED = re.compile(rf"( *|  \w+ +)({'|'.join(map(re.escape, _COLOURS))})(?= |$)")
 _TASKS = re.compile(
-    r"\binvoke (?=(?:--dry )?(?:setup|prereqs|fix|slots-flags|budget-report|turn-metrics|verify|status|plan|rehearse"
-    r"|doctor|fleet|db\.[a-z]+)\b)"
+    r"\binvoke (?=(?:--dry )?(?:setup|prereqs|fix|verify|status|plan|rehearse|doctor|fleet|db\.[a-z]+"
+    r"|[a-z]+(?:-[a-z]+)+)\b)"  # the steps' tasks have names of several words
 )
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from budget_engine.postgres.blockers import Bystander, Size
     from budget_engine.settings import Settings, Target
 
-_STEP = 30  # columns: the longest label, fix_prompt_snapshots_turn_id, and a little air
+_STEP = 30  # columns: a long label and a little air
 _DETAIL = 46  # where the details of things begin at the latest
 _CREATED = 72  # what a transaction created, before how long that took
 _BYTES = ("B", "kB", "MB", "GB", "TB")
@@ -69,7 +69,9 @@ def behind(server: Server, checks: Iterable[Check]) -> list[str]:
 
 
 WITHOUT_PROFILES = "Supabase without profiles"
-STARTED = line("note", "the embedded server was started and keeps running; db.psql opens it, db.stop stops it")
+STARTED = line(
+    "note", "the embedded server was started and keeps running; invoke db.psql opens it, invoke db.stop stops it"
+)
 
 
 def sources(target: Target, settings: Settings) -> str:
@@ -83,7 +85,7 @@ def notes(target: Target, settings: Settings) -> list[str]:
 
 
 def row_security(checks: Iterable[Check]) -> str:
-    """Which of the three worlds this is: the verification asks for policies where there is something to protect."""
+    """Which of three kinds of server this is: the verification asks for policies where there is something to protect."""
     policies = [check.name for check in checks if check.kind is Kind.POLICY]
     secured = any(check.kind is Kind.ROW_SECURITY for check in checks)
     if not secured and not policies:

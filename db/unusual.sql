@@ -46,7 +46,7 @@ FROM tables JOIN pg_class ON pg_class.oid = relation AND NOT relrowsecurity CROS
 WHERE may.what IS NOT NULL AND EXISTS (SELECT FROM pg_proc JOIN pg_namespace AS n ON n.oid = pronamespace
                                        WHERE nspname = 'auth' AND proname = 'uid' AND pronargs = 0)
 UNION ALL
-SELECT 'elsewhere', CASE WHEN number <= 5 THEN format('%s has the name of a table of ours; the search_path does not lead to it', name)
+SELECT 'namesake', CASE WHEN number <= 5 THEN format('%s has the name of a table of ours; the search_path does not lead to it', name)
                          ELSE format('and %s more', total - 5) END, NULL
 FROM elsewhere WHERE number <= 6
 UNION ALL

@@ -126,8 +126,7 @@ WITH path (schema, position) AS (
       OR EXISTS (SELECT FROM pg_policy WHERE polrelid = tables.relation AND polname = table_name || '_service_role'))
     UNION ALL SELECT step, 'policy', table_name, table_name || suffix, form, step <> 'core_schema', NULL, NULL
     FROM created JOIN tables USING (table_name) JOIN policies ON table_name = ANY (policies.tables) CROSS JOIN supabase LEFT JOIN profiles ON true
-    WHERE here AND (suffix = '_service_role' OR profiles.complete) AND (step <> 'core_schema' OR tables.relation IS NULL
-      OR EXISTS (SELECT FROM pg_policy WHERE polrelid = tables.relation AND polname = table_name || suffix))
+    WHERE here AND (suffix = '_service_role' OR profiles.complete) AND (step <> 'core_schema' OR tables.relation IS NULL)
       AND NOT EXISTS (SELECT FROM pg_policy WHERE polrelid = tables.relation AND polname <> 'Service role can manage ' || table_name  -- older files' own
                         AND polname <> ALL (SELECT table_name || p.suffix FROM policies AS p WHERE table_name = ANY (p.tables)))
   ) AS listed
@@ -178,7 +177,7 @@ WITH path (schema, position) AS (
   FROM columns JOIN tables USING (table_name)
   JOIN pg_constraint ON conrelid = relation AND conname = format('%s_%s_fkey', table_name, columns.name)
   LEFT JOIN pg_attribute ON attrelid = conrelid AND attname = columns.name
-  WHERE target IS NOT NULL
+  WHERE (target IS NOT NULL OR columns.name = 'created_by')
     AND NOT EXISTS (SELECT FROM pg_constraint AS key WHERE key.conrelid = relation AND key.contype = 'f' AND key.conkey = ARRAY[attnum])
   UNION ALL SELECT 'index', table_name, relname, concat_ws(' ', CASE WHEN indisunique THEN 'UNIQUE' END,
            replace(regexp_replace(substring(pg_get_indexdef(indexrelid) FROM ' USING (.*)$'), ' WITH [(][^)]*[)]', ''),
@@ -217,7 +216,7 @@ WITH path (schema, position) AS (
   SELECT DISTINCT ON (expected.position) expected.*, tables.creator, tables.relation,
          -- of a table that exists, not what came with it; a core table is its application's but for what foreign keys lead to
          expected.step <> 'core_schema' AND (expected.addable OR expected.kind <> 'foreign key') OR tables.relation IS NULL
-         OR expected.kind = 'row-level security'
+         OR expected.kind IN ('row-level security', 'policy')
          OR (expected.kind, expected.name) IN (('table', ''), ('column', 'id'), ('key', 'id')) AND (expected.table_name IN ('games', 'turns')
             OR EXISTS (SELECT FROM columns JOIN tables AS child USING (table_name) WHERE target = expected.table_name AND child.relation IS NULL)) AS required,
          coalesce(CASE WHEN expected.kind = 'key' AND expected.form = 'UNIQUE' THEN left(actual.form, 0) || 'UNIQUE' ELSE actual.form END,

@@ -35,11 +35,8 @@ def verify(*, form: str, quiet: bool, verbose: bool, remedies: bool) -> None:
     with _looking("verify", form, quiet=quiet, sql=remedies) as look:
         rows = list(map(str, survey.orphans(look.connection, look.plan.missing)))
         if form == PEOPLE and not remedies:
-            _say_steps(look, verbose=verbose)
-        with _ending_of(look):
-            for hindrance in no_place(look.plan, look.found.server):
-                raise hindrance
-            refuse_what_is_missing(look.session, look.plan, look.found, rows=rows, listed=form == PEOPLE)
+            _say_steps(look, verbose=verbose, conflicts=False)
+        _refuse(look, rows, listed=form == PEOPLE)
         if remedies:
             commands = [command for check in look.plan.conflicts for command in look.commands.get(check, ())]
             CONSOLE.emit("\n".join(dict.fromkeys(commands)))
@@ -54,14 +51,20 @@ def status(*, form: str, check: bool, quiet: bool, verbose: bool) -> None:
     """Say how each step is, and what is worth knowing around it; check: end as what is missing demands."""
     with _looking("status", form, quiet=quiet) as look:
         around = surroundings.read(look.connection, look.session.chain, look.found)
-        _say_steps(look, verbose=verbose)
+        _say_steps(look, verbose=verbose, conflicts=not check)
         CONSOLE.say(*text.around(around, look.found.server))
         if check:
-            rows = list(map(str, survey.orphans(look.connection, look.plan.missing)))
-            with _ending_of(look):
-                refuse_what_is_missing(look.session, look.plan, look.found, rows=rows, listed=True)
+            _refuse(look, list(map(str, survey.orphans(look.connection, look.plan.missing))), listed=True)
         if form == "json":
             CONSOLE.emit_json(formats.as_json(look.view({"surroundings": asdict(around)})))
+
+
+def _refuse(look: _Look, rows: list[str], *, listed: bool) -> None:
+    """End the task as what is missing demands; rows: those that refuse it; listed: what is missing has been said."""
+    with _ending_of(look):
+        for hindrance in no_place(look.plan, look.found.server):
+            raise hindrance
+        refuse_what_is_missing(look.session, look.plan, look.found, rows=rows, listed=listed)
 
 
 def what_setup_would_do(*, form: str, sql: bool, quiet: bool, verbose: bool) -> None:
@@ -75,7 +78,7 @@ def what_setup_would_do(*, form: str, sql: bool, quiet: bool, verbose: bool) -> 
                 raise hindrance
             if orphans:
                 raise refused_by_rows(orphans)
-        if sql and look.error is None:
+        if sql and (look.error is None or orphans):
             ours = transaction_settings(look.where, look.given.lock_timeout_ms)
             CONSOLE.emit(runner.Script(look.session.chain, look.plan, look.found, ours).as_sql())
         elif not sql:
@@ -89,12 +92,10 @@ def _say_plan(look: _Look, form: str, *, verbose: bool) -> None:
     building = any(action.effect is plan.Effect.BUILD for action in actions)
     look.bystanders = blockers.bystanders(look.connection, waits_for(look.plan), building=building)
     look.kept = [_kept(look, check) for check in look.plan.missing if check.replaces]
-    if verbose:
-        _say_steps(look, verbose=True)
-    CONSOLE.say(
-        *text.things(look.plan), *text.locks(actions, look.sizes), *text.bystanders(look.bystanders, look.given)
-    )
-    CONSOLE.say(*text.consequences(look.plan, look.kept, plan.left_to_the_rows(look.plan)))
+    CONSOLE.say(*(text.steps(look.plan, passed=look.found.checks) if verbose else text.things(look.plan)))
+    if not look.plan.conflicts:  # else nothing would run
+        CONSOLE.say(*text.locks(actions, look.sizes), *text.bystanders(look.bystanders, look.given))
+        CONSOLE.say(*text.consequences(look.plan, look.kept, plan.left_to_the_rows(look.plan)))
 
 
 def _sum_up_plan(look: _Look, form: str) -> None:
@@ -125,14 +126,21 @@ def refused_by_rows(orphans: list[survey.Orphans]) -> errors.MissingError:
 
 
 def _kept(look: _Look, column: Check) -> str:
-    """Say how many values of a column keep another name; they are counted in moments, or not at all."""
+    """Say how many values of a column are kept, and where; they are counted in moments, or not at all."""
     limits = {"lock_timeout": "1ms", "statement_timeout": "5s", "row_security": "off"}
     settings = [f"set_config('{name}', '{value}', true)" for name, value in limits.items()]
+    kind = str(column.actual).removesuffix(" NOT NULL")
+    names = [f"{column.name}_{kind}{suffix}" for suffix in ("", *(f"_{number}" for number in range(2, 10)))]
+    queries = [
+        f"SELECT attname FROM pg_attribute WHERE attrelid = {survey.literal(column.found)}::regclass",
+        f"SELECT count({column.name}) FROM {column.found}",
+    ]
     try:
-        [[(values,)]] = look.connection.ask([f"SELECT count({column.name}) FROM {column.found}"], *settings)
+        taken, [(count,)] = look.connection.ask(queries, survey.NOTHING_OF_OTHERS, *settings)
     except errors.StatementError:
-        return f"the {column.actual} values of {column.title}, which could not be counted, under another name"
-    return f"{int(values or 0):,} {column.actual} values of {column.title} under another name"
+        return f"the {kind} values of {column.title}, which could not be counted, under another name"
+    into = next((name for name in names if (name,) not in taken), "another column")
+    return f"{int(count or 0):,} {kind} values of {column.title} in {into}"
 
 
 # ── a look ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -213,8 +221,8 @@ def _ending_of(look: _Look) -> Iterator[None]:
         look.error = error
 
 
-def _say_steps(look: _Look, *, verbose: bool) -> None:
-    CONSOLE.say(*text.steps(look.plan, passed=look.found.checks if verbose else ()))
+def _say_steps(look: _Look, *, verbose: bool, conflicts: bool) -> None:
+    CONSOLE.say(*text.steps(look.plan, passed=look.found.checks if verbose else (), conflicts=conflicts))
     CONSOLE.say(*text.without_admins(look.found.checks))
     CONSOLE.say(text.line("checks", f"{text.summary(look.found.checks)}; {CONSOLE.target}"))
 

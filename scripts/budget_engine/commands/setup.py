@@ -35,7 +35,7 @@ def rehearse() -> None:
         refuse_what_cannot_be(session, todo, before)
         if todo.transactions:
             CONSOLE.say(text.line("note", "all that follows is rolled back at the end"))
-            CONSOLE.say(*text.rehearsal(session.rehearse(before)))
+            CONSOLE.say(*text.rehearsal(session.rehearse(before), todo))
         else:
             CONSOLE.say(text.line("done", f"no transaction is due: {text.summary(before.checks)}"))
 

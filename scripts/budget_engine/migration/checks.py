@@ -188,16 +188,18 @@ class Check:
 
 
 def outermost(checks: Iterable[Check]) -> list[Check]:
-    """Leave out what is part of a table or column that is missing or of another kind: one line says it all."""
+    """Leave out what goes without saying: parts of a table or column that is missing, a missing trigger's function."""
     checks = list(checks)
     tables = {check.table for check in checks if check.kind is Kind.TABLE}
     columns = [check for check in checks if check.kind is Kind.COLUMN and (check.actual is None or check.replaces)]
-    return [
-        check
-        for check in checks
-        if check.kind is Kind.TABLE
-        or (check.table not in tables and not any(check.is_on(column) for column in columns if column != check))
-    ]
+    triggered = {check.table for check in checks if check.kind is Kind.TRIGGER and check.actual is None}
+
+    def is_part(check: Check) -> bool:
+        if check.kind is Kind.FUNCTION and check.actual is None:
+            return check.table in triggered
+        return check.kind in (Kind.DEFAULT, Kind.COMMENT) and any(check.is_on(column) for column in columns)
+
+    return [c for c in checks if c.kind is Kind.TABLE or (c.table not in tables and not is_part(c))]
 
 
 def that_count(checks: Iterable[Check]) -> list[Check]:

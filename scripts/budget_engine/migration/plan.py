@@ -153,7 +153,7 @@ class Plan:
     @property
     def reshaped(self) -> list[str]:
         """The tables whose columns change: prepared SELECT * of them fail once (0A000)."""
-        adding = (check for step in self.steps for check in step.reasons if check.kind is Kind.COLUMN and check.found)
+        adding = (c for step in self.transactions for c in step.reasons if c.kind is Kind.COLUMN and c.found)
         return list(dict.fromkeys(check.table for check in adding))
 
 
@@ -255,9 +255,9 @@ def _plan_step(step: Step, checks: Sequence[Check], due: _Due, new_tables: set[s
         State.CONFLICT
         if conflicts
         else (State.PARTIAL if begun else State.PENDING)
-        if any(check.required for check in fixed_here)
+        if transaction or concurrent or any(check.required for check in fixed_here)
         else State.NOT_NEEDED
-        if any(check.required for check in elsewhere)
+        if any(check.required for check in elsewhere) and not begun
         else State.DONE
     )
     told = tuple(check for check in own if not check.required and check.fixed_by is None)
@@ -308,9 +308,9 @@ def _sent(statement: Statement, checks: Sequence[Check], *, concurrent: bool) ->
 
 
 def left_to_the_rows(plan: Plan) -> list[str]:
-    """Return what is required and rows may refuse, uncounted: those of a foreign key that is NOT VALID can be."""
+    """Name what is required and rows may refuse, uncounted: those of a foreign key that is NOT VALID can be."""
     return [
-        action.statement.flat
+        check.title
         for action in plan.concurrent
         for check in action.checks
         if check.required and ((check.kind is Kind.FOREIGN_KEY and not check.unfinished) or check.kind is Kind.KEY)

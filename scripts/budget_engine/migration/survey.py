@@ -67,7 +67,8 @@ SELECT pg_catalog.current_setting('server_version'), current_user, pg_catalog.cu
 # Where tables are looked for is noted; then nothing of others is in reach.
 PIN = f"""
 SELECT pg_catalog.set_config('budget_engine.path',
-                             pg_catalog.array_to_json(pg_catalog.current_schemas(false))::pg_catalog.text, true),
+                             pg_catalog.array_to_json(pg_catalog.array_remove(pg_catalog.current_schemas(false),
+                               'pg_catalog'::pg_catalog.name))::pg_catalog.text, true),
        pg_catalog.{NOTHING_OF_OTHERS}"""
 
 # What it takes to fix a check: CREATE where a table is missing or the kind has a name of its own, else ownership.

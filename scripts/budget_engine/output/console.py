@@ -30,7 +30,13 @@ _COLOURS = {
     "PROBLEM": "1;31",
     "waiting": "33",
     "note": "33",
+    "pending": "33",
+    "partial": "33",
+    "+": "32",
+    "~": "33",
+    "!": "1;31",
 }
+_COLOURED = re.compile(rf"( *|  \w+ +)({'|'.join(map(re.escape, _COLOURS))})(?= |$)")
 _TASKS = re.compile(
     r"\binvoke (?=(?:--dry )?(?:setup|prereqs|fix|verify|status|plan|rehearse|doctor|fleet|db\.[a-z]+"
     r"|[a-z]+(?:-[a-z]+)+)\b)"  # the steps' tasks have names of several words
@@ -111,7 +117,7 @@ class Console:
         return self.mask(text if self.command == "invoke" else _TASKS.sub(f"{self.command} ", text))
 
     def _print(self, stream: TextIO, *lines: str) -> None:
-        for line in lines:
+        for line in "\n".join(lines).split("\n") if lines else ():
             for part in self._fitted(self._spelled(line), stream):
                 self._write(stream, part)
 
@@ -129,25 +135,25 @@ class Console:
 
 
 def _wrapped(line: str, width: int) -> list[str]:
-    margin = _margin(line)
-    if len(line) <= width or margin > width // 2:
+    margin = _margin(line, width * 3 // 5)
+    if len(line) <= width:
         return [line]
     wrapper = textwrap.TextWrapper(width, line[:margin], " " * margin, break_long_words=False, break_on_hyphens=False)
     return wrapper.wrap(line[margin:]) or [line]
 
 
-def _margin(line: str) -> int:
-    """Return where the text begins, behind labels that two blanks or more set apart."""
-    labels = re.match(r"(?:\S* {2,})*", line)
-    return labels.end() if labels else 0
+def _margin(line: str, most: int) -> int:
+    """Return where the text begins, behind its label and what two blanks or more set apart, if that is not too far."""
+    label = LABEL if re.match(r"\S{1,8} *$", line[:LABEL]) and line[LABEL - 1 : LABEL] == " " else 0
+    return max([label, *(found.end() for found in re.finditer(" {2,}", line) if found.end() <= most)])
 
 
 def _coloured(line: str) -> str:
-    """Colour the label that begins a line, unless NO_COLOR or TERM=dumb asks for none."""
-    label = line.partition(" ")[0]
-    if label not in _COLOURS or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+    """Colour the label, the sign or the state that begins a line, unless NO_COLOR or TERM=dumb asks for none."""
+    found = _COLOURED.match(line)
+    if not found or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return line
-    return f"\x1b[{_COLOURS[label]}m{label}\x1b[0m{line[len(label) :]}"
+    return f"{found[1]}\x1b[{_COLOURS[found[2]]}m{found[2]}\x1b[0m{line[found.end() :]}"
 
 
 class _Output(io.FileIO):

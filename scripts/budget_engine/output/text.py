@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from budget_engine.errors import RecipeError
-from budget_engine.migration.checks import Check, Kind, Lock, outermost, that_count
+from budget_engine.migration.checks import STRENGTH, Check, Kind, Lock, outermost, that_count
 from budget_engine.migration.plan import Action, Effect, Plan, StepPlan
 from budget_engine.output.console import LABEL
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from budget_engine.settings import Settings, Target
 
 _STEP = 30  # columns: a long label and a little air
-_THING = 42  # a sign and what it is about
+_DETAIL = 46  # where the details of things begin at the latest
 _CREATED = 72  # what a transaction created, before how long that took
 _BYTES = ("B", "kB", "MB", "GB", "TB")
 
 
 def line(label: str, text: str) -> str:
     """Write a line that begins with a label; the lines of a longer text are aligned."""
-    return f"{label:<{LABEL}}" + text.replace("\n", "\n" + " " * LABEL)
+    return f"{label:<{LABEL - 1}} " + text.replace("\n", "\n" + " " * LABEL)
 
 
 def target(target: Target, settings: Settings, server: Server | None = None) -> str:
@@ -69,7 +69,9 @@ def behind(server: Server, checks: Iterable[Check]) -> list[str]:
 
 
 WITHOUT_PROFILES = "Supabase without profiles"
-STARTED = line("note", "the embedded server was started and keeps running; invoke db.psql opens it, invoke db.stop stops it")
+STARTED = line(
+    "note", "the embedded server was started and keeps running; invoke db.psql opens it, invoke db.stop stops it"
+)
 
 
 def sources(target: Target, settings: Settings) -> str:
@@ -132,90 +134,107 @@ def difference(check: Check) -> str:
     return f"{check.title} is {check.actual or 'missing'}, expected {check.expected}"
 
 
-def steps(plan: Plan, *, passed: Iterable[Check] = ()) -> list[str]:
-    """Say how each step is, and what it would create or change; passed: checks to be named although they pass."""
-    named = list(passed)
-    return [
-        text
+_Row = tuple[str, str, str]  # a sign, a thing, and what there is to say of it
+
+
+def steps(plan: Plan, *, passed: Iterable[Check] = (), conflicts: bool = True) -> list[str]:
+    """Say how each step is, and what it would create or change.
+
+    passed: checks to be named although they pass; conflicts: whether to name those, which nothing else will.
+    """
+    named: dict[str, list[_Row]] = {planned.label: [] for planned in plan.steps}
+    for check in passed:
+        if check.passed and check.step in named:
+            named[check.step].append((" ", check.title, str(check.actual)))
+    return _listed(
+        (planned, [*_things(planned, conflicts=conflicts), *_told(planned), *named[planned.label]])
         for planned in plan.steps
-        for text in _step_lines(planned, [check for check in named if check.step == planned.label and check.passed])
-    ]
-
-
-def _step_lines(planned: StepPlan, passed: Sequence[Check]) -> list[str]:
-    rows = [_row(*thing) for thing in _things(planned)]
-    rows += [
-        _row("=", check.title, f"is {check.actual or 'missing'}, documented: {check.expected}; not required")
-        for check in outermost(planned.told)
-    ]
-    rows += [f"  {check.title}: {check.actual}" for check in passed]
-    return [step(planned.label, planned.state.value), *(step("", row) for row in rows)]
-
-
-def _row(sign: str, thing: str, detail: str) -> str:
-    return f"{sign} {thing:<{_THING - 3}} {detail}".rstrip()
+    )
 
 
 def things(plan: Plan) -> list[str]:
     """Say what each step that has anything to do creates or changes, a line each."""
+    rows = [(planned, _things(planned, conflicts=False)) for planned in plan.steps]
+    return _listed((planned, things) for planned, things in rows if things or planned.conflicts)
+
+
+def _listed(steps: Iterable[tuple[StepPlan, list[_Row]]]) -> list[str]:
+    """Write a line for each step and, below it, one for each of its things; their details begin in one column."""
+    steps = list(steps)
+    names = [planned.label for planned, _ in steps] + [f"    {thing}" for _, rows in steps for _, thing, _ in rows]
+    width = min(max(map(len, names), default=0) + 4, _DETAIL)
     lines = []
-    for planned in plan.steps:
-        label = planned.label
-        for thing in _things(planned):
-            lines.append(step(label, _row(*thing)))
-            label = ""
+    for planned, rows in steps:
+        lines.append(f"{f'  {planned.label}  ':<{width}}{planned.state.value}")
+        lines += [f"{f'    {sign} {thing}  ':<{width}}{detail}".rstrip() for sign, thing, detail in rows]
     return lines
 
 
-def _things(planned: StepPlan) -> list[tuple[str, str, str]]:
+def _things(planned: StepPlan, *, conflicts: bool) -> list[_Row]:
+    """Return what a step creates or changes; of one that has a conflict, which runs nothing: the conflicts."""
+    if planned.conflicts:
+        found = outermost(planned.conflicts) if conflicts else []
+        return [("!", check.title, f"is {check.actual or 'missing'}, expected {check.expected}") for check in found]
     concurrent = {check.key for action in planned.concurrent for check in action.checks}
-    rows = [
-        ("!", check.title, f"is {check.actual or 'missing'}, expected {check.expected}")
-        for check in outermost(planned.conflicts)
+    defaults = {(c.table, c.name): f" DEFAULT {c.expected}" for c in planned.reasons if c.kind is Kind.DEFAULT}
+    return [
+        (
+            "+" if check.actual is None else "~",
+            _short(check),
+            ", ".join(filter(None, [_detail(check, defaults), "concurrently" if check.key in concurrent else ""])),
+        )
+        for check in outermost(planned.reasons)
     ]
-    for check in outermost(planned.reasons):
-        detail = _detail(check) + (", concurrently" if check.key in concurrent else "")
-        rows.append(("+" if check.actual is None else "~", _short(check), detail.removeprefix(", ")))
-    rows += [
-        ("?", check.title, f"is {check.actual or 'missing'}; {check.fixed_by} fixes it")
-        for check in outermost(planned.elsewhere)
-    ]
-    return rows
 
 
-def _detail(check: Check) -> str:
+def _told(planned: StepPlan) -> list[_Row]:
+    return [
+        ("=", check.title, f"is {check.actual or 'missing'}, documented: {check.expected}; not required")
+        for check in outermost(planned.told)
+    ]
+
+
+def _detail(check: Check, defaults: Mapping[tuple[str, str], str]) -> str:
     if check.kind is Kind.TABLE:
         return "new table"
     if check.kind in (Kind.COMMENT, Kind.FUNCTION, Kind.TRIGGER):
         return "" if check.actual is None else "brought to the expected form"
-    return check.expected if check.actual is None else f"{check.actual} → {check.expected}"
+    if check.actual is not None:
+        return f"{check.actual} → {check.expected}"
+    default = defaults.get((check.table, check.name), "") if check.kind is Kind.COLUMN else ""
+    return check.expected + default.removesuffix(" DEFAULT none")
 
 
 # ── what a plan means ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
+_HOW = {Effect.BUILD: "while an index is built", Effect.SCAN: "while rows are checked"}
+
+
 def locks(actions: Iterable[Action], sizes: Mapping[str, Size]) -> list[str]:
-    """Say what is locked of the tables that exist, how, and how large they are."""
-    found: dict[tuple[str, Lock, str], None] = {}
+    """Say what is locked of the tables that exist, how, and how large they are: table by table, as they come."""
+    strongest: dict[str, dict[str, Lock]] = {}
     for action in actions:
-        how = {Effect.BUILD: "while an index is built", Effect.SCAN: "while rows are checked"}.get(
-            action.effect, "for an instant"
-        )
+        how = _HOW.get(action.effect, "for an instant")
         for table, lock in action.locks.items():
-            found[table, lock, how] = None
-    strongest: dict[tuple[str, str], Lock] = {}
-    for table, lock, how in found:
-        strongest[table, how] = max(lock, strongest.get((table, how), lock), key=list(Lock).index)
+            of_table = strongest.setdefault(table, {})
+            of_table[how] = max(lock, of_table.get(how, lock), key=STRENGTH.index)
+    rows = [
+        (table if place == 0 else "", f"{lock.value} {how}", _size(sizes.get(table)) if place == 0 else "")
+        for table, of_table in strongest.items()
+        for place, (how, lock) in enumerate(of_table.items())
+    ]
+    first, second = (max([len(row[column]) for row in rows], default=0) + 2 for column in (0, 1))
     return [
-        line("locks" if place == 0 else "", f"{table:<20}{f'{lock.value} {how}':<48}{_size(sizes.get(table))}".rstrip())
-        for place, ((table, how), lock) in enumerate(strongest.items())
+        line("" if place else "locks", f"{table:<{first}}{lock:<{second}}{size}".rstrip())
+        for place, (table, lock, size) in enumerate(rows)
     ]
 
 
 def _size(size: Size | None) -> str:
     if size is None:
         return ""
-    rows = "rows not counted yet" if size.rows is None else f"about {size.rows:,} rows"
+    rows = "rows not counted yet" if size.rows is None else f"about {size.rows:,} row{'' if size.rows == 1 else 's'}"
     return f"{rows}, {_bytes(size.size_bytes)}"
 
 
@@ -248,7 +267,7 @@ def consequences(plan: Plan, kept: Sequence[str], unseen: Sequence[str]) -> list
         lines.append(line("note", f"prepared SELECT * of {tables} that are open now fail once afterwards (0A000)"))
     return [
         *lines,
-        *(line("note", f"setup ends with exit 5 where rows refuse this: {statement}") for statement in unseen),
+        *(line("note", f"setup ends with exit 5 where rows refuse {what}") for what in unseen),
     ]
 
 
@@ -268,14 +287,14 @@ def _number(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def rehearsal(done: Rehearsed) -> list[str]:
-    """How a rehearsal went: how long each step took, and how many checks passed before it was rolled back."""
-    required = [check for check in done.checks if check.required]
-    open_ = sum(not check.passed for check in required)
+def rehearsal(done: Rehearsed, plan: Plan) -> list[str]:
+    """How a rehearsal went: what each step created in how long, and how many checks passed at its end."""
+    made = {step.label: [check for action in step.transaction for check in action.checks] for step in plan.steps}
+    open_ = sum(not check.passed for check in that_count(done.checks))
     later = f"; the concurrent part would fix the other {open_}, where no row refuses" if open_ else ""
     took = sum(done.duration_ms.values())
     return [
-        *(step(label, "", ms) for label, ms in done.duration_ms.items()),
+        *(step(label, created(list(dict.fromkeys(made[label]))), ms) for label, ms in done.duration_ms.items()),
         line("done", f"rolled back after {took:.0f} ms: {summary(done.checks)} until then{later}"),
     ]
 

@@ -122,14 +122,16 @@ _LOCKED = """
 EXISTS (SELECT FROM pg_locks WHERE relation = c.oid AND mode = 'AccessExclusiveLock' AND pid <> pg_backend_pid()
           AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"""
 
+# Of a schema that is closed to us, to_regclass() raises.
+_NAMED = """CASE WHEN name NOT LIKE '%.%' OR has_schema_privilege(to_regnamespace(split_part(name, '.', 1)), 'USAGE')
+                  THEN to_regclass(name) END"""
+
 _SIZES = f"""
 SELECT name, format('%I.%I', n.nspname, c.relname),
        nullif(greatest(c.reltuples::bigint, s.n_live_tup, 0), CASE WHEN c.relpages = 0 THEN -1 ELSE 0 END),
        CASE WHEN NOT {_LOCKED} THEN pg_total_relation_size(c.oid) END
 FROM unnest({{names}}) AS name
-JOIN pg_class AS c  -- of a schema that is closed to us, to_regclass() raises
-  ON c.oid = CASE WHEN name NOT LIKE '%.%' OR has_schema_privilege(to_regnamespace(split_part(name, '.', 1)), 'USAGE')
-                  THEN to_regclass(name) END
+JOIN pg_class AS c ON c.oid = {_NAMED}
 JOIN pg_namespace AS n ON n.oid = c.relnamespace
 LEFT JOIN pg_stat_all_tables AS s ON s.relid = c.oid
 ORDER BY name"""
@@ -137,7 +139,7 @@ ORDER BY name"""
 _BYSTANDERS = f"""
 SELECT wanted.name, l.mode, l.granted, coalesce({SESSION}, 'a prepared transaction (see pg_prepared_xacts)')
 FROM (VALUES {{wanted}}) AS wanted (name, modes)
-JOIN pg_locks AS l ON l.relation = to_regclass(wanted.name) AND l.mode = ANY (wanted.modes)
+JOIN pg_locks AS l ON l.relation = {_NAMED} AND l.mode = ANY (wanted.modes)
 LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
 WHERE l.locktype = 'relation' AND l.pid IS DISTINCT FROM pg_backend_pid()
   AND l.database IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))

@@ -109,20 +109,28 @@ def setup_through(db: Db, client_says: Watcher = unchanged, server_says: Watcher
         return db.invoke("setup", env={"DATABASE_URL": proxy.url(db.name)})
 
 
+def of_the_work(wanted: Callable[[Message], bool]) -> Callable[[Message], bool]:
+    """Whether such a message is not of the watch's connection, who looks around where the machine is busy."""
+    return lambda message: message.connection == 1 and wanted(message)
+
+
+def of_kind(kind: str) -> Callable[[Message], bool]:
+    """Whether a message of the work is of this kind."""
+    return of_the_work(lambda message: message.kind == kind)
+
+
+REPORTED = of_the_work(containing(COMMITTED))
+
+
 # ── the connection ends ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("commit", range(1, 1 + 1 + len(NEEDED_FROM_NOTHING)))
 def test_line_is_cut_when_a_commit_is_reported(db: Db, stages: list[str], commit: int) -> None:
     """The first COMMIT is the survey's, each of the others a step's."""
-    done = setup_through(db, server_says=on_nth(containing(COMMITTED), commit, cut))
+    done = setup_through(db, server_says=on_nth(REPORTED, commit, cut))
     assert done.code == 4, done
     assert_whole_steps_then_finished(db, stages, done)
-
-
-def of_the_work(kind: str) -> Callable[[Message], bool]:
-    """Whether a message is of this kind, and not one of the watch's, who looks around where the machine is busy."""
-    return lambda message: message.kind == kind and b"WITH ours" not in message.raw
 
 
 CLIENT_KINDS = {"before the login": ("Startup", 1), "before the survey": ("Q", 1), "before the steps": ("Q", 2)}
@@ -130,7 +138,7 @@ CLIENT_KINDS = {"before the login": ("Startup", 1), "before the survey": ("Q", 1
 
 @pytest.mark.parametrize(("kind", "n"), CLIENT_KINDS.values(), ids=CLIENT_KINDS)
 def test_line_is_cut_before_the_server_hears(db: Db, stages: list[str], kind: str, n: int) -> None:
-    done = setup_through(db, client_says=on_nth(of_the_work(kind), n, cut))
+    done = setup_through(db, client_says=on_nth(of_kind(kind), n, cut))
     assert done.code == 4, done
     assert db.dump() == stages[0]
     assert_whole_steps_then_finished(db, stages, done)
@@ -138,7 +146,7 @@ def test_line_is_cut_before_the_server_hears(db: Db, stages: list[str], kind: st
 
 def test_line_is_cut_in_the_last_look(db: Db, stages: list[str]) -> None:
     """Everything is done, but nobody could say so: not a success."""
-    done = setup_through(db, client_says=on_nth(of_the_work("Q"), 3, cut))
+    done = setup_through(db, client_says=on_nth(of_kind("Q"), 3, cut))
     assert done.code == 4, done
     assert "checks pass" not in done.out
     assert db.dump() == stages[-1]
@@ -195,9 +203,9 @@ def signalled(db: Db, number: signal.Signals, wanted: Callable[[Message], bool],
 
 
 POINTS: dict[str, tuple[Callable[[Message], bool], int]] = {
-    "login": (lambda message: message.kind == "R", 1),
-    "survey": (containing(COMMITTED), 1),
-    "commit 3": (containing(COMMITTED), 1 + 3),
+    "login": (of_kind("R"), 1),
+    "survey": (REPORTED, 1),
+    "commit 3": (REPORTED, 1 + 3),
 }
 
 

@@ -37,8 +37,7 @@ CREATE TABLE IF NOT EXISTS slot_owners (
   id    bigint  GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
   name  text    NOT NULL CONSTRAINT uk_slot_owners_name UNIQUE
 );
-ALTER TABLE slots ADD COLUMN IF NOT EXISTS owner_id bigint
-  CONSTRAINT slots_owner_id_fkey REFERENCES slot_owners (id) ON DELETE SET NULL;
+ALTER TABLE slots ADD COLUMN IF NOT EXISTS owner_id bigint REFERENCES slot_owners (id) ON DELETE SET NULL;
 ALTER TABLE slots ADD COLUMN IF NOT EXISTS review text NOT NULL DEFAULT 'open';
 DO $$ BEGIN
   IF NOT EXISTS (SELECT FROM pg_description JOIN pg_attribute ON attrelid = objoid AND attnum::int = objsubid

@@ -403,8 +403,10 @@ def _break_foreign_key(check: Check, checks: Checks) -> Iterator[Breakage]:
     yield _as_another(check, "elsewhere", f"{other}; {with_key(elsewhere)}", elsewhere)
     named = f"{drop}; {alter} ADD CONSTRAINT {name} CHECK ({check.name} IS NOT NULL) NOT VALID"
     taken = f"missing, and its name {name} is taken by CHECK (({check.name} IS NOT NULL)) NOT VALID"
-    of_ours = {check.title: (taken, in_another_form(check))} if "auth." not in check.expected else _lost([check])
-    yield Breakage(check, "its name taken", named, of_ours)
+    if check.target in CREATOR:
+        yield _as_another(check, "its name taken", named, taken)
+    else:  # of others it is not told
+        yield Breakage(check, "its name taken", named, _lost([check]))
     yield Breakage(check, "renamed", f"{alter} RENAME CONSTRAINT {name} TO other", {})
     second = f"{alter} ADD CONSTRAINT a_second_one {key} {{}}"
     yield Breakage(check, "the same again", second.format(check.expected), {})

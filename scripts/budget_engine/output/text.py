@@ -51,7 +51,7 @@ def place(server: Server, host: str = "") -> str:
 
 
 def opening(target_: Target, settings: Settings, found: Survey) -> str:
-    """Write what is said before anything else: the target, and what is odd about the way there."""
+    """Write what is said before anything else: the target, and what is unusual about the way there."""
     behind_ = (line("note", note) for note in behind(found.server, found.checks))
     return "\n".join([target(target_, settings, found.server), *notes(target_, settings), *behind_])
 
@@ -69,7 +69,9 @@ def behind(server: Server, checks: Iterable[Check]) -> list[str]:
 
 
 WITHOUT_PROFILES = "Supabase without profiles"
-STARTED = line("note", "the embedded server was started and keeps running; invoke db.psql opens it, invoke db.stop stops it")
+STARTED = line(
+    "note", "the embedded server was started and keeps running; invoke db.psql opens it, invoke db.stop stops it"
+)
 
 
 def sources(target: Target, settings: Settings) -> str:

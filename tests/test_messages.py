@@ -631,7 +631,8 @@ def test_a_pipe_that_does_not_block_gets_everything() -> None:
         import os, subprocess, sys, time
         read, write = os.pipe()
         os.set_blocking(write, False)
-        emit = "import sys; sys.path.insert(0, 'scripts'); from budget_engine.output.console import CONSOLE; CONSOLE.emit('x' * 300_000)"
+        os.environ["PYTHONPATH"] = "scripts"
+        emit = "from budget_engine.output.console import CONSOLE; CONSOLE.emit('x' * 300_000)"
         child = subprocess.Popen([sys.executable, "-c", emit], stdout=write)
         os.close(write)
         time.sleep(0.5)

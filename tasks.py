@@ -180,7 +180,7 @@ def status(
 @task(help={"format": _FORMAT, "sql": "print the SQL instead, as it would be sent, for psql", **_VIEW})
 @reported()
 def plan(_: Context, format: str = "table", sql: bool = False, quiet: bool = False, verbose: bool = False) -> None:  # noqa: A002
-    """Say what setup would do now and why, with locks, sizes, and who is in the way; changes nothing.
+    """Say what setup would do now and why, with locks, sizes, and who holds them; changes nothing.
 
     Exit code 0 where setup could do it, else the one that setup would end with.
     """
@@ -305,7 +305,12 @@ def _run_of_tests(c: Context, module: str, *words: str) -> None:
 def lint(c: Context) -> None:
     """Check style, types and SQL: ruff, mypy --strict, and the SQL's own rules."""
     os.chdir(ROOT)
-    for command in ("ruff check", "ruff format --check", "mypy", "pytest -p no:cacheprovider tests/test_sql_style.py"):
+    for command in (
+        "ruff check",
+        "ruff format --check",
+        "mypy",
+        "pytest -p no:cacheprovider tests/migration/test_sql.py",
+    ):
         c.run(f"{shlex.quote(sys.executable)} -m {command}", env=CACHES)
 
 

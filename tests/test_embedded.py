@@ -447,7 +447,11 @@ def test_ordinary_user_runs_it_as_himself(folder: Path) -> None:
     checkout = folder / "checkout"
     checkout.mkdir(mode=0o700)
     os.chown(checkout, SOMEBODY, SOMEBODY)
-    environment = {"PATH": os.defpath, "PYTHONPATH": f"{folder}/packages:{folder}/packages/scripts", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {
+        "PATH": os.defpath,
+        "PYTHONPATH": f"{folder}/packages:{folder}/packages/scripts",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     how = {"user": SOMEBODY, "group": SOMEBODY, "extra_groups": [], "env": environment}
     out, err = _starter(checkout, binaries, executable=_python_for(SOMEBODY), **how).communicate(timeout=60)
     assert err == ""
@@ -508,9 +512,12 @@ if ROOT_CASE:
 
 
 def test_missing_package_asks_for_a_url(folder: Path) -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from budget_engine.postgres import embedded\n"
+    code = "import sys; sys.path.insert(0, sys.argv[1])\nfrom pathlib import Path\n"
+    code += "from budget_engine.postgres import embedded\n"
     code += "try: embedded.locate(Path.cwd())\nexcept embedded.errors.UnreachableError as error: print(error.remedy)"
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code, PROJECT / "scripts"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, PROJECT / "scripts"], capture_output=True, text=True, check=True
+    )
     assert "DATABASE_URL" in done.stdout
 
 

@@ -30,7 +30,8 @@ class Program:
     def run(self, words):
         if 'broken' in words:
             raise SystemExit(1) from ImportError('of a task')
-        print(json.dumps({'words': words[1:], 'cwd': os.getcwd(), 'prefix': sys.prefix, 'as': sys._xoptions['ran_as']}))""",
+        told = {'words': words[1:], 'cwd': os.getcwd(), 'prefix': sys.prefix, 'as': sys._xoptions['ran_as']}
+        print(json.dumps(told))""",
     "main": "from invoke.program import Program; program = Program()",
 }
 

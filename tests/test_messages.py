@@ -23,6 +23,7 @@ import psycopg
 import pytest
 from budget_engine import errors
 from budget_engine.migration import chain
+from budget_engine.output.console import LABEL
 from budget_engine.output.ending import reported
 from conftest import MIGRATIONS, THE_TURN, Db, Run, clean_environment, database, ended, private_server, run, until
 from pooler import Pooler
@@ -132,7 +133,12 @@ def said_without_an_end() -> set[tuple[str, str]]:
     warnings = {
         text for file in MIGRATIONS.glob("*.sql") for text in re.findall("RAISE WARNING '(.*?)'", file.read_text())
     }
-    return {("", text.replace("%", "…")) for text in texts | notices | warnings}
+    labelled = {
+        f"{text_of(node.args[0]):<{LABEL}}{text_of(node.args[1]) or '…'}"
+        for node in nodes
+        if isinstance(node, ast.Call) and called(node) == "line" and len(node.args) == 2
+    }
+    return {("", text.replace("%", "…")) for text in texts | notices | warnings | labelled}
 
 
 ENDINGS = sorted(raised_by_python() | raised_by_sql() | said_by_inv())
@@ -497,9 +503,7 @@ def broken(tree: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["missing", "garbled"])
-@pytest.mark.parametrize(
-    "file", ["db/verify.sql", "db/migrations/20250222_turn_metrics.sql", "pyproject.toml"]
-)
+@pytest.mark.parametrize("file", ["db/verify.sql", "db/migrations/20250222_turn_metrics.sql", "pyproject.toml"])
 def test_checkout_that_is_not_whole(broken: Path, db: Db, file: str, content: bytes | None) -> None:
     (broken / file).unlink()
     if content is not None:
@@ -627,7 +631,8 @@ def test_a_pipe_that_does_not_block_gets_everything() -> None:
         import os, subprocess, sys, time
         read, write = os.pipe()
         os.set_blocking(write, False)
-        emit = "import sys; sys.path.insert(0, 'scripts'); from budget_engine.output.console import CONSOLE; CONSOLE.emit('x' * 300_000)"
+        os.environ["PYTHONPATH"] = "scripts"
+        emit = "from budget_engine.output.console import CONSOLE; CONSOLE.emit('x' * 300_000)"
         child = subprocess.Popen([sys.executable, "-c", emit], stdout=write)
         os.close(write)
         time.sleep(0.5)

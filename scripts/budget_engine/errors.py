@@ -492,7 +492,7 @@ class NotRunningError(UnreachableError):
 
 
 class MissingError(RecipeError):
-    """Something promised is still missing."""
+    """Something that is required is still missing."""
 
     exit_code = 5
     says = "something is still missing"

@@ -300,7 +300,7 @@ def _target_of_conninfo(
     # A whole login in the place of the user's name is a common slip; a name with a colon in it is rare.
     user, colon, behind_colon = conninfo.get("user", "").partition(":")
     if colon and "password" not in conninfo:
-        notes = [*notes, f"odd in DATABASE_URL: the name of the user goes on behind {user}: (is that a password?)"]
+        notes = [*notes, f"unusual in DATABASE_URL: the name of the user goes on behind {user}: (is that a password?)"]
     secrets = [*typed_secrets, behind_colon, *(value for name, value in conninfo.items() if name in libpq.SECRET)]
     known = tuple(dict.fromkeys(filter(None, secrets)))
     return Target(conninfo, _display(conninfo), search_path, tuple(dict.fromkeys(notes)), known)

@@ -106,10 +106,10 @@ def packages(locked: Mapping[str, Sequence[str]], installed: Mapping[str, str], 
 
 
 def notes(source: str, given: Sequence[str]) -> Iterator[Finding]:
-    """Say what is odd in the files and in the URL; where it is corrected or ignored, that is done."""
-    for odd in given:
-        place = f" ({source})" if " in DATABASE_URL: " in odd else ""
-        yield note("settings", odd, f"Correct it there{place}, if it matters.")
+    """Say what is unusual in the files and in the URL; where it is corrected or ignored, that is done."""
+    for said in given:
+        place = f" ({source})" if " in DATABASE_URL: " in said else ""
+        yield note("settings", said, f"Correct it there{place}, if it matters.")
 
 
 def embedded_server(cluster: Cluster, health: Health, *, in_use: bool) -> Finding:

@@ -51,7 +51,7 @@ def place(server: Server, host: str = "") -> str:
 
 
 def opening(target_: Target, settings: Settings, found: Survey) -> str:
-    """Write what is said before anything else: the target, and what is odd about the way there."""
+    """Write what is said before anything else: the target, and what is unusual about the way there."""
     behind_ = (line("note", note) for note in behind(found.server, found.checks))
     return "\n".join([target(target_, settings, found.server), *notes(target_, settings), *behind_])
 

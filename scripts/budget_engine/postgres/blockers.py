@@ -2,9 +2,9 @@
 
 The watch is a second connection that looks, while a statement keeps the first one waiting, at what it waits for.
 
-PostgreSQL itself says who is in the way (manual, "System Information Functions", pg_blocking_pids) and how far an index
+PostgreSQL itself says who holds a lock (manual, "System Information Functions", pg_blocking_pids) and how far an index
 build has come (manual, "CREATE INDEX Progress Reporting"). Each look is a transaction of its own that ends at once: an
-online build would wait for one that stays.
+concurrent build would wait for one that stays.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def at_work(connection: Connection, refused: str, tables: Iterable[str]) -> list
 
 
 class Watch:
-    """Looks for one Connection while that one waits; tells each thing that is in the way once.
+    """Looks for one Connection while that one waits; tells each session that holds it up once.
 
     open_second: opens the second connection; it is opened at the first look that is due, if ever. early: whether the
     first look comes before a wait for a lock is given up, though a far server's silence may be no wait at all.
@@ -207,7 +207,7 @@ class Watch:
         try:
             self._look()
         except (errors.UnreachableError, StatementError) as error:
-            self.holders = (f"(who is in the way could not be asked: {error})",)
+            self.holders = (f"(who holds the lock could not be asked: {error})",)
             self.close()
         ended = time.monotonic()
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)

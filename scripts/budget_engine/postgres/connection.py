@@ -78,7 +78,7 @@ _REFUSALS: tuple[tuple[str, type[errors.RecipeError]], ...] = (
 class Watcher(Protocol):
     """Whoever looks around while a message is on its way (watch.Watch)."""
 
-    holders: tuple[str, ...]  # who is, or was last, in the way of the message
+    holders: tuple[str, ...]  # who holds, or held last, what the message waits for
 
     def begin(self) -> None:
         """Begin to look: a message goes out."""
@@ -180,7 +180,7 @@ class Connection:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Have the watcher look around, and say in an error whom it saw in the way."""
+        """Have the watcher look around, and say in an error whom it saw hold the lock."""
         if self.watch is None:
             yield
             return
@@ -252,7 +252,7 @@ class Connection:
     def _exchange(self, message: str) -> Iterator[pq.abc.PGresult]:
         self._connection.pgconn.send_query(message.encode())
         self._connection.wait(generators.send(self._connection.pgconn))
-        # A watcher has to see who is in the way before the wait for the lock is over.
+        # A watcher has to see who holds it before the wait for the lock is over.
         moment_s = min(_MOMENT_S, self.lock_timeout_ms / 10_000)
         deadline = None if self._answer_s is None else time.monotonic() + self._answer_s
         while (result := self._connection.wait(self._idling(self._fetch(), deadline), moment_s)) is not None:

@@ -1,4 +1,4 @@
-"""Patience: how long to go on trying while others are in the way, and how long to pause before the next try."""
+"""Patience: how long to go on trying while others hold what is needed, and how long to pause before the next try."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from budget_engine.errors import RecipeError
 
-LONGEST_PAUSE_S = 5.0  # whoever is in the way may be gone by then
+LONGEST_PAUSE_S = 5.0  # whoever holds it may be gone by then
 
 
 @dataclass

@@ -227,7 +227,7 @@ WITH path (schema, position) AS (
                           ELSE format('missing, and its name %s is taken by %s', relname, coalesce('an index on ' || indrelid::regclass, 'no index')) END
                    FROM pg_class LEFT JOIN pg_index ON indexrelid = pg_class.oid
                    WHERE relname = expected.index_name AND relnamespace = tables.home
-                     AND (indrelid IS DISTINCT FROM tables.relation OR expected.addable))) AS actual
+                     AND (indrelid = tables.relation IS NOT TRUE OR expected.addable))) AS actual
   FROM expected JOIN tables USING (table_name)
   LEFT JOIN actual ON actual.kind = expected.kind AND actual.table_name = expected.table_name
    AND actual.name = CASE expected.kind WHEN 'key' THEN (SELECT string_agg(part, ', ' ORDER BY part) FROM string_to_table(expected.name, ', ') AS part)

@@ -114,17 +114,17 @@ class Session:
             found = again
         return found
 
-    def commands(self, checks: Sequence[Check]) -> dict[Check, tuple[str, ...]]:
-        """Return the commands that clear these conflicts."""
-        if not checks:
+    def commands(self, todo: plan.Plan) -> dict[Check, tuple[str, ...]]:
+        """Return the commands that clear the conflicts, where the plan has any: those of its other steps, too."""
+        if not todo.conflicts:
             return {}
         try:
-            _, rows = self.connection.ask([survey.PIN, conflicts.query(checks)])
+            _, rows = self.connection.ask([survey.PIN, conflicts.query(todo.checks)])
         except errors.StatementError as error:  # a view behind ACCESS EXCLUSIVE: the conflict can be told without it
             if not issubclass(errors.for_sqlstate(error.sqlstate), errors.LockTimeoutError):
                 raise
             return {}
-        return conflicts.commands(checks, conflicts.facts(rows))
+        return conflicts.commands(todo.checks, conflicts.facts(rows))
 
     def recreating(self, moves: Sequence[recreate.Move]) -> None:
         """Have these tables moved, and completed what moved: only that is wanted."""
@@ -286,7 +286,7 @@ def waits_for(todo: plan.Plan) -> dict[str, set[str]]:
 
 def refuse_what_cannot_be(session: Session, todo: plan.Plan, found: survey.Survey) -> None:
     """Raise, before anything is changed, where the plan cannot be carried out as a whole."""
-    for hindrance in hindrances(todo, found.server, session.commands(todo.conflicts)):
+    for hindrance in hindrances(todo, found.server, session.commands(todo)):
         raise hindrance
 
 
@@ -326,15 +326,14 @@ def conflict(todo: plan.Plan, commands: dict[Check, tuple[str, ...]]) -> errors.
     checks = todo.conflicts
     lines = text.conflicts(checks, commands)
     count = sum(line.startswith("conflict") for line in lines)
-    ways = [
-        "Run the commands above, or all of them:",
-        'invoke verify --remedies | psql "$DATABASE_URL"',
-        "then the task again.",
-    ]
+    ways = []
     if not commands:
-        ways = ["Run invoke verify when the tables are not locked: it has the commands that help."]
+        ways.append("Run invoke verify when the tables are not locked: it has the commands that help.")
+    elif conflicts.sql(checks, commands):
+        ways += ["Run the commands above, or all of them:", "invoke verify --remedies | invoke db.psql"]
     if any(check.on_request for check in checks):
-        ways.append("Or invoke prereqs --recreate: it moves the old core tables, rows and all, and creates new ones.")
+        ways.append("invoke prereqs --recreate moves the old core tables, rows and all, and creates new ones.")
+    ways.append("Then run the task again.")
     found = errors.ConflictError(count=f"{count} conflict{'s' * (count != 1)}", remedy="\n".join(ways))
     found.before = lines
     return found
@@ -354,7 +353,7 @@ def refuse_what_is_missing(
     rows: those that refuse it, in words; listed: what is missing has been said; tried: setup did what it could.
     """
     if left.conflicts:
-        raise conflict(left, session.commands(left.conflicts))
+        raise conflict(left, session.commands(left))
     if left.missing:
         differences = [] if listed else [text.difference(check) for check in outermost(left.missing)]
         remedy = errors.CORRECT_THE_ROWS if rows or tried else ""

@@ -126,6 +126,11 @@ class Check:
         return self.kind is Kind.COLUMN and self.actual is not None and self.fixed_by is not None
 
     @property
+    def has_its_type(self) -> bool:
+        """Whether it is a column that exists and has the expected type, filled or not."""
+        return (self.actual or "").partition(" NOT NULL")[0] == self.expected.partition(" NOT NULL")[0]
+
+    @property
     def unfinished(self) -> bool:
         """Whether it exists, and only its concurrent part is missing: an INVALID index, a key that is NOT VALID."""
         return self.fixed_by is not None and self.actual in (f"{self.expected} INVALID", f"{self.expected} NOT VALID")
@@ -183,10 +188,10 @@ class Check:
 
 
 def outermost(checks: Iterable[Check]) -> list[Check]:
-    """Leave out what is part of a table or column that is missing or of another kind: one line says it all."""
+    """Leave out what is part of a table or column that is missing or of another kind or type: one line says it all."""
     checks = list(checks)
     tables = {check.table for check in checks if check.kind is Kind.TABLE}
-    columns = [check for check in checks if check.kind is Kind.COLUMN and (check.actual is None or check.replaces)]
+    columns = [check for check in checks if check.kind is Kind.COLUMN and not check.has_its_type]
     return [
         check
         for check in checks

@@ -24,12 +24,12 @@ _ALONE = ("CREATE UNIQUE INDEX CONCURRENTLY ", "DROP INDEX CONCURRENTLY ")  # re
 
 
 class Task(str):
-    """The words of a task, where no SQL clears a conflict."""
+    """How a task is invoked, where no SQL clears a conflict."""
 
     __slots__ = ()
 
 
-_RECREATE = Task("prereqs --recreate")
+_RECREATE = Task("invoke prereqs --recreate")
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,12 @@ def commands(checks: Sequence[Check], found: Facts) -> dict[Check, tuple[str, ..
     Several conflicts may have the same ones: each is to be run once, in the order of the checks.
     """
     return _Clearing(checks, found).all()
+
+
+def sql(checks: Iterable[Check], cleared: Mapping[Check, Sequence[str]]) -> list[str]:
+    """Return what psql is to run for these conflicts, each command once."""
+    every = dict.fromkeys(command for check in checks for command in cleared.get(check, ()))
+    return [command for command in every if not isinstance(command, Task)]
 
 
 @dataclass

@@ -37,6 +37,14 @@ CROSS JOIN LATERAL (
           SELECT FROM pg_class, aclexplode(relacl) WHERE oid = metrics.relation AND grantee = 0 AND privilege_type = 'INSERT')
         ELSE NOT has_table_privilege(grantee, metrics.relation, 'INSERT') END
 ) AS unwritable (role)
+UNION ALL  -- Supabase: what everybody may do over HTTP
+SELECT 'anon', format('anon may %s in %s: its row-level security is off', may.what, name), format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY;', relation::regclass)
+FROM tables JOIN pg_class ON pg_class.oid = relation AND NOT relrowsecurity CROSS JOIN LATERAL (
+  SELECT string_agg(privilege, ', ') FROM unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) AS privilege
+  WHERE has_table_privilege(to_regrole('anon'), relation, privilege)
+) AS may (what)
+WHERE may.what IS NOT NULL AND EXISTS (SELECT FROM pg_proc JOIN pg_namespace AS n ON n.oid = pronamespace
+                                       WHERE nspname = 'auth' AND proname = 'uid' AND pronargs = 0)
 UNION ALL
 SELECT 'elsewhere', CASE WHEN number <= 5 THEN format('%s has the name of a table of ours; the search_path does not lead to it', name)
                          ELSE format('and %s more', total - 5) END, NULL

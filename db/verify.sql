@@ -1,8 +1,8 @@
 -- Every object that the steps create, one line each: what is expected, what the database has, who fixes the difference.
 --   psql "$DATABASE_URL" -f db/verify.sql     or: invoke verify
 --
--- Reads the catalogs only. A check that does not pass is fixed by a step; required and fixed by none, it is a conflict. Of a core table that
--- existed before, only what the other tables need is required: what else differs is its application's affair.
+-- A check that does not pass is fixed by a step; required and fixed by none, it is a conflict. Of a core table that existed before only what
+-- the other tables need is required: what else differs is its application's affair.
 \set ON_ERROR_STOP on
 BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY;
 SET LOCAL jit = off;
@@ -15,12 +15,11 @@ END $$;
 WITH path (schema, position) AS (
   SELECT oid, position FROM json_array_elements_text(current_setting('budget_engine.path')::json) WITH ORDINALITY AS listed (name, position)
   JOIN pg_namespace ON nspname = listed.name
-), supabase (here) AS (
-  SELECT EXISTS (SELECT FROM pg_class JOIN pg_attribute ON attrelid = pg_class.oid
-                 WHERE relnamespace = auth.oid AND relname = 'users' AND attname = 'id' AND atttypid = 'uuid'::regtype)
-         AND EXISTS (SELECT FROM pg_proc WHERE pronamespace = auth.oid AND proname = 'uid' AND pronargs = 0)
+), supabase (here) AS (  -- a row where auth.users (id uuid) exists
+  SELECT EXISTS (SELECT FROM pg_proc WHERE pronamespace = auth.oid AND proname = 'uid' AND pronargs = 0)
          AND to_regrole('service_role') IS NOT NULL AND to_regrole('authenticated') IS NOT NULL
-  FROM pg_namespace AS auth WHERE nspname = 'auth'
+  FROM pg_namespace AS auth JOIN pg_class ON relnamespace = auth.oid AND relname = 'users'
+  JOIN pg_attribute ON attrelid = pg_class.oid AND attname = 'id' AND atttypid = 'uuid'::regtype WHERE nspname = 'auth'
 ), profiles (profiles_oid, complete) AS (
   SELECT attrelid, count(*) = 2 FROM pg_attribute
   WHERE attrelid = (SELECT pg_class.oid FROM path JOIN pg_class ON relnamespace = schema AND relname = 'profiles' ORDER BY position LIMIT 1)
@@ -103,6 +102,8 @@ WITH path (schema, position) AS (
     UNION ALL SELECT step, 'dependants', table_name, name, 'none', false, NULL, NULL FROM columns WHERE replaces IS NOT NULL
     UNION ALL SELECT step, 'key', table_name, columns, form, addable, index_name, NULL FROM keys
     UNION ALL SELECT step, 'foreign key', table_name, name, reference, addable OR step = 'turn_metrics', NULL, NULL FROM columns WHERE target IS NOT NULL
+    UNION ALL SELECT step, 'foreign key', table_name, name, 'REFERENCES auth.users(id) ON DELETE SET NULL', false, NULL, NULL
+    FROM columns CROSS JOIN supabase WHERE name = 'created_by'
     UNION ALL SELECT step, 'index', table_name, name, form, true, name, NULL FROM indexes
     UNION ALL SELECT step, 'comment', table_name, name, 'present', true, NULL, NULL FROM columns WHERE step IN ('slots_flags', 'budget_report', 'turn_metrics')
     UNION ALL (VALUES
@@ -125,7 +126,8 @@ WITH path (schema, position) AS (
       OR EXISTS (SELECT FROM pg_policy WHERE polrelid = tables.relation AND polname = table_name || '_service_role'))
     UNION ALL SELECT step, 'policy', table_name, table_name || suffix, form, step <> 'core_schema', NULL, NULL
     FROM created JOIN tables USING (table_name) JOIN policies ON table_name = ANY (policies.tables) CROSS JOIN supabase LEFT JOIN profiles ON true
-    WHERE here AND (suffix = '_service_role' OR profiles.complete) AND (step <> 'core_schema' OR tables.relation IS NULL)
+    WHERE here AND (suffix = '_service_role' OR profiles.complete) AND (step <> 'core_schema' OR tables.relation IS NULL
+      OR EXISTS (SELECT FROM pg_policy WHERE polrelid = tables.relation AND polname = table_name || suffix))
       AND NOT EXISTS (SELECT FROM pg_policy WHERE polrelid = tables.relation AND polname <> 'Service role can manage ' || table_name  -- older files' own
                         AND polname <> ALL (SELECT table_name || p.suffix FROM policies AS p WHERE table_name = ANY (p.tables)))
   ) AS listed
@@ -138,11 +140,10 @@ WITH path (schema, position) AS (
            (SELECT 'NOT VALID' FROM pg_constraint WHERE conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'n' AND NOT convalidated),
            CASE WHEN attgenerated <> '' THEN 'GENERATED' END)
   FROM tables JOIN pg_attribute ON attrelid = relation AND attnum > 0 AND NOT attisdropped
-  -- of a column that is to be replaced it is no matter
   UNION ALL SELECT 'default', table_name, attname, coalesce(pg_get_expr(adbin, adrelid), 'none')
   FROM tables JOIN pg_attribute ON attrelid = relation AND attnum > 0 AND NOT attisdropped AND attgenerated = ''
   LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
-  WHERE (attname, format_type(atttypid, NULL)) NOT IN (SELECT name, replaces FROM columns WHERE replaces IS NOT NULL)
+  WHERE (attname, format_type(atttypid, NULL)) NOT IN (SELECT name, replaces FROM columns WHERE replaces IS NOT NULL)  -- that goes along
   -- what hangs on a column that is to be replaced, besides its documented index, its default and its NOT NULL
   UNION ALL SELECT 'dependants', table_name, attname, string_agg(DISTINCT hanging.what, ', ')
   FROM columns JOIN tables USING (table_name) JOIN pg_attribute ON attrelid = relation AND attname = columns.name AND format_type(atttypid, NULL) = replaces
@@ -185,8 +186,7 @@ WITH path (schema, position) AS (
            replace(regexp_replace(substring(pg_get_indexdef(indexrelid) FROM ' USING (.*)$'), ' WITH [(][^)]*[)]', ''),
                    ' WHERE (must_keep = true)', ' WHERE must_keep'), CASE WHEN NOT indisvalid THEN 'INVALID' END)
   FROM tables JOIN pg_index ON indrelid = tables.relation JOIN pg_class ON pg_class.oid = indexrelid
-  -- any will do
-  UNION ALL SELECT 'comment', table_name, coalesce(attname, ''), 'present'
+  UNION ALL SELECT 'comment', table_name, coalesce(attname, ''), 'present'  -- any will do
   FROM tables JOIN pg_description ON objoid = tables.relation AND classoid = 'pg_class'::regclass
   LEFT JOIN pg_attribute ON attrelid = objoid AND attnum = objsubid AND attnum > 0
   UNION ALL SELECT 'row-level security', table_name, '', CASE WHEN relrowsecurity THEN 'on' ELSE 'off' END FROM tables JOIN pg_class ON pg_class.oid = relation
@@ -219,7 +219,7 @@ WITH path (schema, position) AS (
   SELECT DISTINCT ON (expected.position) expected.*, tables.creator, tables.relation,
          -- of a table that exists, not what came with it; a core table is its application's but for what foreign keys lead to
          expected.step <> 'core_schema' AND (expected.addable OR expected.kind <> 'foreign key') OR tables.relation IS NULL
-         OR expected.kind IN ('row-level security', 'policy')
+         OR expected.kind = 'row-level security'
          OR (expected.kind, expected.name) IN (('table', ''), ('column', 'id'), ('key', 'id')) AND (expected.table_name IN ('games', 'turns')
             OR EXISTS (SELECT FROM columns JOIN tables AS child USING (table_name) WHERE target = expected.table_name AND child.relation IS NULL)) AS required,
          coalesce(CASE WHEN expected.kind = 'key' AND expected.form = 'UNIQUE' THEN left(actual.form, 0) || 'UNIQUE' ELSE actual.form END,
@@ -237,9 +237,10 @@ WITH path (schema, position) AS (
 ), checks AS MATERIALIZED (
   SELECT compared.*, CASE
            WHEN actual = form OR kind = 'dependants' THEN NULL
-           WHEN NOT required AND (NOT addable OR kind NOT IN ('index', 'key') OR EXISTS (  -- its indexes, where it has their columns
+           WHEN NOT required AND (NOT addable OR kind NOT IN ('index', 'key') OR EXISTS (  -- its indexes, where it has what they are made of
                   SELECT FROM pg_class CROSS JOIN string_to_table(coalesce(substring(form FROM '[(](.*)[)]'), name), ', ') AS part WHERE pg_class.oid = relation
-                  AND (relkind <> 'r' OR NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = relation AND attname = part)))) THEN NULL
+                  AND (relkind <> 'r' OR NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = relation AND attname = part
+                    AND (form NOT LIKE 'gin %' OR atttypid = ANY ('{text[],jsonb,tsvector}'::regtype[])))))) THEN NULL
            WHEN actual = form || CASE WHEN kind = 'foreign key' THEN ' NOT VALID' WHEN addable THEN ' INVALID' END THEN step
            WHEN kind = 'row-level security' OR kind = 'default' AND actual = 'none' OR kind = 'column' AND replaces = split_part(actual, ' ', 1) THEN step
            WHEN addable AND (kind = 'trigger' AND actual NOT LIKE 'CREATE CONSTRAINT %' OR kind = 'function'

@@ -120,7 +120,7 @@ class Db:
             for ask in asks:
                 connection.execute(ask.encode())
             rows = connection.execute(query.encode()).fetchall()
-        return list(survey.checks_of([_as_text(row) for row in rows], everything, with_recreate=True))
+        return list(survey.checks_of([as_text(row) for row in rows], everything, with_recreate=True))
 
     def differing(self) -> dict[str, tuple[str, str | None, str | None]]:
         """Return title → (expected, actual, fixed_by) of every required check that does not pass."""
@@ -139,7 +139,7 @@ class Db:
         return re.sub(r"^-- (Dumped|Started|Completed).*\n", "", done.out, flags=re.M)
 
 
-def _as_text(row: tuple[Any, ...]) -> tuple[str | None, ...]:
+def as_text(row: tuple[Any, ...]) -> tuple[str | None, ...]:
     """Write a row as the simple query protocol does."""
     return tuple(None if v is None else "ft"[v] if isinstance(v, bool) else str(v) for v in row)
 

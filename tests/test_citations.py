@@ -12,10 +12,11 @@ PATTERNS = (
     "*.toml",
     ".env.example",
     ".ci/*",
-    "scripts/*",
+    "scripts/inv",
+    "scripts/**/*.py",
+    "db/*.md",
     "db/**/*.sql",
-    "tests/*.py",
-    "tests/bench/*.py",
+    "tests/**/*.py",
 )
 FILES = [file for pattern in PATTERNS for file in ROOT.glob(pattern) if file.is_file()]
 TEXTS = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in FILES}

@@ -1,4 +1,4 @@
-"""The command line: the menu, bad settings, servers that are not there or are no servers, rights, the diary."""
+"""The command line: the menu, bad settings, servers that are not there or are no servers, rights, the history."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from states import NOT_TO_ALL
 
 PASSWORD = "pa%24%24 w0rd-S3cret!"  # as typed; %24 is $
 SPOKEN = (PASSWORD, "pa$$ w0rd-S3cret!", "pa%24%24%20w0rd-S3cret!", "S3cret")
-SUCCESS = ("promises stand", "nothing to do", "done")
-STEPS = [step for step in chain.load() if "fix" not in step.stem]
+SUCCESS = ("checks pass", "nothing to do", "done")
+STEPS = [step for step in chain.load().steps if step.task != "fix"]
 
 
 def assert_refused(done: Run, code: int, *words: str) -> None:
     """One clear message on stderr with a remedy, no traceback, no password, no claim of success."""
     assert done.code == code, done
-    assert done.err.count("error: ") == 1, done
-    assert done.err.startswith("error: "), done
-    assert "what to do: " in done.err, done
+    assert done.err.count("error  ") == 1, done
+    assert done.err.startswith("error    "), done
+    assert "\nhelp     " in done.err, done
     for word in words:
         assert word in done.err, done
     for word in ("Traceback", *SPOKEN):
@@ -90,10 +90,10 @@ def test_list_loads_nothing_that_a_database_needs(tree: Path) -> None:
     assert not loaded & {
         "psycopg",
         "dotenv",
-        "scripts.flow",
-        "scripts.database",
-        "scripts.settings",
-        "scripts.embedded",
+        "budget_engine.commands",
+        "budget_engine.settings",
+        "budget_engine.migration",
+        "budget_engine.postgres",
     }
 
 
@@ -165,7 +165,7 @@ def test_env_file_is_read_and_the_environment_wins(tree: Path, db: Db) -> None:
     try:
         done = recipe(tree, "setup")
         assert done.code == 0, done
-        assert " from .env\n" in done.out
+        assert " (.env), PostgreSQL " in done.out
         assert_refused(recipe(tree, "setup", DATABASE_URL="sqlite:x"), 3, "sqlite")
     finally:
         (tree / ".env").unlink()
@@ -280,7 +280,7 @@ def test_schema_of_the_url_is_honoured_and_the_rest_said(db: Db) -> None:
         "SELECT DISTINCT schemaname FROM pg_tables WHERE schemaname NOT IN ('pg_catalog', 'information_schema')"
     )
     assert sorted(here) == [("app",), ("budget_engine",)]
-    assert db.value("SELECT bool_and(schema_name = 'app') FROM budget_engine.diary") is True
+    assert db.value("SELECT bool_and(schema_name = 'app') FROM budget_engine.history") is True
     again = db.invoke("verify", env={"DATABASE_URL": f"{db.url}&schema=app"})
     assert again.code == 0, again
 
@@ -369,45 +369,45 @@ def test_read_only_default(db: Db) -> None:
     assert_refused(db.invoke("setup"), 8, "default_transaction_read_only")
 
 
-# ── the diary ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the history ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_diary_says_who_ran_what(db: Db) -> None:
+def test_history_says_who_ran_what(db: Db) -> None:
     began = time.monotonic()
     assert db.invoke("setup").code == 0
     took = timedelta(seconds=time.monotonic() - began)
-    rows = db.rows("SELECT step, part, role_name, schema_name, checksum, version FROM budget_engine.diary ORDER BY id")
-    sums = {step.stem: hashlib.sha256((MIGRATIONS / f"{step.stem}.sql").read_bytes()).hexdigest() for step in STEPS}
-    assert rows == [(stem, "atomic", "postgres", "public", sums[stem], chain.version()) for stem in sums]
-    durations = [duration for (duration,) in db.rows("SELECT duration FROM budget_engine.diary ORDER BY id")]
+    rows = db.rows("SELECT step, part, role_name, schema_name, checksum, version FROM budget_engine.history ORDER BY id")
+    sums = {step.label: hashlib.sha256((MIGRATIONS / f"{step.stem}.sql").read_bytes()).hexdigest() for step in STEPS}
+    assert rows == [(label, "transaction", "postgres", "public", sums[label], chain.version()) for label in sums]
+    durations = [duration for (duration,) in db.rows("SELECT duration FROM budget_engine.history ORDER BY id")]
     assert min(durations) > timedelta(0)
     assert sum(durations, timedelta(0)) < took
     assert durations != sorted(durations)  # each step's own time: they do not add up from line to line
-    assert db.value("SELECT bool_and(finished_at BETWEEN now() - interval '1 h' AND now()) FROM budget_engine.diary")
+    assert db.value("SELECT bool_and(finished_at BETWEEN now() - interval '1 h' AND now()) FROM budget_engine.history")
     assert db.invoke("setup").code == 0
-    assert db.value("SELECT count(*) FROM budget_engine.diary") == len(STEPS)
+    assert db.value("SELECT count(*) FROM budget_engine.history") == len(STEPS)
 
 
-def test_diary_of_online_work(db: Db) -> None:
+def test_history_of_concurrent_work(db: Db) -> None:
     db.migrate(*(step.stem for step in STEPS))
     db.execute("DROP INDEX idx_games_owner, idx_slots_type")
     assert db.invoke("setup").code == 0
-    rows = db.rows("SELECT step, part, duration > interval '0' FROM budget_engine.diary ORDER BY id")
-    assert rows == [(STEPS[0].stem, "online", True), (STEPS[1].stem, "online", True)]
+    rows = db.rows("SELECT step, part, duration > interval '0' FROM budget_engine.history ORDER BY id")
+    assert rows == [(STEPS[0].label, "concurrent", True), (STEPS[1].label, "concurrent", True)]
 
 
-@pytest.mark.parametrize("diary", ["none", "of another role"])
-def test_role_that_may_not_write_the_diary_succeeds(role: str, db: Db, diary: str) -> None:
-    """It may create tables, but no schema; or another role's diary is closed to it."""
-    if diary == "of another role":
+@pytest.mark.parametrize("history", ["none", "of another role"])
+def test_role_that_may_not_write_the_history_succeeds(role: str, db: Db, history: str) -> None:
+    """It may create tables, but no schema; or another role's history is closed to it."""
+    if history == "of another role":
         assert db.invoke("setup").code == 0
         db.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
     db.execute(f"GRANT ALL ON SCHEMA public TO {role}")
     done = db.invoke("setup", role=role)
     assert done.code == 0, done
-    assert "not written into the diary" in done.out
+    assert "not written into the history" in done.out
     assert db.differing() == {}
-    assert (db.value("SELECT to_regnamespace('budget_engine')") is None) == (diary == "none")
+    assert (db.value("SELECT to_regnamespace('budget_engine')") is None) == (history == "none")
     assert db.value("SELECT bool_and(tableowner = current_user) FROM pg_tables WHERE schemaname = 'public'") is False
 
 

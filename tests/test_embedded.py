@@ -20,12 +20,11 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import clean_environment, run
-from versions import MAJOR, locate, new_in
-
+from budget_engine.errors import UnreachableError
 from budget_engine.postgres import embedded
 from budget_engine.postgres.embedded import Cluster, running, start, stop
-from budget_engine.errors import UnreachableError
+from conftest import clean_environment, run
+from versions import MAJOR, locate, new_in
 
 PROJECT = Path(__file__).resolve().parent.parent
 ROOT_CASE = os.geteuid() == 0
@@ -126,7 +125,7 @@ def test_who_starts_it_says_so_and_how_to_stop_it(folder: Path) -> None:
     told = [line for line in first.out.splitlines() if "python3 scripts/inv db.stop" in line]
     assert len(told) == 1
     assert "db.stop" not in second.out
-    assert first.out.splitlines()[-1].startswith("done: ")
+    assert first.out.splitlines()[-1].startswith("done  ")
     for done in (first, second):
         assert done.out.splitlines()[-1].endswith("; database postgres on the embedded server, schema public")
 
@@ -509,9 +508,9 @@ if ROOT_CASE:
 
 
 def test_missing_package_asks_for_a_url(folder: Path) -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from scripts import embedded\n"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from budget_engine.postgres import embedded\n"
     code += "try: embedded.locate(Path.cwd())\nexcept embedded.errors.UnreachableError as error: print(error.remedy)"
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code, PROJECT], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code, PROJECT / "scripts"], capture_output=True, text=True, check=True)
     assert "DATABASE_URL" in done.stdout
 
 

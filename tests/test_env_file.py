@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from budget_engine import env_file
+from budget_engine.errors import BeyondError, EnvFileChoiceError, EnvFileError, OtherNameError, SettingsError
+from budget_engine.migration.chain import ROOT
+from budget_engine.output import text as words
+from budget_engine.settings import Settings, load
 from conftest import Db, Run, clean_environment, run
 from test_command_line import tree as checkout
-
-from budget_engine import env_file
-from budget_engine.migration.chain import ROOT
-from budget_engine.errors import BeyondError, EnvFileChoiceError, EnvFileError, OtherNameError, SettingsError
-from budget_engine.settings import Settings, load
 
 __all__ = ["checkout"]  # the fixture
 APP, OTHER = "postgresql://app@db.example.com/app", "postgresql://app@db.example.com/other"
@@ -361,7 +361,7 @@ def test_submodule_made_by_git(vendored: Path, db: Db) -> None:
     file = put(vendored, f"DATABASE_URL={db.url}")
     done = invoke(home_of(vendored), "setup")
     assert done.code == 0, done
-    assert f" from {file}\n" in done.out
+    assert f" ({file}), PostgreSQL " in done.out
     assert db.differing() == {}
     assert not (home_of(vendored) / ".postgres").exists()
     tree = home_of(vendored.parent / "tree")
@@ -411,7 +411,7 @@ def test_url_under_another_name_does_not_lead_to_the_embedded_server(app: Path, 
         key = line.split("\n")[-1].removeprefix("export ").partition("=")[0]
         said = "without a name" if "://" in key else key
         assert error.where == f"{name}, line {3 + line.count(chr(10))}: {said}"
-        assert "QXZJ" not in "\n".join(error.lines())
+        assert "QXZJ" not in "\n".join(words.error(error))
     put(app, line, f"DATABASE_URL={APP}")
     assert name_of(load(home_of(app), {})) == "app"
     put(app, line)

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from conftest import MIGRATIONS, SEED, THE_TURN, Db, Run, ended, until
-from proxy import COMMITTED, Message, Proxy, Watcher, containing, cut, on_nth, socket_of, unchanged
-
 from budget_engine.migration import chain
 from budget_engine.postgres.embedded import Cluster
+from conftest import MIGRATIONS, SEED, THE_TURN, Db, Run, ended, until
+from proxy import COMMITTED, Message, Proxy, Watcher, containing, cut, on_nth, socket_of, unchanged
 
 STEMS = [step.stem for step in chain.load()]
 NEEDED_FROM_NOTHING = [stem for stem in STEMS if "fix" not in stem]

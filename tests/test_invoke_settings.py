@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Run, clean_environment
-
 from budget_engine.migration import chain
+from conftest import Run, clean_environment
 
 MENU = {"setup", "slots-flags", "slots_flags", "turn-metrics", "turn_metrics", "verify", "db.url", "lint"}
 UNDERSCORES = "tasks: {auto_dash_names: false}\n"
@@ -153,7 +152,7 @@ def test_invoke_that_leaves_names_alone(tree: Path, tmp_path: Path, place: str) 
     listed = plain(tree, "--list", "--list-format=json", **user)
     assert {"slots_flags", "verify"} <= {task["name"] for task in json.loads(listed.out)["tasks"]}
     done = plain(tree, "slots_flags", "db.url", DATABASE_URL="", **user)
-    assert (done.code, done.err.count("error: ")) == (3, 1), done
+    assert (done.code, done.err.count("error  ")) == (3, 1), done
 
 
 APPLICATION = """

@@ -20,21 +20,20 @@ from typing import Any
 
 import psycopg
 import pytest
-from budget_engine.migration import chain
-from budget_engine.migration.survey import ONLINE
+from budget_engine.migration import chain, plan
 from budget_engine.postgres import embedded
 from conftest import SEED, Db, Run, ended, private_server, until
 from proxy import Message, Proxy, on_nth, socket_of
 from states import Contents, by_hand, contents, lost, with_uuid
 
-STEMS = [step.stem for step in chain.load()]
+LABELS = [step.label for step in chain.load().steps]
 POINTS_OF_ONE_WALK = 3
 POINTS = int(os.environ.get("FAULT_POINTS", 4 * POINTS_OF_ONE_WALK))
 LONGEST_S = 1.5  # for which a message is waited for
 OURS = "application_name = 'budget-engine-recipes' AND datname = current_database()"
 
-# Rows enough for a build to take its moment; indexes missing and INVALID; parent_id to be validated. What the atomic
-# parts have to do is all there, too.
+# Rows enough for a build to take its moment; indexes missing and INVALID; parent_id to be validated. What the
+# transactions have to do is all there, too.
 ROWS = 3_000
 WEAR = f"""
 INSERT INTO turns (game_id, idx, role, content)
@@ -69,13 +68,14 @@ WHERE NOT indisvalid AND indrelid IN (SELECT oid FROM pg_class WHERE relnamespac
 
 
 def pending(db: Db) -> dict[str, set[str]]:
-    """Return stem → the items that its atomic part is to mend; without those that have nothing to do."""
-    due: dict[str, set[str]] = {}
-    for name, (_, _, mended_by) in db.differing().items():
-        assert mended_by is not None, name
-        if not mended_by.endswith(ONLINE):
-            due.setdefault(mended_by, set()).add(name)
-    return due
+    """Return label → the checks that its transaction is for; without those that have nothing to do."""
+    everything = chain.load()
+    todo = plan.make(everything, everything.steps, db.checks())
+    assert todo.conflicts == ()
+    return {
+        step.label: {check.title for action in step.transaction for check in action.checks}
+        for step in todo.transactions
+    }
 
 
 @dataclass(frozen=True)
@@ -87,27 +87,27 @@ class Before:
     pending: dict[str, set[str]]
 
     @property
-    def stems(self) -> list[str]:
-        """What is to be done, in order."""
-        return [stem for stem in STEMS if stem in self.pending]
+    def labels(self) -> list[str]:
+        """The steps that have a transaction to run, in order."""
+        return [label for label in LABELS if label in self.pending]
 
     def compare(self, db: Db) -> list[str]:
-        """No value, no object is gone, and no step stands in part; return the steps that stand."""
+        """No value, no object is gone, and no step is done in part; return the steps that are done."""
         uuid_kept = db.rows("SELECT FROM pg_attribute WHERE attname = 'turn_id_uuid'")
         assert lost(self.contents, contents(db), KEPT if uuid_kept else {}) == []
         assert self.things - set(db.rows(THINGS)) == set()
         left = pending(db)
-        assert left == {stem: items for stem, items in self.pending.items() if stem in left}
-        done = [stem for stem in self.stems if stem not in left]
-        assert done == self.stems[: len(done)]
-        assert atomic_in_diary(db) == done
+        assert left == {label: titles for label, titles in self.pending.items() if label in left}
+        done = [label for label in self.labels if label not in left]
+        assert done == self.labels[: len(done)]
+        assert transactions_in_history(db) == done
         return done
 
 
-def atomic_in_diary(db: Db) -> list[str]:
-    if db.value("SELECT to_regclass('budget_engine.diary')") is None:
+def transactions_in_history(db: Db) -> list[str]:
+    if db.value("SELECT to_regclass('budget_engine.history')") is None:
         return []
-    return [stem for (stem,) in db.rows("SELECT step FROM budget_engine.diary WHERE part = 'atomic' ORDER BY id")]
+    return [label for (label,) in db.rows("SELECT step FROM budget_engine.history WHERE part = 'transaction' ORDER BY id")]
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def undisturbed(db: Db) -> tuple[float, int]:
 # ── the walk ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-# An old snapshot, which every build waits for; a reader and a writer, who hold up atomic parts, too.
+# An old snapshot, which every build waits for; a reader and a writer, who hold up transactions, too.
 HOLDS_UP = [
     "SELECT 1",
     "LOCK TABLE prompt_snapshots IN ACCESS SHARE MODE",
@@ -224,7 +224,7 @@ def test_random_walk(mortal: Mortal, walk: int) -> None:
             strike(db, point)
             if not point.at_once:
                 quiet(db)
-                print(f"  stands: {before.compare(db)}")
+                print(f"  done: {before.compare(db)}")
         finished(db, before)
 
 
@@ -292,12 +292,12 @@ def quiet(db: Db) -> None:
 
 
 def finished(db: Db, before: Before) -> None:
-    """One more run, undisturbed, and everything stands."""
+    """One more run, undisturbed, and everything is done."""
     done = db.invoke("setup")
     assert done.code == 0, done
     assert db.differing() == {}
     assert set(db.rows(INVALID)) <= {("idx_prompt_snapshots_turn_id_uuid",)}
-    assert before.compare(db) == before.stems
+    assert before.compare(db) == before.labels
 
 
 @dataclass(frozen=True)
@@ -324,7 +324,7 @@ def terminate(db: Db, _process: subprocess.Popen[str], proxy: Proxy) -> None:
 
 
 def terminate_the_youngest(db: Db, _process: subprocess.Popen[str], proxy: Proxy) -> None:
-    """The one that has the turn to build, or looks who is in the way, if there is one."""
+    """The one that has the turn to build, or looks who holds a lock, if there is one."""
     pids = [conversation.backend_pid for conversation in proxy.conversations if conversation.backend_pid]
     if pids:
         db.execute(f"SELECT pg_terminate_backend({pids[-1]})")

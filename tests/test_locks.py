@@ -19,7 +19,6 @@ from conftest import (
     MIGRATIONS,
     PACKAGED_TOO,
     THE_TURN,
-    VERIFICATIONS,
     Db,
     Run,
     clean_environment,
@@ -30,12 +29,12 @@ from conftest import (
 from proxy import Proxy, containing, on_nth, socket_of
 from states import with_uuid
 
-from budget_engine.migration import chain, turn
+from budget_engine.migration import chain, survey, turn
 from budget_engine.migration.chain import ROOT
 
 TASKS = ["setup", "prereqs", "fix", "slots-flags", "budget-report", "turn-metrics", "verify"]
-STEMS = [step.stem for step in chain.load()]
-ATOMIC_STEMS = [stem for stem in STEMS if "fix" not in stem]
+STEMS = [step.stem for step in chain.load().steps]
+BUT_FOR_THE_FIX = [stem for stem in STEMS if "fix" not in stem]
 TABLES = (
     "worlds, rulesets, entry_points, prompt_segments, games, turns, slots, templates, prompt_snapshots, turn_metrics"
 )
@@ -76,7 +75,7 @@ def holding_everything(db: Db) -> Iterator[psycopg.Connection[Any]]:
 
 def make_old(db: Db) -> None:
     """A database migrated by hand, of which some pieces went missing since."""
-    db.migrate(*ATOMIC_STEMS)
+    db.migrate(*BUT_FOR_THE_FIX)
     db.execute(
         """
         DROP INDEX idx_games_owner, idx_turns_game_idx, idx_slots_type, idx_prompt_snapshots_turn_id;
@@ -88,8 +87,8 @@ def make_old(db: Db) -> None:
     )
 
 
-def diary(db: Db) -> list[tuple[Any, ...]]:
-    return db.rows("SELECT step, part FROM budget_engine.diary ORDER BY id")
+def history(db: Db) -> list[tuple[Any, ...]]:
+    return db.rows("SELECT step, part FROM budget_engine.history ORDER BY id")
 
 
 # A million as the issue has it: CROWD_ROWS=1000000. As many as that take a while to make.
@@ -113,26 +112,24 @@ HAVE_THE_TURN = f"SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND 
 def test_finished_database_is_neither_locked_nor_written(db: Db) -> None:
     assert db.invoke("setup").code == 0
     before = db.dump(data=True)
-    files = [*(MIGRATIONS / f"{stem}.sql" for stem in STEMS), *(VERIFICATIONS / f"{stem}.sql" for stem in STEMS)]
     with holding_everything(db):
         next_id = int(db.value("SELECT pg_current_xact_id()::text"))
         runs = {task: db.invoke(task, env=IMPATIENT) for task in TASKS}
-        runs |= {file.stem: db.psql("-c", "SET lock_timeout = '1ms'", "-f", str(file)) for file in files}
+        runs["verify.sql"] = db.psql("-c", "SET lock_timeout = '1ms'", "-f", str(chain.DB / "verify.sql"))
         assert {name: str(done) for name, done in runs.items() if done.code} == {}
         # The probe takes one id itself; every transaction that writes anything would take one, too.
         assert int(db.value("SELECT pg_current_xact_id()::text")) == next_id + 1
     assert db.dump(data=True) == before
-    assert [part for _, part in diary(db)] == ["atomic"] * 6
+    assert [part for _, part in history(db)] == ["transaction"] * 6
 
 
 @PACKAGED_TOO
-def test_every_strong_lock_of_a_run_that_finds_nothing(db: Db) -> None:
-    """The advisory lock aside, a DO block whose promise holds has taken ACCESS SHARE at most."""
+def test_every_lock_of_a_survey(db: Db) -> None:
+    """ACCESS SHARE at most: of what exists, a plan holds no statement."""
     assert db.invoke("setup").code == 0
     with db.connect(autocommit=False) as connection:
-        for step in chain.load():
-            connection.execute(step.atomic.encode())
-            connection.execute(step.verification.encode())
+        for statement in survey.statements(chain.load()):
+            connection.execute(statement.encode())
         locks = (
             "SELECT relation::regclass::text, mode FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'relation'"
         )
@@ -142,7 +139,7 @@ def test_every_strong_lock_of_a_run_that_finds_nothing(db: Db) -> None:
 
 # ── something to do, somebody in between ───────────────────────────────────────────────────────────────────────────
 
-# What is missing, the lock of the other session that keeps it from being mended atomically, the step.
+# What is missing, the lock of the other session that keeps it from being created in a transaction, the step.
 CONFLICTS = {
     "a reader against a new column": (
         "ALTER TABLE prompt_snapshots DROP COLUMN budget_report",
@@ -170,7 +167,7 @@ CONFLICTS = {
 @PACKAGED_TOO
 @pytest.mark.parametrize(("missing", "lock", "label"), CONFLICTS.values(), ids=CONFLICTS)
 def test_conflicting_lock_is_given_up_and_its_holder_named(db: Db, missing: str, lock: str, label: str) -> None:
-    db.migrate(*ATOMIC_STEMS)
+    db.migrate(*BUT_FOR_THE_FIX)
     db.execute(missing)
     db.execute("DO 'BEGIN CREATE ROLE the_holder LOGIN SUPERUSER; EXCEPTION WHEN duplicate_object THEN END'")
     before = db.dump(data=True)
@@ -187,9 +184,9 @@ def test_conflicting_lock_is_given_up_and_its_holder_named(db: Db, missing: str,
     assert db.differing() == {}
 
 
-def test_online_build_waits_without_standing_in_the_way(db: Db) -> None:
-    """An old transaction holds an online build up; readers and writers of the table go on meanwhile."""
-    db.migrate(*ATOMIC_STEMS)
+def test_concurrent_build_waits_and_blocks_nobody(db: Db) -> None:
+    """An old transaction holds a concurrent build up; readers and writers of the table go on meanwhile."""
+    db.migrate(*BUT_FOR_THE_FIX)
     db.execute("DROP INDEX idx_slots_type")
     with holding(db, "LOCK TABLE slots IN ROW EXCLUSIVE MODE") as holder:
         process = db.start("setup", LOCK_TIMEOUT="1ms", LOCK_WAIT="60s")
@@ -201,8 +198,8 @@ def test_online_build_waits_without_standing_in_the_way(db: Db) -> None:
     assert db.differing() == {}
 
 
-def test_online_build_gives_up_and_the_next_run_finishes(db: Db) -> None:
-    db.migrate(*ATOMIC_STEMS)
+def test_concurrent_build_gives_up_and_the_next_run_finishes(db: Db) -> None:
+    db.migrate(*BUT_FOR_THE_FIX)
     db.execute("DROP INDEX idx_slots_type")
     with holding(db, "LOCK TABLE slots IN ROW EXCLUSIVE MODE") as holder:
         done = db.invoke("setup", env={"LOCK_TIMEOUT": "1ms", "LOCK_WAIT": "1s"})
@@ -245,15 +242,15 @@ def test_twenty_runs_at_once_all_succeed_and_do_each_step_once(db: Db, prepare: 
     assert {done.code for done in runs} == {0}, "\n".join(map(str, runs))
     assert {"Traceback" in done.err for done in runs} == {False}
     assert db.differing() == {}
-    lines = diary(db)
+    lines = history(db)
     assert len(lines) == len(set(lines)), lines
     assert db.value("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()") == 0
-    last = float(db.value("SELECT max(extract(epoch FROM finished_at)) FROM budget_engine.diary"))
+    last = float(db.value("SELECT max(extract(epoch FROM finished_at)) FROM budget_engine.history"))
     assert max(times) - last < LONGEST_AFTERWARDS_S
 
 
-def test_verify_during_a_run_sees_nothing_in_the_way(db: Db) -> None:
-    """What the catalogs say while another run commits may be old or new, even torn; it must not become an obstacle."""
+def test_verify_during_a_run_sees_no_conflict(db: Db) -> None:
+    """What the catalogs say while another run commits may be old or new, even torn; it must not become a conflict."""
     process, codes = db.start("setup"), set()
     while process.poll() is None:
         codes |= {ended(verifier).code for verifier in [db.start("verify") for _ in range(2)]}
@@ -262,7 +259,7 @@ def test_verify_during_a_run_sees_nothing_in_the_way(db: Db) -> None:
 
 
 def test_two_runs_that_queue_for_one_index_build_it_once(db: Db) -> None:
-    db.migrate(*ATOMIC_STEMS)
+    db.migrate(*BUT_FOR_THE_FIX)
     db.execute("DROP INDEX idx_slots_type")
     with holding(db, "LOCK TABLE slots IN SHARE UPDATE EXCLUSIVE MODE") as holder:
         processes = [db.start("setup") for _ in range(2)]
@@ -273,9 +270,9 @@ def test_two_runs_that_queue_for_one_index_build_it_once(db: Db) -> None:
     assert db.differing() == {}
 
 
-def test_online_work_that_another_run_did_is_not_claimed(db: Db) -> None:
-    """Between the look and the build, somebody builds by hand: this run did nothing, and its diary says so."""
-    db.migrate(*ATOMIC_STEMS)
+def test_concurrent_work_that_another_run_did_is_not_claimed(db: Db) -> None:
+    """Between the look and the build, somebody builds by hand: this run did nothing, and its history says so."""
+    db.migrate(*BUT_FOR_THE_FIX)
     db.execute("DROP INDEX idx_slots_type")
     meanwhile: list[Run] = []
     file = str(MIGRATIONS / "20250214_slots_templates.sql")
@@ -284,7 +281,7 @@ def test_online_work_that_another_run_did_is_not_claimed(db: Db) -> None:
         done = db.invoke("setup", env={"DATABASE_URL": proxy.url(db.name)})
     assert [done.code for done in (*meanwhile, done)] == [0, 0], done
     assert db.differing() == {}
-    assert db.rows("SELECT to_regclass('budget_engine.diary')") == [(None,)]
+    assert db.rows("SELECT to_regclass('budget_engine.history')") == [(None,)]
 
 
 @contextmanager
@@ -308,7 +305,7 @@ def test_run_beside_another_goes_on_when_that_one_is_done(db: Db) -> None:
     with another_run(db) as other:
         process = db.start("setup")
         until(lambda: db.value(f"{OURS} AND query LIKE 'ROLLBACK%'"), process)
-        assert db.value(WAITING) == 0  # who waits has no snapshot that an online build would wait for
+        assert db.value(WAITING) == 0  # who waits has no snapshot that a concurrent build would wait for
         other.rollback()
         done = ended(process)
     assert done.code == 0, done
@@ -324,7 +321,7 @@ def test_finished_database_does_not_care_about_another_run(db: Db) -> None:
 @pytest.mark.parametrize("table", ["slots", "turn_metrics", "prompt_snapshots"])
 @pytest.mark.parametrize("task", ["setup", "verify"])
 def test_who_holds_access_exclusive_is_named(db: Db, table: str, task: str) -> None:
-    """Where the catalogs can be read all the same, nothing is wrong; else the message says who is in the way."""
+    """Where the catalogs can be read all the same, nothing is wrong; else the message says who holds the lock."""
     assert db.invoke("setup").code == 0
     with db.connect(autocommit=False) as holder:
         holder.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
@@ -348,7 +345,7 @@ def test_who_holds_up_a_pending_step_with_access_exclusive_is_named(db: Db) -> N
 
 REPORT_MISSING = "ALTER TABLE prompt_snapshots DROP COLUMN budget_report"
 READER = "LOCK TABLE prompt_snapshots IN ACCESS SHARE MODE"
-NAMED, AGAIN = re.compile(r"^waiting   for .*: pid \d+ ", re.M), re.compile(r"^waiting   .* again in ", re.M)
+NAMED, AGAIN = re.compile(r"^waiting  for .*: pid \d+ ", re.M), re.compile(r"^waiting  .* next try in ", re.M)
 
 
 def said(process: subprocess.Popen[str], pattern: re.Pattern[str]) -> str:
@@ -435,8 +432,8 @@ def test_deadlock_is_tried_again(db: Db) -> None:
 
 # What is missing, and the transaction that holds it up.
 PREPARED = {
-    "atomic": (REPORT_MISSING, READER),
-    "online": ("DROP INDEX idx_slots_type", "LOCK TABLE slots IN ROW EXCLUSIVE MODE"),
+    "transaction": (REPORT_MISSING, READER),
+    "concurrent": ("DROP INDEX idx_slots_type", "LOCK TABLE slots IN ROW EXCLUSIVE MODE"),
 }
 
 
@@ -455,7 +452,7 @@ def test_prepared_transaction_is_named(preparing: Db, missing: str, lock: str) -
     with db.connect() as connection:
         for statement in ("BEGIN", lock, "PREPARE TRANSACTION 'forgotten one'"):
             connection.execute(statement.encode())
-    assert "now       a prepared transaction (see pg_prepared_xacts) [holds" in db.invoke("plan").out
+    assert "now      a prepared transaction (see pg_prepared_xacts) and holds" in db.invoke("plan").out
     done = db.invoke("setup", env={"LOCK_TIMEOUT": "500ms", "LOCK_WAIT": "1s"})
     assert done.code == 7, done
     for text in (done.out, done.err):
@@ -467,7 +464,7 @@ def test_prepared_transaction_is_named(preparing: Db, missing: str, lock: str) -
 
 @contextmanager
 def old_snapshot(db: Db) -> Iterator[psycopg.Connection[Any]]:
-    """A transaction that touched nothing of ours; an online build waits for it all the same."""
+    """A transaction that touched nothing of ours; a concurrent build waits for it all the same."""
     with db.connect(autocommit=False) as holder:
         holder.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         holder.execute("SET application_name = 'a report'")
@@ -491,7 +488,7 @@ def test_old_snapshot_that_holds_up_a_build_is_named(db: Db) -> None:
         assert words in line
 
 
-def test_limits_of_the_role_do_not_end_an_online_build(db: Db) -> None:
+def test_limits_of_the_role_do_not_end_a_concurrent_build(db: Db) -> None:
     assert db.invoke("setup").code == 0
     db.execute("DROP INDEX idx_slots_type")
     role = db.name
@@ -507,7 +504,7 @@ def test_limits_of_the_role_do_not_end_an_online_build(db: Db) -> None:
         done = ended(process)
     db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
     assert done.code == 0, done
-    assert "again" not in done.out
+    assert "next try" not in done.out
     assert db.value("SELECT indisvalid FROM pg_index WHERE indexrelid = 'idx_slots_type'::regclass")
 
 
@@ -538,7 +535,7 @@ def test_progress_is_shown_on_a_terminal(db: Db) -> None:
     text = build_held_up(db, slave, shown)
     os.close(slave)
     os.close(master)
-    assert "\r\x1b[Kbuilding  slots: waiting for old snapshots" in text
+    assert "\r\x1b[Kbuilding slots: waiting for old snapshots" in text
 
 
 def test_progress_is_not_shown_in_a_pipe(db: Db) -> None:
@@ -546,5 +543,5 @@ def test_progress_is_not_shown_in_a_pipe(db: Db) -> None:
         return said(process, NAMED)  # the watch has looked
 
     text = build_held_up(db, subprocess.PIPE, shown)
-    assert "building  " not in text
+    assert "building " not in text
     assert "\x1b" not in text

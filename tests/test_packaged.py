@@ -8,12 +8,11 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from conftest import Db
-from states import ORPHANS, by_hand, with_uuid
-
 from budget_engine.postgres import embedded
 from budget_engine.postgres.connection import Connection
 from budget_engine.settings import Settings, parse_target
+from conftest import Db
+from states import ORPHANS, by_hand, with_uuid
 
 COMPILING = {"jit": "on", "jit_above_cost": "0"}
 LOOKING = ("doctor", "plan", "status", "verify")
@@ -75,7 +74,7 @@ def eager(db: Db) -> Iterator[str]:
 STATES = {
     "empty": "",
     "old, with values to keep and indexes to build": with_uuid(),
-    "a column in the way": by_hand() + "ALTER TABLE slots ADD COLUMN must_keep text",
+    "a column of another type": by_hand() + "ALTER TABLE slots ADD COLUMN must_keep text",
     "rows that point to nothing": by_hand("bigint", ORPHANS),
 }
 
@@ -103,7 +102,7 @@ def test_no_statement_of_a_script_is_compiled(db: Db, eager: str, tmp_path: Path
 
 @ON_PACKAGED
 @pytest.mark.parametrize("task", ["plan", "setup", "rehearse"])
-def test_no_look_at_who_is_in_the_way_is_compiled(db: Db, eager: str, task: str) -> None:
+def test_no_look_at_who_holds_a_lock_is_compiled(db: Db, eager: str, task: str) -> None:
     db.execute(with_uuid())
     with db.connect(autocommit=False) as holder:
         holder.execute("LOCK TABLE slots IN ROW EXCLUSIVE MODE")
@@ -115,7 +114,7 @@ def test_no_look_at_who_is_in_the_way_is_compiled(db: Db, eager: str, task: str)
 
 # ── the planner ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# What PostgreSQL calls for DDL, in the transactions of the steps and for each statement of an online part.
+# What PostgreSQL calls for DDL, in the transactions of the steps and for each statement of a concurrent part.
 REFUSE_TO_BE_MISLED = f"""
 CREATE FUNCTION refuse() RETURNS event_trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -128,7 +127,7 @@ CREATE EVENT TRIGGER refuse ON ddl_command_start EXECUTE FUNCTION refuse()"""
 
 
 @pytest.mark.parametrize("state", ["", with_uuid()], ids=["empty", "old"])
-def test_nobody_misleads_the_planner_in_a_step_or_an_online_part(db: Db, state: str) -> None:
+def test_nobody_misleads_the_planner_in_a_step_or_a_concurrent_part(db: Db, state: str) -> None:
     db.execute(state)
     db.execute(REFUSE_TO_BE_MISLED)
     with role_with(db, MISGUIDING | {"jit": "on"}) as role:

@@ -1,4 +1,4 @@
-"""How long to go on trying: properties of scripts/patience.py, with a clock that only its own sleep moves."""
+"""How long to go on trying: properties of postgres/patience.py, with a clock that only its own sleep moves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 LIMITS = st.floats(0.01, 600)
 FIRSTS = st.floats(0.01, 5)
 TRIES_S = st.lists(st.floats(0, 10), min_size=1, max_size=50)  # what each try itself takes
-WHY = LockTimeoutError(what="somebody is in the way")
+WHY = LockTimeoutError(what="somebody holds the lock")
 
 
 @dataclass

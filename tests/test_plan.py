@@ -10,16 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from budget_engine import errors
+from budget_engine.migration import chain, plan, runner, survey, turn
+from budget_engine.migration.plan import State
+from budget_engine.migration.survey import ONLINE, Item
+from budget_engine.output import text
+from budget_engine.settings import Settings, parse_target
 from conftest import MIGRATIONS, VERIFICATIONS
 from hypothesis import assume, given
 from hypothesis import strategies as st
-
-from budget_engine import errors
-from budget_engine.migration import chain, plan, recreate, runner, survey, turn
-from budget_engine.output import text
-from budget_engine.migration.plan import State
-from budget_engine.settings import Settings, parse_target
-from budget_engine.migration.survey import ONLINE, Item
 
 CHAIN = chain.load()
 STEMS = [step.stem for step in CHAIN]

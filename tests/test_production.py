@@ -7,11 +7,10 @@ import sys
 import time
 
 import pytest
+from budget_engine.migration import chain
 from conftest import MIGRATIONS, PACKAGED_TOO, Db, clean_environment, ended, until
 from psycopg.errors import RaiseException
 from states import by_hand, with_uuid
-
-from budget_engine.migration import chain
 
 # Between two attempts to get both locks.
 WAITING = """
@@ -144,7 +143,7 @@ def test_settings_of_the_database_do_not_matter(db: Db, setting: str) -> None:
     db.execute(f'ALTER DATABASE {db.name} SET search_path = "Über"')
     done = db.invoke("setup")
     assert done.code == 0, done
-    assert db.value("SELECT count(*) FROM budget_engine.diary WHERE duration < '0' OR schema_name <> 'Über'") == 0
+    assert db.value("SELECT count(*) FROM budget_engine.history WHERE duration < '0' OR schema_name <> 'Über'") == 0
     assert db.invoke("verify").code == 0
 
 
@@ -163,7 +162,7 @@ def test_look_ups_by_key_whatever_the_planner_is_told(db: Db) -> None:
     assert found[1] < 100
 
 
-def test_all_tables_publication_gets_no_diary(db: Db) -> None:
+def test_all_tables_publication_gets_no_history(db: Db) -> None:
     """Its subscribers would stop at the first row of a table that they do not have."""
     db.execute("CREATE PUBLICATION everything FOR ALL TABLES")
     assert db.invoke("setup").code == 0
@@ -213,5 +212,5 @@ def test_a_password_like_the_user_does_not_garble_the_report(db: Db) -> None:
     url = db.url.replace("postgres@", "postgres:postgres@")
     done = db.invoke("setup", env={"DATABASE_URL": url})
     assert done.code == 0
-    assert done.out.startswith("target    postgresql://postgres:***@")
+    assert done.out.startswith("target   postgresql://postgres:***@")
     assert "role postgres" in done.out

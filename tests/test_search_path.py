@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
+from budget_engine.migration import chain
 from conftest import Db
 
-from budget_engine.migration import chain
-
-STEMS = [step.stem for step in chain.load() if "fix" not in step.stem]
-TABLES = sorted(table for step in chain.load() for table in step.tables)
+STEMS = [step.stem for step in chain.load().steps if step.task != "fix"]
+TABLES = sorted(s.new_table for step in chain.load().steps for s in step.statements if s.new_table)
 WAYS = {
     "schema": {"&schema": "=app"},
     "JDBC's": {"&currentSchema": "=app,public"},
@@ -39,13 +39,22 @@ def tables_by_schema(db: Db) -> dict[str, list[str]]:
     return found
 
 
+def found(document: dict[str, Any]) -> dict[str, list[str]]:
+    """What a JSON document says of the places of our tables."""
+    names = [c["found"] for step in document["steps"] for c in step["checks"] if c["kind"] == "table" and c["found"]]
+    homes: dict[str, list[str]] = {}
+    for home, table in sorted(name.split(".") for name in names):
+        homes.setdefault(home, []).append(table)
+    return homes
+
+
 @pytest.mark.parametrize("given", WAYS.values(), ids=WAYS)
 def test_every_way_to_name_a_schema_leads_there(db: Db, given: dict[str, str]) -> None:
     db.execute("CREATE SCHEMA app")
     done = db.invoke("setup", env=environment(db, given))
     assert done.code == 0, done
     assert tables_by_schema(db) == {"app": TABLES}
-    assert "schema app;" in done.out
+    assert done.out.splitlines()[-1].endswith(", schema app")
     assert "note " not in done.out
 
 
@@ -73,7 +82,7 @@ def test_url_wins_over_the_environment_with_a_note(db: Db) -> None:
     db.execute("CREATE SCHEMA app; CREATE SCHEMA other")
     done = db.invoke("setup", env=environment(db, {"&schema": "=app", "PGOPTIONS": "-c search_path=other"}))
     assert tables_by_schema(db) == {"app": TABLES}
-    assert "note      ignored in PGOPTIONS: search_path (DATABASE_URL names another)" in done.out
+    assert "note     ignored in PGOPTIONS: search_path (DATABASE_URL names another)" in done.out
 
 
 def test_tables_of_a_later_schema_are_named_as_such(db: Db) -> None:
@@ -88,7 +97,7 @@ def test_tables_of_a_later_schema_are_named_as_such(db: Db) -> None:
         assert all(name in note for name in (*TABLES, "public", "App 2"))
     for task in ("plan", "verify", "status"):
         document = json.loads(db.invoke(task, "--format", "json", env=behind).out)
-        assert document["server"]["tables"] == {"public": TABLES}
+        assert found(document) == {"public": TABLES}
         [note] = [note for note in document["notes"] if "App 2" in note]
     assert tables_by_schema(db) == {"public": TABLES}
 
@@ -102,5 +111,5 @@ def test_table_of_a_later_schema_among_those_of_the_first(db: Db) -> None:
         ("public", {}),
     ):
         env = {"DATABASE_URL": f"{db.url}&search_path={path}"}
-        server = json.loads(db.invoke("verify", "--format", "json", env=env).out)["server"]
-        assert {home: tables for home, tables in server["tables"].items() if home != server["schema"]} == behind
+        document = json.loads(db.invoke("verify", "--format", "json", env=env).out)
+        assert {home: tables for home, tables in found(document).items() if home != document["server"]["schema"]} == behind

@@ -19,14 +19,13 @@ from string import Template
 from urllib.parse import quote, quote_plus, unquote
 
 import pytest
-from conftest import SEED, Run, clean_environment, run
-from test_command_line import peer, refuse_password
-
 from budget_engine import env_file, libpq
+from budget_engine.errors import RecipeError
 from budget_engine.output import text
 from budget_engine.postgres.connection import Connection
-from budget_engine.errors import RecipeError
 from budget_engine.settings import Settings, Target, completed, mask, parse_target
+from conftest import SEED, Run, clean_environment, run
+from test_command_line import peer, refuse_password
 
 URLS, AT_ONCE = 10_000, 2_500
 PROCESSES = 36
@@ -168,10 +167,10 @@ def all_said(text: str, *, in_file: bool) -> Iterator[str]:
         yield repr(settings)
         assert settings.target is not None
         target = completed(settings.target, source)
-        yield from [repr(target), *text.target(target, settings), *echoes(target)]
+        yield from [repr(target), text.target(target, settings), *text.notes(target, settings), *echoes(target)]
         Connection(target, settings).close()
     except RecipeError as error:
-        yield from [*error.lines(), repr(error), *traceback.format_exception(error)]
+        yield from [*text.error(error), repr(error), *traceback.format_exception(error)]
 
 
 def echoes(target: Target) -> Iterator[str]:
@@ -262,6 +261,6 @@ def test_error_itself_is_masked() -> None:
         target = parse_target(f"postgresql://app:QX%40ZJQX@127.0.0.1:{port}/game")
         with pytest.raises(RecipeError) as caught:
             Connection(target, Settings(target, ""))
-    said = [*caught.value.lines(), *traceback.format_exception(caught.value)]
+    said = [*text.error(caught.value), *traceback.format_exception(caught.value)]
     assert "password authentication failed: ***" in "".join(said)
     assert Slip("", "QX@ZJQX").shown_in("".join(said)) is None

@@ -27,7 +27,7 @@ from proxy import COMMITTED, Proxy, containing, on_nth, socket_of
 from psycopg.errors import DiskFull
 from states import by_hand, contents, lost, with_uuid
 
-STEMS = [step.stem for step in chain.load()]
+STEMS = [step.stem for step in chain.load().steps]
 MAX_CONNECTIONS = 8
 OURS = "FROM pg_stat_activity WHERE application_name = 'budget-engine-recipes' AND datname = current_database()"
 WAITS = f"SELECT count(*) {OURS} AND wait_event_type = 'Lock'"
@@ -107,7 +107,7 @@ def test_no_room_for_the_second_connection(small: Db) -> None:
     with room_for(small, 1):
         done = small.invoke("setup", env={"LOCK_WAIT": "1s"})
     assert_clear(done, 4, "a second connection", "too many clients already", "LOCK_WAIT")
-    assert "waiting   online work needs a second connection" in done.out
+    assert "waiting  concurrent work needs a second connection" in done.out
     assert {str(by).partition(" ")[2] for _, _, by in small.differing().values()} == {"online"}
     assert_next_run_finishes(small, before)
 
@@ -118,7 +118,7 @@ def test_room_for_the_second_connection_comes_in_time(small: Db) -> None:
     with room_for(small, 1) as taken:
         process = small.start("setup")
         assert process.stdout is not None
-        assert any("waiting   online work" in line for line in process.stdout)
+        assert any("waiting  concurrent work" in line for line in process.stdout)
         for connection in taken[:2]:
             connection.close()
         done = ended(process)
@@ -153,15 +153,15 @@ def test_restart_between_two_steps(small: Db, commit: int, how: signal.Signals) 
 
 
 # What is pending, and what keeps it waiting.
-ONLINE = {
+CONCURRENT = {
     "CREATE INDEX": (BUILD_PENDING, "LOCK TABLE slots IN ROW EXCLUSIVE MODE"),
     "VALIDATE": (VALIDATION_PENDING, "LOCK TABLE prompt_snapshots IN SHARE UPDATE EXCLUSIVE MODE"),
 }
 
 
 @pytest.mark.parametrize("how", [FAST, IMMEDIATE])
-@pytest.mark.parametrize(("pending", "lock"), ONLINE.values(), ids=ONLINE)
-def test_restart_in_online_work(small: Db, pending: str, lock: str, how: signal.Signals) -> None:
+@pytest.mark.parametrize(("pending", "lock"), CONCURRENT.values(), ids=CONCURRENT)
+def test_restart_in_concurrent_work(small: Db, pending: str, lock: str, how: signal.Signals) -> None:
     before = finished_but_for(small, pending)
     with holding(small, lock):
         process = small.start("setup")
@@ -216,7 +216,7 @@ SESSIONS = {
 
 
 @pytest.mark.parametrize(("session", "code"), SESSIONS.values(), ids=SESSIONS)
-def test_session_is_terminated_in_online_work(db: Db, session: str, code: int) -> None:
+def test_session_is_terminated_in_concurrent_work(db: Db, session: str, code: int) -> None:
     before = finished_but_for(db, BUILD_PENDING)
     with holding(db, "LOCK TABLE slots IN ROW EXCLUSIVE MODE"):
         process = db.start("setup")
@@ -277,7 +277,7 @@ def test_disk_is_full_in_a_step(cramped: Db, small_disk: Path) -> None:
     cramped.migrate(*STEMS[:-1])
     before, rows = cramped.dump(data=True), contents(cramped)
     with full(small_disk):
-        assert_clear(cramped.invoke("setup"), 1, "turn_metrics", "No space left", "left no trace", "Make room")
+        assert_clear(cramped.invoke("setup"), 1, "turn_metrics", "No space left", "changed nothing", "Make room")
     assert cramped.dump(data=True) == before
     assert_next_run_finishes(cramped, rows)
 
@@ -290,7 +290,7 @@ def test_disk_is_full_from_the_first_step_on(cramped: Db, small_disk: Path) -> N
     assert_next_run_finishes(cramped, {})
 
 
-def test_disk_is_full_in_online_work(cramped: Db, small_disk: Path) -> None:
+def test_disk_is_full_in_concurrent_work(cramped: Db, small_disk: Path) -> None:
     before = finished_but_for(cramped, BUILD_PENDING)
     with full(small_disk):
         with cramped.connect() as connection, pytest.raises(DiskFull):

@@ -17,11 +17,10 @@ from typing import Any
 import conftest
 import pytest
 import versions
-from conftest import DATA, MEMORY, Db, clean_environment, private_server, run
-
-from budget_engine.postgres import embedded
 from budget_engine.migration.chain import ROOT
+from budget_engine.postgres import embedded
 from budget_engine.postgres.connection import OLDEST_VERSION
+from conftest import DATA, MEMORY, Db, clean_environment, private_server, run
 
 
 def lock_of(folder: Path, *, whole: bool = True) -> Path:

@@ -20,9 +20,8 @@ from types import CodeType, FunctionType
 from typing import Any
 
 import pytest
-
-from budget_engine.postgres import embedded
 from budget_engine.migration.chain import ROOT
+from budget_engine.postgres import embedded
 from budget_engine.postgres.connection import OLDEST_VERSION
 
 NEWEST = max(embedded.INSTALLATIONS)

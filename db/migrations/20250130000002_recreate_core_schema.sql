@@ -121,10 +121,11 @@ BEGIN
     WHERE proname = 'update_entry_points_search_text' AND pronargs = 0 AND prokind = 'f' AND pronamespace = ANY (homes)
   LOOP
     EXECUTE statement;
-    RAISE NOTICE '% moved to %', split_part(statement, ' ', 3), archive;
+    RAISE NOTICE '% moved to %', substring(statement FROM ' (?:TABLE|FUNCTION) (.*) SET SCHEMA '), archive;
   END LOOP;
   -- The new tables are made where the old ones were, and see no copy of the same name in a later schema.
   PERFORM set_config('budget_engine.moved', ARRAY(SELECT oid FROM unnest(named) AS n (oid) WHERE oid = ANY (moving))::text, true),
+          set_config('budget_engine.named', named::text, true),
           set_config('search_path', (SELECT quote_ident(nspname) FROM unnest(schemas) WITH ORDINALITY AS s (name, position)
                                      JOIN pg_namespace ON nspname = s.name WHERE oid = ANY (homes) ORDER BY position LIMIT 1), true);
 END $$;
@@ -154,6 +155,7 @@ DO $$ DECLARE
   path CONSTANT text := current_setting('search_path');
   place CONSTANT name := pg_catalog.current_schema();
   moved CONSTANT oid[] := current_setting('budget_engine.moved');
+  named CONSTANT oid[] := nullif(current_setting('budget_engine.named', true), '');
   was record;
   ids oid;      -- sequence of the new table's ids
   old_ids oid;
@@ -218,13 +220,13 @@ BEGIN
       FROM pg_policy WHERE polrelid = was.oid AND polname NOT IN (SELECT polname FROM pg_policy WHERE polrelid = was.new);
     IF statement IS NOT NULL THEN RAISE NOTICE 'policies of % went with the old table, to be made anew: %', was.relname, statement; END IF;
 
-    -- Ids of turns are in snapshots and metrics, too: an old row must not come to belong to a new turn.
+    -- Ids of turns are in snapshots and metrics, too, moved or not: an old row must not come to belong to a new turn.
     CONTINUE WHEN ids IS NULL;
     PERFORM set_config('row_security', 'off', true);  -- an error is better than a maximum of some of the rows
     last := pg_sequence_last_value(old_ids);
     FOR statement IN
       SELECT format('SELECT max(%I)::bigint FROM %s', attname, attrelid::regclass) FROM pg_attribute
-      WHERE (attrelid = was.oid AND attname = 'id' OR was.relname = 'turns' AND attrelid = ANY (moved) AND attname = 'turn_id')
+      WHERE (attrelid = was.oid AND attname = 'id' OR was.relname = 'turns' AND attrelid = ANY (named) AND attname = 'turn_id')
         AND atttypid IN ('bigint'::regtype, 'int'::regtype, 'smallint'::regtype) AND EXISTS (
           SELECT FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid JOIN pg_am ON pg_am.oid = relam
           WHERE indrelid = attrelid AND indkey[0] = attnum AND indisvalid AND indpred IS NULL AND amname = 'btree')

@@ -513,6 +513,13 @@ class ConflictError(RefusedError):
     before: Sequence[str] = ()  # lines that say each, and what clears it
 
 
+class DependantsError(RefusedError):
+    """Foreign keys of others' tables lead into the core tables that are to move."""
+
+    says = "tables of others lead into the old core tables, and nothing was changed"
+    usual_remedy = "Drop these foreign keys, or have their tables move along: add --with-dependants."
+
+
 class NotConfirmedError(RefusedError):
     """The question was answered with no, or could not be asked."""
 

@@ -6,11 +6,10 @@ import re
 
 import pytest
 import supabase
+from budget_engine.postgres import embedded
 from conftest import MIGRATIONS, Db, Run, database
 from states import ANOTHER_FEATURE, CORE, CORE_ROWS, CORE_WITH_UUID_TURNS, HANGING, by_hand, snapshots, with_uuid
 from verification import VERIFY, differing, verified
-
-from budget_engine.postgres import embedded
 
 CORE_SCHEMA = "20250130000000_core_schema"
 RECREATE = "20250130000002_recreate_core_schema"

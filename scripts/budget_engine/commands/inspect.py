@@ -214,6 +214,7 @@ def _ending_of(look: _Look) -> Iterator[None]:
 
 def _say_steps(look: _Look, *, verbose: bool) -> None:
     CONSOLE.say(*text.steps(look.plan, passed=look.found.checks if verbose else ()))
+    CONSOLE.say(*text.without_admins(look.found.checks))
     CONSOLE.say(text.line("checks", f"{text.summary(look.found.checks)}; {CONSOLE.target}"))
 
 

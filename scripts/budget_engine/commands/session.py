@@ -95,7 +95,7 @@ class Session:
     def todo(self, found: survey.Survey) -> plan.Plan:
         """Plan what this task has to do: first of all, where tables are to move, their move."""
         if self.moves and self.chain.recreate:
-            return recreate.make(self.chain, self.chain.recreate, found.checks, self.moves)
+            return recreate.make(self.chain, self.chain.recreate, self.wanted, found.checks, self.moves)
         return plan.make(self.chain, self.wanted, found.checks)
 
     def look(
@@ -126,11 +126,10 @@ class Session:
             return {}
         return conflicts.commands(todo.checks, conflicts.facts(rows))
 
-    def recreating(self, moves: Sequence[recreate.Move]) -> None:
-        """Have these tables moved, and completed what moved: only that is wanted."""
+    def recreating(self, moves: Sequence[recreate.Move], found: survey.Survey) -> None:
+        """Have these tables moved, and whatever creates something of them completed."""
         self.moves = moves
-        gone = {move.table for move in moves}
-        self.wanted = [step for step in self.chain.steps if step in self.wanted or step.label in gone]
+        self.wanted = recreate.wanted(self.wanted, self.chain, found.checks, moves)
 
     def carry_out(self, before: survey.Survey) -> None:
         """Do what is to be done, and say what passes then; raise where that is not all that is required."""

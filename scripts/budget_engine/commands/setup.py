@@ -59,10 +59,12 @@ def _recreate(*, with_dependants: bool, yes: bool, dry: bool) -> None:
     with Session(connect, given, where, everything, everything.of("prereqs"), with_recreate=True) as session:
         found = session.look()
         CONSOLE.first(text.opening(where, given, found))
-        moves = recreate.read(session.connection, everything, found)
+        moves = recreate.read(session.connection, everything, found, with_dependants=with_dependants)
         if not moves:
             CONSOLE.say(text.line("note", "no core table has an older form: none is moved"))
-        session.recreating(moves)
+        elif dry:
+            CONSOLE.say(*text.moves(session.where, found.server, moves))
+        session.recreating(moves, found)
         if not _is_to_be_done(session, found, dry=dry):
             return
         if moves and not yes:

@@ -213,4 +213,5 @@ def as_if_missing(checks: Sequence[Check], tables: Iterable[str]) -> tuple[Check
         if check.table in gone
         else check
         for check in checks
+        if check.table not in gone or check.kind is not Kind.DEPENDANTS
     )

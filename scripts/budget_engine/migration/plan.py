@@ -58,7 +58,11 @@ class Action:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one step has to do; reasons: the checks that its actions are for; conflicts: those that nothing fixes."""
+    """What one step has to do.
+
+    conflicts: the checks that nothing fixes; reasons: those that its actions are for; told: those that differ, are not
+    required, and stay as they are.
+    """
 
     step: Step
     state: State
@@ -67,6 +71,7 @@ class StepPlan:
     conflicts: tuple[Check, ...]
     reasons: tuple[Check, ...]
     elsewhere: tuple[Check, ...]  # its own, which another step fixes
+    told: tuple[Check, ...] = ()
 
     @property
     def label(self) -> str:
@@ -246,7 +251,8 @@ def _plan_step(step: Step, checks: Sequence[Check], due: _Due, new_tables: set[s
         if any(check.required for check in elsewhere)
         else State.DONE
     )
-    return StepPlan(step, state, tuple(transaction), concurrent, conflicts, fixed_here, elsewhere)
+    told = tuple(check for check in own if not check.required and check.fixed_by is None)
+    return StepPlan(step, state, tuple(transaction), concurrent, conflicts, fixed_here, elsewhere, told)
 
 
 def _action(statement: Statement, checks: Sequence[Check], new_tables: set[str], every: Sequence[Check]) -> Action:

@@ -1,34 +1,39 @@
 """Recreate: which tables move out of the way where the core schema has an older form, and the plan that moves them.
 
 The tables that move are those of the step that recreate is the alternative to, and whatever leads into them by foreign
-keys: the chain's own, and, where they are to move along, those of others.
+keys: those that it makes anew, and, where they are to move along, those of others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
+from budget_engine import errors
 from budget_engine.migration import plan
 from budget_engine.migration.chain import Chain, Step
 from budget_engine.migration.checks import Check, Kind, Lock, as_if_missing
 from budget_engine.migration.survey import PIN, Survey, literal
-from budget_engine.postgres.connection import Connection
+from budget_engine.postgres.connection import Connection, Row
+
+ARCHIVE = "core_archive"  # the schema that the file moves them to, or this with a number
+_TABLES = ("r", "p")  # of pg_class.relkind: what can be locked, and read without running what others wrote
+_VIEW = "v"
 
 
 @dataclass(frozen=True)
 class Move:
-    """A table that would move: its bare name, as SQL writes it, whether the chain knows it, about how many rows it has.
+    """A table that would move: its bare name, as SQL writes it, its relkind, about how many rows it has.
 
-    rows: an estimate (0: nobody counted yet), None: not a single one; keys: of another's table, its foreign keys that
-    lead to what moves.
+    anew: whether recreate makes it anew; rows: an estimate (0: nobody counted yet), None: not a single one.
     """
 
     table: str
     found: str
-    ours: bool
+    kind: str
+    anew: bool
     rows: int | None
-    keys: str
 
     @property
     def has_rows(self) -> bool:
@@ -36,64 +41,128 @@ class Move:
         return self.rows is not None
 
 
+# Who need not be asked for: the core, what is made anew, and children of these. As the file itself does it.
 _LED = """
-WITH RECURSIVE led (oid) AS (
-  SELECT name::regclass::oid FROM unnest({core}::text[]) AS name
+WITH RECURSIVE led (oid, unasked) AS (
+  SELECT name::regclass::oid, true FROM unnest({core}::text[]) AS name
   UNION
-  SELECT next.oid FROM led CROSS JOIN LATERAL (
-    SELECT conrelid FROM pg_constraint WHERE contype = 'f' AND confrelid = led.oid
-    UNION ALL SELECT inhrelid FROM pg_inherits WHERE inhparent = led.oid) AS next (oid)
+  SELECT next.oid, next.unasked FROM led CROSS JOIN LATERAL (
+    SELECT conrelid, conrelid::regclass::text = ANY ({anew}::text[]) FROM pg_constraint
+    WHERE contype = 'f' AND confrelid = led.oid
+    UNION ALL
+    SELECT inhrelid, led.unasked FROM pg_inherits WHERE inhparent = led.oid) AS next (oid, unasked)
+), moving AS (
+  SELECT oid, bool_or(unasked) AS unasked FROM led GROUP BY oid
 )
-SELECT relname, led.oid::regclass, led.oid::regclass::text = ANY ({ours}::text[]), greatest(reltuples, 0)::bigint,
-       (SELECT string_agg(format('%s: %s', conname, pg_get_constraintdef(pg_constraint.oid)), E'\\n')
+SELECT relname, moving.oid::regclass, relkind, moving.oid::regclass::text = ANY ({anew}::text[]) AS anew,
+       greatest(reltuples, 0)::bigint,
+       (SELECT string_agg(format('%s: %s %s', conrelid::regclass, conname, pg_get_constraintdef(pg_constraint.oid)),
+                          E'\\n' ORDER BY conname)
         FROM pg_constraint
-        WHERE conrelid = led.oid AND contype = 'f' AND conparentid = 0 AND confrelid IN (SELECT oid FROM led))
-FROM led JOIN pg_class ON pg_class.oid = led.oid
-WHERE relkind <> 'i'
-ORDER BY 3 DESC, led.oid"""
+        WHERE NOT unasked AND conrelid = moving.oid AND contype = 'f' AND conparentid = 0
+          AND confrelid IN (SELECT oid FROM moving)),
+       concat_ws(E'\\n',
+         CASE WHEN NOT pg_has_role(relowner, 'USAGE')
+              THEN format('ownership of table %s (it belongs to %s)', relname, relowner::regrole) END,
+         CASE WHEN NOT has_database_privilege(current_database(), 'CREATE')
+              THEN format('CREATE on database %s', current_database()) END)
+FROM moving JOIN pg_class ON pg_class.oid = moving.oid
+WHERE relkind NOT IN ('i', 'I')
+ORDER BY anew DESC, moving.oid"""
 
 
-def read(connection: Connection, chain: Chain, found: Survey) -> tuple[Move, ...]:
-    """Return what would move; nothing where the core schema need not be made anew."""
+def read(connection: Connection, chain: Chain, found: Survey, *, with_dependants: bool) -> tuple[Move, ...]:
+    """Return what would move; nothing where the core schema need not be made anew.
+
+    Raises DependantsError where tables of others would have to, and are not to (with_dependants), RightError where the
+    role may not move them.
+    """
     recreate = chain.recreate
     if recreate is None or not any(check.fixed_by == recreate.label for check in found.checks):
         return ()
-    tables = {check.table: check for check in found.checks if check.kind is Kind.TABLE and check.found}
-    core = [str(check.found) for check in tables.values() if check.step == recreate.instead_of]
-    ours = [str(check.found) for check in tables.values()]
-    _, rows = connection.ask([PIN, _LED.format(core=literal(core), ours=literal(ours))])
+    made = {statement.new_table for statement in recreate.statements}
+    tables = [c for c in found.checks if c.kind is Kind.TABLE and c.found and c.table in made]
+    core = [str(check.found) for check in tables if check.step == recreate.instead_of]
+    anew = [str(check.found) for check in tables]
+    _, rows = connection.ask([PIN, _LED.format(core=literal(core), anew=literal(anew))])
+    if (keys := _lines(row[5] for row in rows)) and not with_dependants:
+        raise errors.DependantsError(where="\n".join(keys))
+    if lacking := _lines(row[6] for row in rows):
+        raise errors.RightError(role=found.server.role, where="\n".join(lacking))
+    return _moves(connection, rows)
+
+
+def _lines(texts: Iterable[str | None]) -> list[str]:
+    """Return the lines of these texts, each once."""
+    return list(dict.fromkeys(line for text in texts for line in (text or "").splitlines()))
+
+
+def _moves(connection: Connection, rows: Sequence[Row]) -> tuple[Move, ...]:
+    """Look which of these tables hold rows."""
     # Where row-level security hides rows from us, an error is better than a table that looks empty.
-    looks = [f"SELECT EXISTS (SELECT FROM {name})" for _, name, *_ in rows]
-    filled = connection.ask(looks, "set_config('row_security', 'off', true)")
+    looks = [f"SELECT EXISTS (SELECT FROM ONLY {name})" for _, name, kind, *_ in rows if kind in _TABLES]
+    filled = iter(connection.ask(looks, "set_config('row_security', 'off', true)") if looks else [])
+
+    def holds(kind: str | None) -> bool:
+        return next(filled) == [("t",)] if kind in _TABLES else kind != _VIEW
+
     return tuple(
-        Move(str(table), str(name), is_ours == "t", int(estimate or 0) if holds == "t" else None, keys or "")
-        for (table, name, is_ours, estimate, keys), [(holds,)] in zip(rows, filled, strict=True)
+        Move(str(table), str(name), str(kind), anew == "t", int(estimate or 0) if holds(kind) else None)
+        for table, name, kind, anew, estimate, *_ in rows
     )
 
 
-def make(chain: Chain, recreate: Step, checks: Sequence[Check], moves: Sequence[Move]) -> plan.Plan:
-    """Plan the move, and then what completes the prerequisites and what moves."""
-    gone = {move.table for move in moves if move.ours}
-    foreseen = as_if_missing(checks, gone)
-    wanted = [step for step in chain.steps if step.task == recreate.task or step.label in gone]
-    rest = plan.make(chain, wanted, foreseen)
-    core = next(step for step in rest.steps if step.label == recreate.instead_of)
-    # What it includes of other files is for the tables that move.
-    made_anew = {recreate.label, *(check.step for check in checks if check.table in gone)}
-    locks = {move.table: Lock.ACCESS_EXCLUSIVE for move in moves}
-    actions = [
+def wanted(steps: Sequence[Step], chain: Chain, checks: Sequence[Check], moves: Sequence[Move]) -> list[Step]:
+    """Return these steps, and those that create something of what moves, in the chain's order."""
+    gone = _gone(moves)
+    creating = {check.step for check in checks if check.table in gone}
+    return [step for step in chain.steps if step in steps or step.label in creating]
+
+
+def _gone(moves: Sequence[Move]) -> set[str]:
+    return {move.table for move in moves if move.anew}
+
+
+def make(
+    chain: Chain, recreate: Step, wanted: Sequence[Step], checks: Sequence[Check], moves: Sequence[Move]
+) -> plan.Plan:
+    """Plan the move and all that makes the moved tables anew as one transaction; what else is wanted comes later."""
+    gone = _gone(moves)
+    rest = plan.make(chain, wanted, as_if_missing(checks, gone))
+    reasons = tuple(dict.fromkeys(check for step in rest.steps for check in step.reasons))
+    now = tuple(check for check in reasons if check.step == recreate.instead_of or check.table in gone)
+    first, *others = _creating(recreate, {check.step for check in now}, reasons)
+    new_tables = {check.table for check in now if check.kind is Kind.TABLE}
+    indexes = [
+        action
+        for step in rest.steps
+        for action in step.transaction
+        if action.statement.concurrent and new_tables.issuperset(check.table for check in action.checks)
+    ]
+    locks = {move.table if move.anew else move.found: Lock.ACCESS_EXCLUSIVE for move in moves if move.kind in _TABLES}
+    transaction = (replace(first, locks=locks), *others, *indexes)
+    steps = tuple(
+        replace(step, step=recreate, transaction=transaction, concurrent=(), reasons=now)
+        if step.label == recreate.instead_of
+        else replace(step, transaction=(), concurrent=(), reasons=tuple(c for c in step.reasons if c not in now))
+        for step in rest.steps
+    )
+    return plan.Plan(steps, tuple(checks), sum(check.passed for check in checks))
+
+
+def _creating(recreate: Step, made_anew: AbstractSet[str], reasons: Sequence[Check]) -> list[plan.Action]:
+    """Return the statements of the file; of what it includes of other files, those for the tables that move."""
+    labels = {recreate.label, recreate.instead_of, *made_anew}
+    return [
         plan.Action(
             recreate.label,
             (statement.text,),
             statement,
-            tuple(check for check in core.reasons if statement.creates(check)),
-            locks if place == 0 else {},
+            tuple(check for check in reasons if statement.creates(check)),
+            {},
             plan.Effect.CATALOG,
             concurrent=False,
         )
-        for place, statement in enumerate(recreate.statements)
-        if not statement.concurrent and statement.step in made_anew
+        for statement in recreate.statements
+        if statement.step in labels
     ]
-    moving = replace(core, step=recreate, transaction=tuple(actions), concurrent=())
-    steps = tuple(moving if step is core else replace(step, transaction=(), concurrent=()) for step in rest.steps)
-    return plan.Plan(steps, tuple(checks), sum(check.passed for check in checks))

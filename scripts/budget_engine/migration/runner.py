@@ -93,9 +93,9 @@ BEGIN
   EXECUTE 'SELECT string_agg(format(''%s %s is %s, expected %s'', kind, concat_ws(''.'', "table", nullif(name, '''')),
                                     coalesce(actual, ''missing''), expected), E''\\n'')
            FROM (' || current_setting('budget_engine.verification') || ') AS checks
-           WHERE required AND actual IS DISTINCT FROM expected
-             AND (step = $1 OR (kind, "table", name) IN (SELECT w ->> 0, w ->> 1, w ->> 2
-                                                         FROM json_array_elements($2) AS w))
+           WHERE actual IS DISTINCT FROM expected
+             AND (required AND step = $1 OR (kind, "table", name) IN (SELECT w ->> 0, w ->> 1, w ->> 2
+                                                                      FROM json_array_elements($2) AS w))
              AND (kind, "table", name) NOT IN (SELECT w ->> 0, w ->> 1, w ->> 2 FROM json_array_elements($3) AS w)'
     INTO broken USING {step}, {also}::json, {later}::json;
   IF broken IS NOT NULL THEN
@@ -257,7 +257,8 @@ class Script:
 
     def _verification(self, planned: StepPlan) -> str:
         """Write what raises unless the step's checks pass, those excepted that come later or concurrently."""
-        created = {check.key for action in planned.transaction for check in action.checks}
+        checks = [check for action in planned.transaction for check in action.checks]
+        created = {check.key for check in checks}
         concurrent = {check.key for action in self.plan.concurrent for check in action.checks}
         later = [
             check.key
@@ -266,7 +267,7 @@ class Script:
             and not check.passed
             and (check.key not in created or check.key in concurrent)
         ]
-        also = sorted(created - concurrent, key=str)
+        also = list(dict.fromkeys(c.key for c in checks if c.step != planned.label and c.key not in concurrent))
         message = literal(errors.BrokenStepError.says)
         return _VERIFICATION.format(step=literal(planned.label), also=_keys(also), later=_keys(later), message=message)
 

@@ -98,7 +98,9 @@ SELECT c.step, c.kind, c."table", c.name, c.expected, c.actual, c.fixed_by, c.re
            AND pid NOT IN (SELECT pid FROM pg_stat_progress_vacuum UNION ALL SELECT pid FROM pg_stat_progress_analyze)
        ) AS being_built
 FROM (
+SELECT row_number() OVER () AS position, checks.* FROM (
 {verification}
+) AS checks
 ) AS c
 LEFT JOIN pg_class AS relation ON relation.oid = c.found::regclass
 LEFT JOIN pg_namespace AS home ON home.oid = coalesce(relation.relnamespace, (
@@ -124,7 +126,8 @@ LEFT JOIN LATERAL (  -- a foreign key: the table that it leads to
     ON target.relnamespace = pg_namespace.oid AND target.relname = coalesce(led.name[2], led.name[1])
   WHERE c.kind = 'foreign key'
   ORDER BY place.position LIMIT 1
-) AS led_to (lacking) ON true"""
+) AS led_to (lacking) ON true
+ORDER BY c.position"""
 
 
 def statements(chain: Chain) -> list[str]:

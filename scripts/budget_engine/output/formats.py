@@ -43,7 +43,7 @@ def as_json(view: View) -> dict[str, object]:
         "recipes": version(),
         "target": view.target.display,
         "source": text.sources(view.target, view.settings),
-        "notes": [*view.settings.notes, *view.target.notes],
+        "notes": [*view.settings.notes, *view.target.notes, *text.behind(view.server, view.checks)],
         "server": asdict(view.server) | {"schema": view.server.schema, "row_security": text.row_security(view.checks)},
         "checks": {"passed": sum(check.passed for check in counted), "total": len(counted)},
         "steps": [
@@ -68,6 +68,7 @@ def _check(check: Check, commands: Mapping[Check, Sequence[str]]) -> dict[str, o
         "table": check.table,
         "name": check.name,
         "title": check.title,
+        "found": check.found,
         "expected": check.expected,
         "actual": check.actual,
         "passed": check.passed,

@@ -1,19 +1,25 @@
-"""The text: what a person reads, made of plain values. No connection, no terminal."""
+"""The text a person reads, made of plain values.
+
+No connection and no terminal, and no package is imported for it: that one is missing must be said, too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from budget_engine.errors import RecipeError
 from budget_engine.migration.checks import Check, Kind, Lock, outermost, that_count
 from budget_engine.migration.plan import Action, Effect, Plan, StepPlan
-from budget_engine.migration.recreate import Move
-from budget_engine.migration.runner import Rehearsed
-from budget_engine.migration.surroundings import Surroundings
-from budget_engine.migration.survey import Server, Survey
 from budget_engine.output.console import LABEL
-from budget_engine.postgres.blockers import Bystander, Size
-from budget_engine.settings import Settings, Target
+
+if TYPE_CHECKING:
+    from budget_engine.migration.recreate import Move
+    from budget_engine.migration.runner import Rehearsed
+    from budget_engine.migration.surroundings import Surroundings
+    from budget_engine.migration.survey import Server, Survey
+    from budget_engine.postgres.blockers import Bystander, Size
+    from budget_engine.settings import Settings, Target
 
 _STEP = 30  # columns: the longest label, fix_prompt_snapshots_turn_id, and a little air
 _THING = 42  # a sign and what it is about
@@ -46,25 +52,23 @@ def place(server: Server, host: str = "") -> str:
 
 def opening(target_: Target, settings: Settings, found: Survey) -> str:
     """Write what is said before anything else: the target, and what is odd about the way there."""
-    return "\n".join([target(target_, settings, found.server), *notes(target_, settings), *behind(found)])
+    behind_ = (line("note", note) for note in behind(found.server, found.checks))
+    return "\n".join([target(target_, settings, found.server), *notes(target_, settings), *behind_])
 
 
-def behind(found: Survey) -> list[str]:
+def behind(server: Server, checks: Iterable[Check]) -> list[str]:
     """Say what is found in a later schema of the search_path than the one where new tables go."""
     later: dict[str, list[str]] = {}
-    for check in found.checks:
-        if check.kind is Kind.TABLE and check.found and check.home != found.server.schema:
+    for check in checks:
+        if check.kind is Kind.TABLE and check.found and check.home != server.schema:
             later.setdefault(str(check.home), []).append(check.table)
     return [
-        line(
-            "note",
-            f"{', '.join(tables)}: this is about schema {home}; {found.server.schema}, where new tables go, has "
-            f"none (search_path {found.server.search_path}; ?schema=NAME in DATABASE_URL says which one is meant)",
-        )
+        f"{', '.join(tables)}: this is about schema {home}; {server.schema}, where new tables go, has none"
         for home, tables in later.items()
     ]
 
 
+WITHOUT_PROFILES = "Supabase without profiles"
 STARTED = line("note", "the embedded server was started and keeps running; db.psql opens it, db.stop stops it")
 
 
@@ -84,7 +88,14 @@ def row_security(checks: Iterable[Check]) -> str:
     secured = any(check.kind is Kind.ROW_SECURITY for check in checks)
     if not secured and not policies:
         return "plain PostgreSQL"
-    return "Supabase" if any("_admin" in name for name in policies) else "Supabase without profiles"
+    return "Supabase" if any("_admin" in name for name in policies) else WITHOUT_PROFILES
+
+
+def without_admins(checks: Iterable[Check]) -> list[str]:
+    """Say that nobody but the service role gets a row, where that is so: admins are missing, not failing."""
+    if row_security(checks) != WITHOUT_PROFILES:
+        return []
+    return [line("note", f"{WITHOUT_PROFILES} (id uuid, role): no policies for admins; with it they are pending")]
 
 
 def summary(checks: Iterable[Check]) -> str:
@@ -132,9 +143,17 @@ def steps(plan: Plan, *, passed: Iterable[Check] = ()) -> list[str]:
 
 
 def _step_lines(planned: StepPlan, passed: Sequence[Check]) -> list[str]:
-    rows = [f"{sign} {thing:<{_THING - 2}}{detail}".rstrip() for sign, thing, detail in _things(planned)]
+    rows = [_row(*thing) for thing in _things(planned)]
+    rows += [
+        _row("=", check.title, f"is {check.actual or 'missing'}, documented: {check.expected}; not required")
+        for check in outermost(planned.told)
+    ]
     rows += [f"  {check.title}: {check.actual}" for check in passed]
     return [step(planned.label, planned.state.value), *(step("", row) for row in rows)]
+
+
+def _row(sign: str, thing: str, detail: str) -> str:
+    return f"{sign} {thing:<{_THING - 3}} {detail}".rstrip()
 
 
 def things(plan: Plan) -> list[str]:
@@ -142,8 +161,8 @@ def things(plan: Plan) -> list[str]:
     lines = []
     for planned in plan.steps:
         label = planned.label
-        for sign, thing, detail in _things(planned):
-            lines.append(step(label, f"{sign} {thing:<{_THING - 2}}{detail}".rstrip()))
+        for thing in _things(planned):
+            lines.append(step(label, _row(*thing)))
             label = ""
     return lines
 
@@ -308,12 +327,17 @@ def error(error: RecipeError, target: str = "") -> list[str]:
 
 def moves(target: Target, server: Server, moving: Sequence[Move]) -> list[str]:
     """Say what would move, and about how many rows each table has."""
+    from budget_engine.migration.recreate import ARCHIVE  # here: it needs psycopg, and this module must load without
 
     def held(move: Move) -> str:
         return "empty" if move.rows is None else f"about {move.rows} rows" if move.rows else "with rows"
 
     return [
-        line("moves", f"out of schema {server.schema} on {target.display}; new and empty tables take their place:"),
+        line(
+            "moves",
+            f"out of schema {server.schema} on {target.display} to a new one, {ARCHIVE} (or {ARCHIVE}_2, …); new and "
+            "empty tables take the place of the chain's own:",
+        ),
         *(line("", f"{move.found} ({held(move)})") for move in moving),
     ]
 

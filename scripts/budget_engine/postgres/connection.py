@@ -58,7 +58,7 @@ _REFUSALS: tuple[tuple[str, type[errors.RecipeError]], ...] = (
     ("password authentication failed|no password supplied|SASL authentication failed", errors.PasswordError),
     (r'role ".*" (does not exist|is not permitted to log in)|no such user|user not found', errors.LoginError),
     (r"pg_hba\.conf|authentication failed", errors.LoginError),
-    ('database ".*" does not exist|no such database', errors.NoConnectionError),
+    ('database ".*" does not exist|no such database', errors.NoDatabaseError),
     ("permission denied for database", errors.NotPermittedError),
     ("too many (clients|connections)|connection slots are reserved|no more connections", errors.FullServerError),
     ("the database system is", errors.NotReadyError),

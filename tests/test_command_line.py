@@ -376,7 +376,9 @@ def test_history_says_who_ran_what(db: Db) -> None:
     began = time.monotonic()
     assert db.invoke("setup").code == 0
     took = timedelta(seconds=time.monotonic() - began)
-    rows = db.rows("SELECT step, part, role_name, schema_name, checksum, version FROM budget_engine.history ORDER BY id")
+    rows = db.rows(
+        "SELECT step, part, role_name, schema_name, checksum, version FROM budget_engine.history ORDER BY id"
+    )
     sums = {step.label: hashlib.sha256((MIGRATIONS / f"{step.stem}.sql").read_bytes()).hexdigest() for step in STEPS}
     assert rows == [(label, "transaction", "postgres", "public", sums[label], chain.version()) for label in sums]
     durations = [duration for (duration,) in db.rows("SELECT duration FROM budget_engine.history ORDER BY id")]

@@ -510,7 +510,9 @@ if ROOT_CASE:
 def test_missing_package_asks_for_a_url(folder: Path) -> None:
     code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from budget_engine.postgres import embedded\n"
     code += "try: embedded.locate(Path.cwd())\nexcept embedded.errors.UnreachableError as error: print(error.remedy)"
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code, PROJECT / "scripts"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, PROJECT / "scripts"], capture_output=True, text=True, check=True
+    )
     assert "DATABASE_URL" in done.stdout
 
 

@@ -107,7 +107,9 @@ class Before:
 def transactions_in_history(db: Db) -> list[str]:
     if db.value("SELECT to_regclass('budget_engine.history')") is None:
         return []
-    return [label for (label,) in db.rows("SELECT step FROM budget_engine.history WHERE part = 'transaction' ORDER BY id")]
+    return [
+        label for (label,) in db.rows("SELECT step FROM budget_engine.history WHERE part = 'transaction' ORDER BY id")
+    ]
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,9 @@ def test_a_key_that_the_rows_refuse_is_said_and_all_else_is_done(db: Db) -> None
     for _ in range(2):
         done = db.invoke("setup")
         assert done.code == 5, done
-        assert re.search(r"^refused .*UNIQUE INDEX CONCURRENTLY .*\bslots \(type, name\)\n .*duplicated", done.out, re.M)
+        assert re.search(
+            r"^refused .*UNIQUE INDEX CONCURRENTLY .*\bslots \(type, name\)\n .*duplicated", done.out, re.M
+        )
         assert "key slots (type, name) is " in done.err
         assert set(db.differing()) == {"key slots (type, name)"}
         assert lost(before, contents(db), {}) == []
@@ -169,7 +171,9 @@ def test_an_index_of_a_core_table_that_the_rows_refuse_is_told_and_keeps_nobody(
     for _ in range(2):
         done = db.invoke("setup")
         assert done.code == 0, done
-        assert re.search(r"^refused .*UNIQUE INDEX CONCURRENTLY .*\bturns \(game_id, idx\)\n .*duplicated", done.out, re.M)
+        assert re.search(
+            r"^refused .*UNIQUE INDEX CONCURRENTLY .*\bturns \(game_id, idx\)\n .*duplicated", done.out, re.M
+        )
         assert db.differing() == {}
         assert lost(before, contents(db), {}) == []
     for task in ("verify", "status"):

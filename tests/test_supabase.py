@@ -332,7 +332,9 @@ def test_status_says_what_anybody_may_do_with_core_tables_that_existed(db: Db, c
     said = {line["says"]: line["command"] for line in json.loads(done.out)["surroundings"]["unusual"]}
     words = f"anon may {may} in turns: its row-level security is off"
     command = "ALTER TABLE public.turns ENABLE ROW LEVEL SECURITY;"
-    assert [(says, command) for says, command in said.items() if " turns: " in says] == ([(words, command)] if may else [])
+    assert [(says, command) for says, command in said.items() if " turns: " in says] == (
+        [(words, command)] if may else []
+    )
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,9 @@ def _break_table(check: Check, checks: Checks) -> Iterator[Breakage]:
     older = f"older_{table}"
     rename = f"ALTER TABLE {table} RENAME TO {older}"
     indexes = [c for c in within if c.kind is Kind.INDEX]
-    keys: Differences = {c.title: (_taken(_NAMED_KEYS[c.title], older), CONFLICT) for c in within if c.title in _NAMED_KEYS}
+    keys: Differences = {
+        c.title: (_taken(_NAMED_KEYS[c.title], older), CONFLICT) for c in within if c.title in _NAMED_KEYS
+    }
     taken: Differences = {index.title: (_taken(index.name, older), CONFLICT) for index in indexes}
     yield Breakage(check, "renamed", rename, missing | leads_to(f"public.{older}") | taken | keys)
     also = [f"ALTER INDEX {index.name} RENAME TO older_{index.name}" for index in indexes]
@@ -500,7 +502,9 @@ _HANGING = {
     "ALTER TABLE prompt_snapshots ADD CONSTRAINT c CHECK (turn_id IS NOT NULL)": f"constraint c on {_TABLE}",
     "CREATE STATISTICS s ON turn_id, game_id FROM prompt_snapshots": "statistics object public.s",
     f"CREATE PUBLICATION p FOR TABLE prompt_snapshots{COLUMNS}": (
-        f"publication of {_TABLE} in publication p" if COLUMNS else "publication p: its subscribers lack the kept column"
+        f"publication of {_TABLE} in publication p"
+        if COLUMNS
+        else "publication p: its subscribers lack the kept column"
     ),
     "CREATE TABLE other (id uuid PRIMARY KEY);"
     "ALTER TABLE prompt_snapshots ADD CONSTRAINT c FOREIGN KEY (turn_id) REFERENCES other": f"constraint c on {_TABLE}",

@@ -87,7 +87,8 @@ class Check:
     whether it must pass; found: the table as SQL writes it, or None; home: the schema where it is, or will be; lacking:
     the right that this role lacks to fix it; rows_hidden: whether row-level security hides rows of the table from it;
     being_built: whether another session builds on the table; on_request: the step that would fix it, but runs only
-    where it is asked for.
+    where it is asked for; blocked: what around the table keeps it from being created, as the commands that clear that
+    are called in db/conflicts.sql ("full": no column is left, no command helps but to move the table).
     """
 
     step: str
@@ -104,6 +105,7 @@ class Check:
     rows_hidden: bool = False
     being_built: bool = False
     on_request: str | None = None
+    blocked: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[Kind, str, str]:

@@ -36,8 +36,9 @@ _RECREATE = Task("invoke prereqs --recreate")
 class Fact:
     """Something around a check: a command, what restores that which it drops, and more, as the query calls it.
 
-    what: "table", "column" and "key" say how it is; "leave", "drop", "rename" and "elsewhere" (of what stays when the
-    table moves) are commands; "led to" drops foreign keys of others; "cannot" is what no command restores.
+    what: "table", "column" and "key" say how it is; "leave", "drop", "rename", "elsewhere" (of what stays when the
+    table moves) and the words of Check.blocked are commands; "led to" drops foreign keys of others; "cannot" is what no
+    command restores.
     """
 
     what: str
@@ -137,6 +138,8 @@ class _Clearing:
         """Return the commands that leave the check's table where it is; None: it has to go."""
         if any(not table.more["alterable"] for table in self.of(check, "table", kind=Kind.TABLE)):
             return None
+        if check.blocked:
+            return [*_run(self.of(check, *check.blocked))] or None
         match check.kind:
             case Kind.COLUMN:
                 return self.column(check)

@@ -80,9 +80,10 @@ BEGIN
                      FROM pg_class WHERE oid = ANY (moving) AND relkind IN ('r', 'p') ORDER BY relname <> 'turns', oid LOOP
       EXECUTE statement;
       PERFORM set_config('lock_timeout', '100ms', true);
+      EXIT WHEN locked IS NULL;
     END LOOP;
     PERFORM set_config('lock_timeout', patience, true), set_config('search_path', path, true);
-    locked := moving;  -- and look again: somebody may have been faster
+    locked := CASE WHEN locked IS NULL THEN '{}' ELSE moving END;  -- and look again, after the first, too: somebody may have been faster
   END LOOP;
 
   FOR statement IN

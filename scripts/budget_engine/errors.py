@@ -516,8 +516,8 @@ class ConflictError(RefusedError):
 class DependantsError(RefusedError):
     """Foreign keys of others' tables lead into the core tables that are to move."""
 
-    says = "tables of others lead into the old core tables, and nothing was changed"
-    usual_remedy = "Drop these foreign keys, or have their tables move along: add --with-dependants."
+    says = "tables of others lead into the old core tables"
+    usual_remedy = "Drop these foreign keys, or have their tables move along: --with-dependants. Nothing was changed."
 
 
 class NotConfirmedError(RefusedError):

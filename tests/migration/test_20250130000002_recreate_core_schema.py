@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -17,7 +16,7 @@ import pytest
 import supabase
 from budget_engine.migration import chain
 from budget_engine.postgres import embedded
-from conftest import MIGRATIONS, Db, Run, ended
+from conftest import MIGRATIONS, Db, Run, ended, until
 from proxy import Proxy, socket_of
 from states import (
     BIGINTS,
@@ -900,24 +899,32 @@ def test_of_two_at_once_one_does_it(db: Db) -> None:
     assert nothing_of_the_core_differs(db)
 
 
-def test_of_two_by_psql_at_once_one_does_it(db: Db, tmp_path: Path) -> None:
+def started_by_psql(db: Db) -> subprocess.Popen[str]:
+    command = [str(db.cluster.binaries / "psql"), db.url, "-XqAt", "-v", "ON_ERROR_STOP=1"]
+    return subprocess.Popen([*command, "-f", str(MIGRATIONS / f"{STEM}.sql")], stderr=subprocess.PIPE, text=True)
+
+
+def test_of_two_by_psql_at_once_one_does_it(db: Db) -> None:
     db.execute(UUID_TURNS)
-    command = [
-        str(db.cluster.binaries / "psql"),
-        db.url,
-        "-XqAt",
-        "-v",
-        "ON_ERROR_STOP=1",
-        "-f",
-        str(MIGRATIONS / f"{STEM}.sql"),
-    ]
     with db.connect(autocommit=False) as holder:
         holder.execute("LOCK TABLE turns IN ACCESS SHARE MODE")
-        processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+        processes = [started_by_psql(db) for _ in range(2)]
         time.sleep(0.3)
         holder.rollback()
         said = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
+    assert db.rows("SELECT nspname FROM pg_namespace WHERE nspname ~ 'archive'") == [("core_archive",)]
+
+
+def test_who_waited_for_another_run_wants_no_lock_on_its_new_tables(db: Db) -> None:
+    """They are in use already."""
+    db.execute(UUID_TURNS)
+    with in_transaction(db) as other:
+        process = started_by_psql(db)
+        until(lambda: db.value("SELECT count(*) FROM pg_locks WHERE NOT granted") == 1, process)
+        other.execute("COMMIT; BEGIN; LOCK TABLE worlds, games IN ROW EXCLUSIVE MODE")
+        time.sleep(0.5)
+    assert (process.communicate(timeout=60)[1].count("ERROR"), process.returncode) == (0, 0)
     assert db.rows("SELECT nspname FROM pg_namespace WHERE nspname ~ 'archive'") == [("core_archive",)]
 
 

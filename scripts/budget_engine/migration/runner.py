@@ -94,10 +94,10 @@ BEGIN
                                     coalesce(actual, ''missing''), expected), E''\\n'')
            FROM (' || current_setting('budget_engine.verification') || ') AS checks
            WHERE actual IS DISTINCT FROM expected
-             AND (required AND step = $1 OR (kind, "table", name) IN (SELECT w ->> 0, w ->> 1, w ->> 2
-                                                                      FROM json_array_elements($2) AS w))
+             AND (step = $1 AND (required OR "table" = ANY ($4))  -- of a table that it creates, all
+                  OR (kind, "table", name) IN (SELECT w ->> 0, w ->> 1, w ->> 2 FROM json_array_elements($2) AS w))
              AND (kind, "table", name) NOT IN (SELECT w ->> 0, w ->> 1, w ->> 2 FROM json_array_elements($3) AS w)'
-    INTO broken USING {step}, {also}::json, {later}::json;
+    INTO broken USING {step}, {also}::json, {later}::json, {new_tables}::text[];
   IF broken IS NOT NULL THEN
     RAISE EXCEPTION USING ERRCODE = 'TB003', MESSAGE = {message}, DETAIL = broken;
   END IF;
@@ -268,8 +268,13 @@ class Script:
             and (check.key not in created or check.key in concurrent)
         ]
         also = list(dict.fromkeys(c.key for c in checks if c.step != planned.label and c.key not in concurrent))
-        message = literal(errors.BrokenStepError.says)
-        return _VERIFICATION.format(step=literal(planned.label), also=_keys(also), later=_keys(later), message=message)
+        return _VERIFICATION.format(
+            step=literal(planned.label),
+            also=_keys(also),
+            later=_keys(later),
+            new_tables=literal([check.table for check in checks if check.kind is Kind.TABLE]),
+            message=literal(errors.BrokenStepError.says),
+        )
 
     def rehearsal(self, connection: Connection) -> list[Sent]:
         """Write all transactions as one, which is rolled back; only the first lock is queued for."""

@@ -14,7 +14,7 @@ END $$;
 
 WITH path (schema, position) AS (
   SELECT oid, position FROM json_array_elements_text(current_setting('budget_engine.path')::json) WITH ORDINALITY AS listed (name, position)
-  JOIN pg_namespace ON nspname = listed.name
+  JOIN pg_namespace ON nspname = listed.name WHERE position = 1 OR oid <> pg_my_temp_schema()  -- a pooler's other clients leave temporary tables
 ), supabase (here) AS (  -- a row where auth.users (id uuid) exists
   SELECT EXISTS (SELECT FROM pg_proc WHERE pronamespace = auth.oid AND proname = 'uid' AND pronargs = 0)
          AND to_regrole('service_role') IS NOT NULL AND to_regrole('authenticated') IS NOT NULL

@@ -11,7 +11,6 @@ import pytest
 import states
 from budget_engine.postgres.embedded import Cluster
 from conftest import Db
-from pooler import Pooler
 
 
 def filled(table: str, columns: int = 1600) -> str:
@@ -196,21 +195,3 @@ def test_a_child_of_another_owner(db: Db, role: str, column: str) -> None:
         assert db.dump(data=True) == before
     finally:
         db.execute(f"REASSIGN OWNED BY {role} TO postgres; DROP OWNED BY {role}")
-
-
-@pytest.mark.parametrize("by_hand", [True, False])
-def test_temporary_tables_of_a_poolers_other_client_hide_nothing(db: Db, by_hand: bool) -> None:
-    db.execute(states.by_hand() + "DROP TABLE slots CASCADE" if by_hand else "")
-    with Pooler(db.cluster, settings={"default_pool_size": "1"}) as pooler:
-        there = {"DATABASE_URL": pooler.url(db)}
-        with pooler.connect(db) as other:
-            other.execute("CREATE TEMPORARY TABLE slots (id text)")
-            other.execute("CREATE TEMPORARY TABLE turns (id uuid PRIMARY KEY)")
-        for task in ("plan", "plan --sql", "rehearse", "setup", "verify", "doctor"):
-            done = db.invoke(*task.split(), env=there)
-            assert done.code == (5 if task == "verify" and db.differing() else 0), print(done.out, done.err)
-        with pooler.connect(db) as other:
-            assert other.execute(
-                "SELECT count(*) FROM pg_attribute WHERE attrelid = 'pg_temp.slots'::regclass AND attnum > 0"
-            ).fetchone() == (1,)
-    assert db.differing() == {}

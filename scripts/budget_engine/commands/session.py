@@ -317,7 +317,8 @@ def no_place(todo: plan.Plan, server: survey.Server) -> list[errors.RecipeError]
     new = any(check.kind is Kind.TABLE and check.actual is None for check in todo.missing)
     if new and re.match("pg_|information_schema$", server.schema):
         return [errors.SystemSchemaError(schema=server.schema, search_path=server.search_path)]
-    return []
+    hidden = [check.table for check in todo.conflicts if "hidden" in check.blocked]
+    return [errors.HiddenTableError(tables=", ".join(hidden))] if hidden else []
 
 
 def conflict(todo: plan.Plan, commands: dict[Check, tuple[str, ...]]) -> errors.ConflictError:

@@ -160,13 +160,16 @@ LEFT JOIN LATERAL (  -- a column that is added, or a default: to the tables that
     LEFT JOIN pg_attribute ON c.actual IS NULL AND attrelid = family.oid AND attname = c.name AND NOT attisdropped
   ) END OFFSET 0
 ) AS added (told) ON true
+LEFT JOIN pg_class AS hiding (oid, name, home)
+       ON c.kind = 'table' AND c.found IS NULL AND hiding.name = c."table" AND hiding.home = pg_my_temp_schema()
 LEFT JOIN LATERAL (
   SELECT CASE WHEN c.is_added AND told[2] IS NOT NULL THEN 'full' ELSE nullif(concat_ws(' ',
-           CASE WHEN led_to.unlogged THEN 'unlogged' END,
+           CASE WHEN led_to.unlogged THEN 'unlogged' END, CASE WHEN hiding.name IS NOT NULL THEN 'hidden' END,
            CASE WHEN c.is_added AND told[1] IS NOT NULL THEN 'typed' END,
            CASE WHEN c.is_added AND told[3] IS NOT NULL THEN 'child' END,
            CASE WHEN c.is_added AND told[4] IS NOT NULL THEN 'identity' END), '') END,
          coalesce(told[2], concat_ws(', ', CASE WHEN led_to.unlogged THEN led_to.name || ' is UNLOGGED' END,
+                                     'hidden by temporary table ' || hiding.name,
                                      told[1], told[3], told[4])),
          told[5]
 ) AS blocked (how, says, of_others) ON true
@@ -222,7 +225,11 @@ def _check(row: Sequence[str | None], on_request: str) -> Check:
 def _server(row: Sequence[str | None], checks: Sequence[Check], connection: Connection) -> Server:
     version, role, name, path, read_only, search_path, pid = row
     pooled = pid != str(connection.backend_pid)
-    schemas = tuple(schema for schema in json.loads(str(path)) if schema not in ("pg_catalog", "pg_temp"))
+    schemas = tuple(
+        schema
+        for place, schema in enumerate(json.loads(str(path)))
+        if schema != "pg_catalog" and (place == 0 or not schema.startswith("pg_temp_"))
+    )
     existing = {check.home for check in checks if check.found}
     homes = tuple(schema for schema in schemas if schema in existing)
     return Server(str(version).split()[0], str(role), str(name), schemas, read_only, str(search_path), pooled, homes)

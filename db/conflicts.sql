@@ -10,14 +10,24 @@ WITH RECURSIVE checks AS MATERIALIZED (
   SELECT table_name, pg_class.oid, relkind, coalesce(relnamespace, quote_ident(current_setting('budget_engine.path')::json ->> 0)::regnamespace), relowner,
          upper((pg_identify_object('pg_class'::regclass, pg_class.oid, 0)).type)
   FROM checks LEFT JOIN pg_class ON pg_class.oid = to_regclass(found)::oid WHERE kind = 'table'
+), family (table_name, root, oid) AS (  -- a table, and those that inherit from it
+  SELECT table_name, relid, relid FROM tables UNION SELECT table_name, root, inhrelid FROM family JOIN pg_inherits ON inhparent = family.oid
 ), given (base, name) AS (  -- what something may be called: the name, or one like it that nothing bears yet
   SELECT DISTINCT ON (base) base, quote_ident(candidate)
   FROM (SELECT bears || ending FROM checks CROSS JOIN unnest('{"",_old}'::text[]) AS ending) AS names (base)
   CROSS JOIN generate_series(1, 20) AS n CROSS JOIN concat(base, '_' || nullif(n, 1)) AS candidate
   WHERE candidate NOT IN (
     SELECT relname FROM pg_class UNION ALL SELECT typname FROM pg_type UNION ALL SELECT conname FROM pg_constraint UNION ALL SELECT tgname FROM pg_trigger
-    UNION ALL SELECT proname FROM pg_proc UNION ALL SELECT attname FROM pg_attribute WHERE attrelid IN (SELECT relid FROM tables))
+    UNION ALL SELECT proname FROM pg_proc UNION ALL SELECT attname FROM pg_attribute WHERE attrelid IN (SELECT oid FROM family))
   ORDER BY base, n
+), unlogged (kind, table_name, name, level, oid) AS (  -- what a foreign key leads to, and what that leads to: the last ones are logged first
+  SELECT kind, table_name, name, 0, pg_class.oid
+  FROM checks JOIN pg_class ON pg_class.oid = to_regclass(substring(expected FROM '^REFERENCES ([^(]+)[(]'))::oid AND relpersistence = 'u'
+  WHERE conflict AND kind = 'foreign key'
+  UNION
+  SELECT kind, table_name, name, level + 1, confrelid
+  FROM unlogged JOIN pg_constraint ON conrelid = unlogged.oid AND contype = 'f' AND confrelid <> conrelid
+  JOIN pg_class ON pg_class.oid = confrelid AND relpersistence = 'u' WHERE level < 32
 ), columns AS (
   SELECT kind, table_name, checks.name, relid, a.*, pg_get_expr(adbin, adrelid) AS expression
   FROM checks JOIN tables USING (table_name)
@@ -207,6 +217,24 @@ WITH RECURSIVE checks AS MATERIALIZED (
   FROM keys JOIN given ON base = bears JOIN given AS kept ON kept.base = bears || '_old' LEFT JOIN LATERAL (
     SELECT pg_class.oid FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid WHERE indrelid = relid AND relname = bears AND NOT indisvalid
       AND NOT EXISTS (SELECT FROM pg_constraint AS c WHERE c.conindid = indexrelid)) AS l (left_over) ON true
+  UNION ALL  -- what keeps a column or a foreign key from being added
+  SELECT kind, table_name, name, 'unlogged', -max(level), format('ALTER TABLE %s SET LOGGED;', oid::regclass), NULL, NULL
+  FROM unlogged GROUP BY kind, table_name, name, oid
+  UNION ALL
+  SELECT kind, table_name, name, blocking.* FROM checks JOIN family USING (table_name) JOIN pg_class USING (oid) CROSS JOIN LATERAL (
+    SELECT 'typed', 0, format('ALTER TABLE %s NOT OF;', oid::regclass), NULL, NULL::jsonb WHERE reloftype <> 0
+    UNION ALL SELECT 'identity', 0, format('ALTER TABLE %s REPLICA IDENTITY %s;', oid::regclass, CASE WHEN EXISTS (
+                       SELECT FROM pg_index WHERE indrelid = oid AND indisprimary) THEN 'DEFAULT' ELSE 'FULL' END), NULL, NULL
+    WHERE relreplident <> 'f' AND NOT EXISTS (
+      SELECT FROM pg_index WHERE indrelid = oid AND CASE relreplident WHEN 'd' THEN indisprimary ELSE indisreplident END)
+    UNION ALL SELECT 'child', step, format(command, oid::regclass, checks.name, given.name), NULL, NULL
+    FROM pg_attribute JOIN given ON base = checks.name || '_old'
+    CROSS JOIN (VALUES (1, 'ALTER TABLE %s ALTER COLUMN %I DROP NOT NULL;'), (2, 'ALTER TABLE %s RENAME COLUMN %I TO %s;')) AS steps (step, command)
+    WHERE attrelid = oid AND attname = checks.name AND NOT attisdropped AND attinhcount = 0 AND oid <> root
+      AND format_type(atttypid, atttypmod) <> regexp_replace(expected, ' NOT NULL$', '')
+      AND (step = 2 OR attnotnull AND NOT atthasdef AND NOT EXISTS (
+             SELECT FROM pg_constraint WHERE conrelid = attrelid AND contype = 'p' AND attnum = ANY (conkey)))
+  ) AS blocking WHERE conflict AND kind = 'column'
   UNION ALL SELECT '', '', '', 'archive', n, archive, NULL, NULL FROM generate_series(1, 99) AS n CROSS JOIN concat('archive', '_' || nullif(n, 1)) AS archive
   WHERE NOT EXISTS (SELECT FROM pg_namespace WHERE nspname = archive)
 )

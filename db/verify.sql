@@ -14,7 +14,7 @@ END $$;
 
 WITH path (schema, position) AS (
   SELECT oid, position FROM json_array_elements_text(current_setting('budget_engine.path')::json) WITH ORDINALITY AS listed (name, position)
-  JOIN pg_namespace ON nspname = listed.name
+  JOIN pg_namespace ON nspname = listed.name WHERE position = 1 OR oid <> pg_my_temp_schema()  -- a pooler's other clients leave temporary tables
 ), supabase (here) AS (  -- a row where auth.users (id uuid) exists
   SELECT EXISTS (SELECT FROM pg_proc WHERE pronamespace = auth.oid AND proname = 'uid' AND pronargs = 0)
          AND to_regrole('service_role') IS NOT NULL AND to_regrole('authenticated') IS NOT NULL
@@ -224,7 +224,7 @@ WITH path (schema, position) AS (
                           ELSE format('missing, and its name %s is taken by %s', relname, coalesce('an index on ' || indrelid::regclass, 'no index')) END
                    FROM pg_class LEFT JOIN pg_index ON indexrelid = pg_class.oid
                    WHERE relname = expected.index_name AND relnamespace = tables.home
-                     AND (indrelid IS DISTINCT FROM tables.relation OR expected.addable))) AS actual
+                     AND (indrelid = tables.relation IS NOT TRUE OR expected.addable))) AS actual
   FROM expected JOIN tables USING (table_name)
   LEFT JOIN actual ON actual.kind = expected.kind AND actual.table_name = expected.table_name
    AND actual.name = CASE expected.kind WHEN 'key' THEN (SELECT string_agg(part, ', ' ORDER BY part) FROM string_to_table(expected.name, ', ') AS part)

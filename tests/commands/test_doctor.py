@@ -108,83 +108,6 @@ def test_hindrance(db: Db, sql: str, query: str, code: int, topic: str) -> None:
     assert db.invoke("setup", env=url).code == code
 
 
-def filled(table: str, columns: int = 1600) -> str:
-    """Write what uses up the columns of a table; all but the last ones that were added are dropped again."""
-    return f"""
-        DO $$ BEGIN
-          EXECUTE (SELECT format('ALTER TABLE {table} %s', string_agg('ADD c' || i || ' int', ','))
-                   FROM pg_class, generate_series(1, {columns} - relnatts) AS i WHERE oid = '{table}'::regclass);
-          EXECUTE (SELECT format('ALTER TABLE {table} %s', string_agg(format('DROP %I', attname), ','))
-                   FROM pg_attribute WHERE attrelid = '{table}'::regclass AND attname ~ '^c[0-9]+$');
-        END $$;"""
-
-
-# What stands around tables that are as promised, and keeps a statement from working.
-AROUND = {
-    "unlogged turns": states.by_hand() + "ALTER TABLE prompt_snapshots DROP CONSTRAINT prompt_snapshots_turn_id_fkey;"
-                                         "ALTER TABLE turns SET UNLOGGED",
-    "unlogged core": states.CORE + "ALTER TABLE turns SET UNLOGGED; ALTER TABLE games SET UNLOGGED;"
-                                   "ALTER TABLE entry_points SET UNLOGGED",
-    "unlogged worlds": "CREATE UNLOGGED TABLE worlds (id text PRIMARY KEY, version text NOT NULL, status text NOT NULL,"
-                       " doc jsonb NOT NULL, created_at timestamptz NOT NULL, updated_at timestamptz NOT NULL)",
-    "uuid, unlogged turns": states.with_uuid() + "ALTER TABLE turns SET UNLOGGED",
-    "columns used up": states.by_hand() + filled("slots"),
-    "one column left": states.by_hand() + filled("slots", 1599),
-    "no column left for the fix": states.with_uuid() + filled("prompt_snapshots", 1599),
-    "heir with another type": states.by_hand() + "CREATE TABLE heir (must_keep text NOT NULL) INHERITS (slots)",
-    "heir's heir": states.by_hand() + "CREATE TABLE heir () INHERITS (slots); CREATE TABLE theirs (min_chars bigint)"
-                                      " INHERITS (heir)",
-    "heir of prompt_snapshots": states.by_hand() + "CREATE TABLE heir (budget_report text) INHERITS (prompt_snapshots)",
-    "heir without room": states.by_hand() + "CREATE TABLE heir () INHERITS (slots);" + filled("heir"),
-    "typed slots": "CREATE TYPE slot AS (id uuid, type text, name text, description text, max_len int, priority int,"
-                   " created_at timestamptz, updated_at timestamptz); CREATE TABLE slots OF slot (PRIMARY KEY (id),"
-                   " UNIQUE (type, name), type NOT NULL, name NOT NULL, description NOT NULL, created_at NOT NULL,"
-                   " updated_at NOT NULL)",
-    "published without identity": states.by_hand() + "ALTER TABLE slots REPLICA IDENTITY NOTHING;"
-                                                     "CREATE PUBLICATION p FOR ALL TABLES",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("state", AROUND.values(), ids=AROUND)
-def test_what_keeps_a_statement_from_working_is_said_before_and_cleared_by_the_commands(
-    db: Db, state: str, tmp_path: Path
-) -> None:
-    db.execute(state)
-    before, rows = db.dump(data=True), states.contents(db)
-    assert amiss(db.invoke("doctor"), 6) == {"checks": PROBLEM}
-    for task in ("verify", "status --check", "plan", "plan --sql", "rehearse", "setup"):
-        done = db.invoke(*task.split())
-        assert done.code == 6, (task, done)
-    assert db.dump(data=True) == before
-    commands = tmp_path / "commands.sql"
-    commands.write_text(db.invoke("verify", "--remedies").out)
-    assert db.psql("-f", str(commands)).code == 0, done
-    again = db.invoke("setup")
-    assert (again.code, db.differing()) == (0, {}), (commands.read_text(), again)
-    held = sorted(str(sorted(row.items())) for table in states.contents(db).values() for row in table)
-    assert len(held) >= sum(map(len, rows.values()))
-
-
-HARMLESS = {
-    "unlogged on both sides": states.by_hand() + "CREATE UNLOGGED TABLE other (turn bigint REFERENCES turns)",
-    "unlogged slots": states.by_hand() + "ALTER TABLE slots SET UNLOGGED",
-    "unlogged prompt_snapshots": states.by_hand("bigint") + "ALTER TABLE prompt_snapshots SET UNLOGGED",
-    "heir": states.by_hand() + "CREATE TABLE heir (must_keep boolean NOT NULL DEFAULT true) INHERITS (slots)",
-    "two columns left": states.by_hand() + filled("slots", 1598),
-    "identity nobody needs": states.by_hand() + "ALTER TABLE slots REPLICA IDENTITY NOTHING",
-    "inserts alone are published": states.by_hand() + "ALTER TABLE slots REPLICA IDENTITY NOTHING;"
-                                                      "CREATE PUBLICATION p FOR TABLE slots WITH (publish = 'insert')",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("state", HARMLESS.values(), ids=HARMLESS)
-def test_what_keeps_nothing_from_working_is_in_nobodys_way(db: Db, state: str) -> None:
-    db.execute(state)
-    assert db.invoke("doctor").code == 0
-    assert db.invoke("setup").code == 0
-    assert db.differing() == {}
-
-
 @pytest.mark.parametrize("path", ["information_schema, public", "pg_temp, public", "pg_catalog"])
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_path_that_leads_into_a_schema_of_the_servers(db: Db, role: str, path: str, by_hand: bool) -> None:
@@ -215,16 +138,6 @@ def test_path_that_names_pg_catalog_leads_to_the_schema_behind_it(db: Db, done_b
     assert db.invoke("verify").code == 0
     db.execute(f"ALTER DATABASE {db.name} RESET search_path")
     assert db.differing() == {}
-
-
-def test_column_of_a_table_that_another_role_lets_inherit(db: Db, role: str) -> None:
-    db.execute(states.by_hand() + states.OWN.replace("{role}", role) + "CREATE TABLE heir () INHERITS (slots)")
-    try:
-        for task in ("doctor", "plan", "setup"):
-            done = db.invoke(task, role=role)
-            assert (done.code, "ownership of table heir" in done.out + done.err) == (8, True), done
-    finally:
-        db.execute(f"REASSIGN OWNED BY {role} TO postgres; DROP OWNED BY {role}")
 
 
 @pytest.fixture(scope="module")

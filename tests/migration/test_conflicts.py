@@ -336,13 +336,13 @@ def test_where_the_core_has_an_older_form_the_task_is_named_that_moves_it(db: Db
     db.execute(by_hand("text", "i::text") + "ALTER TABLE slots ADD must_keep text;" + change)
     assert script(commands(db)) == (
         "ALTER TABLE public.slots RENAME COLUMN must_keep TO must_keep_old;\n",
-        ["prereqs --recreate"],
+        ["invoke prereqs --recreate"],
     )
 
 
 def test_what_recreate_moves_needs_no_command_of_its_own(db: Db) -> None:
     db.execute(CORE_WITH_UUID_TURNS + CORE_ROWS + snapshots(BIGINT.replace("bigint", "uuid")) + SLOTS_TEMPLATES)
-    assert script(commands(db)) == ("\n", ["prereqs --recreate"])
+    assert script(commands(db)) == ("\n", ["invoke prereqs --recreate"])
 
 
 # What hangs on turn_id, with all that a definition may be without; the literal is one that psql must not read.

@@ -17,7 +17,7 @@ from budget_engine.commands.session import (
     refuse_what_is_missing,
     waits_for,
 )
-from budget_engine.migration import chain, plan, runner, surroundings, survey
+from budget_engine.migration import chain, conflicts, plan, runner, surroundings, survey
 from budget_engine.migration.checks import Check
 from budget_engine.output import formats, text
 from budget_engine.output.console import CONSOLE, PEOPLE
@@ -38,8 +38,7 @@ def verify(*, form: str, quiet: bool, verbose: bool, remedies: bool) -> None:
             _say_steps(look, verbose=verbose, conflicts=False)
         _refuse(look, rows, listed=form == PEOPLE)
         if remedies:
-            commands = [command for check in look.plan.conflicts for command in look.commands.get(check, ())]
-            CONSOLE.emit("\n".join(dict.fromkeys(commands)))
+            CONSOLE.emit("\n".join(conflicts.sql(look.plan.conflicts, look.commands)))
         elif form == "json":
             CONSOLE.emit_json(formats.as_json(look.view()))
         elif form == "github":

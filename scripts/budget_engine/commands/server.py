@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 
 from psycopg.conninfo import make_conninfo
 
@@ -38,7 +39,7 @@ def url() -> None:
 
 
 def psql() -> None:
-    """Become a psql on the database in use."""
+    """Become a psql on the database in use; SQL that is piped to it ends with its first error."""
     CONSOLE.format = "psql"  # what it prints has stdout for itself
     given, where = announced()
     CONSOLE.say()
@@ -52,4 +53,5 @@ def psql() -> None:
         conninfo["options"] = f"{where.conninfo.get('options', '')} -c search_path={search_path}".strip()
     password = {"PGPASSWORD": typed["password"]} if "password" in typed else {}
     program = shutil.which("psql") or str(embedded.locate(ROOT).binaries / "psql")
-    os.execve(program, [program, make_conninfo(**conninfo)], {**os.environ, **password})  # noqa: S606
+    piped = () if sys.stdin.isatty() else ("-v", "ON_ERROR_STOP=1")
+    os.execve(program, [program, *piped, make_conninfo(**conninfo)], {**os.environ, **password})  # noqa: S606

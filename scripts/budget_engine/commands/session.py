@@ -320,7 +320,8 @@ def no_place(todo: plan.Plan, server: survey.Server) -> list[errors.RecipeError]
     new = any(check.kind is Kind.TABLE and check.actual is None for check in todo.missing)
     if new and re.match("pg_|information_schema$", server.schema):
         return [errors.SystemSchemaError(schema=server.schema, search_path=server.search_path)]
-    return []
+    hidden = [check.table for check in todo.conflicts if "hidden" in check.blocked]
+    return [errors.HiddenTableError(tables=", ".join(hidden))] if hidden else []
 
 
 def conflict(todo: plan.Plan, commands: dict[Check, tuple[str, ...]]) -> errors.ConflictError:
@@ -328,15 +329,14 @@ def conflict(todo: plan.Plan, commands: dict[Check, tuple[str, ...]]) -> errors.
     checks = todo.conflicts
     lines = text.conflicts(checks, commands)
     count = sum(line.startswith("conflict") for line in lines)
-    ways = [
-        "Run the commands above, or all of them:",
-        'invoke verify --remedies | psql "$DATABASE_URL"',
-        "then the task again.",
-    ]
+    ways = []
     if not commands:
-        ways = ["Run invoke verify when the tables are not locked: it has the commands that help."]
+        ways.append("Run invoke verify when the tables are not locked: it has the commands that help.")
+    elif conflicts.sql(checks, commands):
+        ways += ["Run the commands above, or all of them:", "invoke verify --remedies | invoke db.psql"]
     if any(check.on_request for check in checks):
-        ways.append("Or invoke prereqs --recreate: it moves the old core tables, rows and all, and creates new ones.")
+        ways.append("invoke prereqs --recreate moves the old core tables, rows and all, and creates new ones.")
+    ways.append("Then run the task again.")
     found = errors.ConflictError(count=f"{count} conflict{'s' * (count != 1)}", remedy="\n".join(ways))
     found.before = lines
     return found

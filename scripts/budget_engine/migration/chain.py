@@ -96,6 +96,11 @@ class Step:
         return label(self.stem)
 
     @property
+    def updates(self) -> set[str]:
+        """The tables whose rows it updates."""
+        return {table for statement in self.statements for table in re.findall(r"\bUPDATE (\w+) SET\b", statement.flat)}
+
+    @property
     def file(self) -> str:
         """The file as people write its path."""
         return f"db/migrations/{self.stem}.sql"

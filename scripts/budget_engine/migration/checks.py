@@ -87,7 +87,8 @@ class Check:
     whether it must pass; found: the table as SQL writes it, or None; home: the schema where it is, or will be; lacking:
     the right that this role lacks to fix it; rows_hidden: whether row-level security hides rows of the table from it;
     being_built: whether another session builds on the table; on_request: the step that would fix it, but runs only
-    where it is asked for.
+    where it is asked for; blocked: what around the table keeps it from being created, as the commands that clear that
+    are called in db/conflicts.sql ("full": no column is left, no command helps but to move the table).
     """
 
     step: str
@@ -104,6 +105,7 @@ class Check:
     rows_hidden: bool = False
     being_built: bool = False
     on_request: str | None = None
+    blocked: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[Kind, str, str]:
@@ -129,6 +131,11 @@ class Check:
     def replaces(self) -> bool:
         """Whether it is a column of another type, whose values its step keeps under another name."""
         return self.kind is Kind.COLUMN and self.actual is not None and self.fixed_by is not None
+
+    @property
+    def has_its_type(self) -> bool:
+        """Whether it is a column that exists and has the expected type, filled or not."""
+        return (self.actual or "").partition(" NOT NULL")[0] == self.expected.partition(" NOT NULL")[0]
 
     @property
     def unfinished(self) -> bool:
@@ -188,16 +195,20 @@ class Check:
 
 
 def outermost(checks: Iterable[Check]) -> list[Check]:
-    """Leave out what goes without saying: parts of a table or column that is missing, a missing trigger's function."""
+    """Leave out what goes without saying: parts of a column or table that is missing, a missing trigger's function.
+
+    Of a table or column of another kind or type nothing else is worth saying.
+    """
     checks = list(checks)
     tables = {check.table for check in checks if check.kind is Kind.TABLE}
-    columns = [check for check in checks if check.kind is Kind.COLUMN and (check.actual is None or check.replaces)]
+    columns = [check for check in checks if check.kind is Kind.COLUMN and not check.has_its_type]
     triggered = {check.table for check in checks if check.kind is Kind.TRIGGER and check.actual is None}
 
     def is_part(check: Check) -> bool:
         if check.kind is Kind.FUNCTION and check.actual is None:
             return check.table in triggered
-        return check.kind in (Kind.DEFAULT, Kind.COMMENT) and any(check.is_on(column) for column in columns)
+        on = [column for column in columns if check.is_on(column)]
+        return any(column.conflict or check.kind in (Kind.DEFAULT, Kind.COMMENT) for column in on)
 
     return [c for c in checks if c.kind is Kind.TABLE or (c.table not in tables and not is_part(c))]
 

@@ -24,20 +24,21 @@ _ALONE = ("CREATE UNIQUE INDEX CONCURRENTLY ", "DROP INDEX CONCURRENTLY ")  # re
 
 
 class Task(str):
-    """The words of a task, where no SQL clears a conflict."""
+    """How a task is invoked, where no SQL clears a conflict."""
 
     __slots__ = ()
 
 
-_RECREATE = Task("prereqs --recreate")
+_RECREATE = Task("invoke prereqs --recreate")
 
 
 @dataclass(frozen=True)
 class Fact:
     """Something around a check: a command, what restores that which it drops, and more, as the query calls it.
 
-    what: "table", "column" and "key" say how it is; "leave", "drop", "rename" and "elsewhere" (of what stays when the
-    table moves) are commands; "led to" drops foreign keys of others; "cannot" is what no command restores.
+    what: "table", "column" and "key" say how it is; "leave", "drop", "rename", "elsewhere" (of what stays when the
+    table moves) and the words of Check.blocked are commands; "led to" drops foreign keys of others; "cannot" is what no
+    command restores.
     """
 
     what: str
@@ -99,6 +100,12 @@ def commands(checks: Sequence[Check], found: Facts) -> dict[Check, tuple[str, ..
     return _Clearing(checks, found).all()
 
 
+def sql(checks: Iterable[Check], cleared: Mapping[Check, Sequence[str]]) -> list[str]:
+    """Return what psql is to run for these conflicts, each command once."""
+    every = dict.fromkeys(command for check in checks for command in cleared.get(check, ()))
+    return [command for command in every if not isinstance(command, Task)]
+
+
 @dataclass
 class _Clearing:
     """The rules; moves: the commands for each table that has to move; recreated: what moves with the task."""
@@ -131,6 +138,8 @@ class _Clearing:
         """Return the commands that leave the check's table where it is; None: it has to go."""
         if any(not table.more["alterable"] for table in self.of(check, "table", kind=Kind.TABLE)):
             return None
+        if check.blocked:
+            return [*_run(self.of(check, *check.blocked))] or None
         match check.kind:
             case Kind.COLUMN:
                 return self.column(check)

@@ -73,13 +73,17 @@ SELECT pg_catalog.set_config('budget_engine.path',
 
 # What it takes to fix a check: CREATE where a table is missing or the kind has a name of its own, else ownership.
 _RIGHTS = """
-SELECT c.step, c.kind, c."table", c.name, c.expected, c.actual, c.fixed_by, c.required, c.found,
+SELECT c.step, c.kind, c."table", c.name, c.expected,
+       CASE WHEN blocked.how IS NULL THEN c.actual ELSE concat_ws(', and ', coalesce(c.actual, 'missing'), says) END,
+       CASE WHEN blocked.how IS NULL THEN c.fixed_by END, c.required, c.found,
        CASE WHEN c.fixed_by IS NULL THEN NULL
             WHEN (c.found IS NULL OR c.kind IN ('index', 'function', 'key'))
                  AND NOT has_schema_privilege(home.oid, 'CREATE')
               THEN 'CREATE on schema ' || home.nspname
             WHEN NOT pg_has_role(relation.relowner, 'USAGE')
               THEN format('ownership of table %s (it belongs to %s)', relation.relname, relation.relowner::regrole)
+            WHEN blocked.of_others IS NOT NULL
+              THEN blocked.of_others
             WHEN c.kind = 'function' AND NOT has_schema_privilege(relation.relowner, home.oid, 'CREATE')
                  AND NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
               THEN format('CREATE on schema %s for %s, the owner of %s',
@@ -97,11 +101,14 @@ SELECT c.step, c.kind, c."table", c.name, c.expected, c.actual, c.fixed_by, c.re
            AND granted AND pid <> pg_backend_pid()
            AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
            AND pid NOT IN (SELECT pid FROM pg_stat_progress_vacuum UNION ALL SELECT pid FROM pg_stat_progress_analyze)
-       ) AS being_built
+       ) AS being_built, blocked.how
 FROM (
-SELECT row_number() OVER () AS position, checks.* FROM (
+SELECT *, count(*) FILTER (WHERE is_added) OVER (PARTITION BY "table") AS wanted FROM (
+SELECT row_number() OVER () AS position, checks.*, kind = 'column' AND fixed_by = step AND found IS NOT NULL AS is_added
+FROM (
 {verification}
 ) AS checks
+) AS placed
 ) AS c
 LEFT JOIN pg_class AS relation ON relation.oid = c.found::regclass
 LEFT JOIN pg_namespace AS home ON home.oid = coalesce(relation.relnamespace, (
@@ -109,7 +116,9 @@ LEFT JOIN pg_namespace AS home ON home.oid = coalesce(relation.relnamespace, (
 LEFT JOIN pg_namespace AS auth ON auth.nspname = 'auth'
 LEFT JOIN pg_proc AS routine ON c.kind = 'function' AND proname = c.name AND pronargs = 0 AND pronamespace = home.oid
 LEFT JOIN LATERAL (  -- a foreign key: the table that it leads to
-  SELECT nullif(concat_ws(E'\\n',
+  SELECT target.relpersistence = 'u' AND relation.relpersistence IS DISTINCT FROM 'u'
+           AND c.actual IS NULL AND c.fixed_by IS NOT NULL, array_to_string(led.name, '.'),
+         nullif(concat_ws(E'\\n',
            CASE WHEN NOT has_schema_privilege(target.relnamespace, 'USAGE')
                 THEN format('USAGE on schema %s', target.relnamespace::regnamespace) END,
            CASE WHEN NOT has_table_privilege(target.oid, 'REFERENCES')
@@ -127,13 +136,51 @@ LEFT JOIN LATERAL (  -- a foreign key: the table that it leads to
     ON target.relnamespace = pg_namespace.oid AND target.relname = coalesce(led.name[2], led.name[1])
   WHERE c.kind = 'foreign key'
   ORDER BY place.position LIMIT 1
-) AS led_to (lacking) ON true
+) AS led_to (unlogged, name, lacking) ON true
+LEFT JOIN LATERAL (  -- a column that is added, or a default: to the tables that inherit, too
+  SELECT CASE WHEN c.is_added OR c.kind = 'default' AND c.fixed_by = c.step AND c.found IS NOT NULL THEN (
+    WITH RECURSIVE family (oid) AS (
+      SELECT relation.oid UNION SELECT inhrelid FROM family JOIN pg_inherits ON inhparent = family.oid)
+    SELECT ARRAY[
+      CASE WHEN relation.reloftype <> 0 THEN format('%s is a table OF %s', c."table", relation.reloftype::regtype) END,
+      CASE WHEN max(relnatts) + c.wanted > 1600
+           THEN format('a table has 1600 columns at most (dropped ones count: here %s)', max(relnatts)) END,
+      string_agg(format('%s has it as %s', family.oid::regclass, format_type(atttypid, atttypmod)), ', ')
+        FILTER (WHERE format_type(atttypid, atttypmod) <> regexp_replace(c.expected, ' NOT NULL$', '')),
+      CASE WHEN concat_ws(' ', c.fixed_by, c."table") = ANY ({updated}::text[]) AND bool_or(
+                  relreplident <> 'f' AND NOT EXISTS (
+                    SELECT FROM pg_index WHERE indrelid = family.oid
+                    AND CASE relreplident WHEN 'd' THEN indisprimary ELSE indisreplident END)
+                  AND EXISTS (
+                    SELECT FROM pg_publication_tables JOIN pg_publication USING (pubname)
+                    WHERE pubupdate AND format('%I.%I', schemaname, tablename) = family.oid::regclass::text))
+           THEN format('published without a replica identity no row of %s can be updated', c."table") END,
+      string_agg(format('ownership of table %s (it belongs to %s)', family.oid::regclass, relowner::regrole), E'\\n')
+        FILTER (WHERE NOT pg_has_role(relowner, 'USAGE'))]
+    FROM family JOIN pg_class USING (oid)
+    LEFT JOIN pg_attribute ON c.actual IS NULL AND attrelid = family.oid AND attname = c.name AND NOT attisdropped
+  ) END OFFSET 0
+) AS added (told) ON true
+LEFT JOIN pg_class AS hiding (oid, name, home)
+       ON c.kind = 'table' AND c.found IS NULL AND hiding.name = c."table" AND hiding.home = pg_my_temp_schema()
+LEFT JOIN LATERAL (
+  SELECT CASE WHEN c.is_added AND told[2] IS NOT NULL THEN 'full' ELSE nullif(concat_ws(' ',
+           CASE WHEN led_to.unlogged THEN 'unlogged' END, CASE WHEN hiding.name IS NOT NULL THEN 'hidden' END,
+           CASE WHEN c.is_added AND told[1] IS NOT NULL THEN 'typed' END,
+           CASE WHEN c.is_added AND told[3] IS NOT NULL THEN 'child' END,
+           CASE WHEN c.is_added AND told[4] IS NOT NULL THEN 'identity' END), '') END,
+         coalesce(told[2], concat_ws(', ', CASE WHEN led_to.unlogged THEN led_to.name || ' is UNLOGGED' END,
+                                     'hidden by temporary table ' || hiding.name,
+                                     told[1], told[3], told[4])),
+         told[5]
+) AS blocked (how, says, of_others) ON true
 ORDER BY c.position"""
 
 
 def statements(chain: Chain) -> list[str]:
     """Return what asks for the checks, to be sent in any transaction: the last one's rows are theirs."""
-    return [PIN, _RIGHTS.replace("{verification}", chain.verification)]
+    updated = [f"{step.label} {table}" for step in chain.steps for table in step.updates]
+    return [PIN, _RIGHTS.replace("{updated}", literal(updated)).replace("{verification}", chain.verification)]
 
 
 def read(connection: Connection, chain: Chain, *, with_recreate: bool = False) -> Survey:
@@ -156,7 +203,7 @@ def checks_of(rows: Rows, chain: Chain, *, with_recreate: bool = False) -> tuple
 
 
 def _check(row: Sequence[str | None], on_request: str) -> Check:
-    step, kind, table, name, expected, actual, fixed_by, required, found, lacking, home, hidden, built = row
+    step, kind, table, name, expected, actual, fixed_by, required, found, lacking, home, hidden, built, blocked = row
     check = Check(
         str(step),
         Kind(kind),
@@ -171,6 +218,7 @@ def _check(row: Sequence[str | None], on_request: str) -> Check:
         lacking,
         rows_hidden=hidden == "t",
         being_built=built == "t",
+        blocked=tuple((blocked or "").split()),
     )
     return replace(check, fixed_by=None, lacking=None, on_request=fixed_by) if fixed_by == on_request else check
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from budget_engine import env_file
-from budget_engine.errors import BeyondError, EnvFileChoiceError, EnvFileError, OtherNameError, SettingsError
+from budget_engine import env_file, errors
+from budget_engine.errors import SettingsError
 from budget_engine.migration.chain import ROOT
 from budget_engine.output import text as words
 from budget_engine.settings import Settings, load
@@ -120,7 +120,7 @@ def test_submodule_of_a_linked_worktree_of_the_application(app: Path, tmp_path: 
     lead(tree, app / ".git/worktrees/tree")
     lead(home_of(tree), app / ".git/worktrees/tree/modules/vendor/budget")
     put(app, f"DATABASE_URL={APP}")
-    assert refused(home_of(tree)).what == BeyondError(file=app / ".env", quoted="").what
+    assert refused(home_of(tree)).what == errors.BEYOND(file=app / ".env", quoted="").what
     put(tree, f"DATABASE_URL={OTHER}")
     assert name_of(load(home_of(tree), {})) == "other"
 
@@ -129,7 +129,7 @@ def test_superproject_that_has_no_git_any_more(app: Path) -> None:
     shutil.rmtree(app / ".git")
     lead(home_of(app), "../../.git/modules/vendor/budget")
     put(app, f"DATABASE_URL={APP}")
-    assert isinstance(refused(home_of(app)), BeyondError)
+    assert refused(home_of(app)).case is errors.BEYOND
 
 
 BEYOND = {
@@ -149,7 +149,7 @@ def test_what_lies_beyond_the_repository_is_not_guessed_about(app: Path, make: o
     make(app)
     file = put(app, f"DATABASE_URL={APP}")
     error = refused(home_of(app))
-    assert isinstance(error, BeyondError)
+    assert error.case is errors.BEYOND
     assert str(file) in error.what
     assert f"ENV_FILE={file}" in error.remedy
     assert "DATABASE_URL=embedded" in error.remedy
@@ -195,7 +195,7 @@ def test_file_further_up_that_cannot_be_read_may_hold_the_url(app: Path, *, belo
         (home_of(app) / ".git").mkdir()
     (app / ".env").symlink_to(".env")
     error = refused(home_of(app))
-    assert isinstance(error, EnvFileError)
+    assert error.case is errors.ENV_FILE
     assert str(app / ".env") in error.where
     assert load(home_of(app), {"DATABASE_URL": APP}).target
     put(home_of(app), f"DATABASE_URL={APP}")
@@ -250,7 +250,7 @@ def test_main_checkout_that_is_a_users_home_folder(tmp_path: Path) -> None:
     lead(tmp_path / "tree", tmp_path / "ada/.git/worktrees/tree")
     put(tmp_path / "ada", f"DATABASE_URL={APP}")
     assert load(tmp_path / "tree", {"HOME": str(tmp_path / "ada")}).target is None
-    assert isinstance(refused(tmp_path / "tree"), BeyondError)
+    assert refused(tmp_path / "tree").case is errors.BEYOND
 
 
 @pytest.mark.parametrize("home", ["", "relative", "/nowhere"])
@@ -287,7 +287,7 @@ def test_folder_that_a_link_leads_to(app: Path, tmp_path: Path) -> None:
     home_of(app).rmdir()
     home_of(app).symlink_to(tmp_path / "budget")
     put(app, f"DATABASE_URL={APP}")
-    assert isinstance(refused(tmp_path / "budget", PWD=str(home_of(app))), BeyondError)
+    assert refused(tmp_path / "budget", PWD=str(home_of(app))).case is errors.BEYOND
     for elsewhere in ("", "relative", "/", str(home_of(app).parent), str(tmp_path / "budget")):
         assert load(tmp_path / "budget", {"PWD": elsewhere}).target is None
 
@@ -319,7 +319,7 @@ def test_choice_that_leads_to_no_database(app: Path, monkeypatch: pytest.MonkeyP
     (app / "empty").touch()
     put(home_of(app), f"DATABASE_URL={OTHER}")
     error = refused(home_of(app), ENV_FILE=chosen)
-    assert isinstance(error, EnvFileChoiceError if chosen.strip() in {"", "empty"} else EnvFileError)
+    assert error.case is (errors.ENV_FILE_CHOICE if chosen.strip() in {"", "empty"} else errors.ENV_FILE)
     assert "ENV_FILE" in error.what + error.remedy
 
 
@@ -407,7 +407,7 @@ def test_url_under_another_name_does_not_lead_to_the_embedded_server(app: Path, 
     put(app, "A=1", "", *line.split("\n"))
     for folder, name in ((home_of(app), str(app / ".env")), (app, ".env")):
         error = refused(folder)
-        assert isinstance(error, OtherNameError)
+        assert error.case is errors.OTHER_NAME
         key = line.split("\n")[-1].removeprefix("export ").partition("=")[0]
         said = "without a name" if "://" in key else key
         assert error.where == f"{name}, line {3 + line.count(chr(10))}: {said}"

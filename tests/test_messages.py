@@ -64,20 +64,19 @@ def rows() -> list[Row]:
     return [Row(code, tuple(re.findall("`(.*?)`", messages))) for code, messages in cells]
 
 
-def kinds(of: type[errors.RecipeError] = errors.RecipeError) -> list[type[errors.RecipeError]]:
-    return [of, *(kind for child in of.__subclasses__() for kind in kinds(child))]
+CASES = {name: case for name, case in vars(errors).items() if isinstance(case, errors.Case)}
 
 
 def raised_by_python() -> set[tuple[str, str]]:
-    """(exit code, message) of every class; of every SQLSTATE that has one of its own."""
-    says = {(str(kind.exit_code), with_places(text)) for kind in kinds() for text in (kind.says, kind.in_a_step)}
-    families = (errors.StepFailedError, errors.LockTimeoutError)  # the others stand by their SQLSTATEs
+    """(exit code, message) of every case; of every SQLSTATE that has one of its own."""
+    says = {(str(kind.exit_code), with_places(text)) for kind in CASES.values() for text in (kind.says, kind.in_a_step)}
+    families = (errors.STEP_FAILED, errors.LOCK_TIMEOUT)  # the others stand by their SQLSTATEs
     in_steps = {(str(kind.exit_code), with_places(kind.in_a_step)) for kind in families}
     states = {(str(kind.exit_code), f"SQLSTATE {state}") for state, kind in sqlstates().items()}
     return {(code, text) for code, text in says if text and " in …: " not in text} | in_steps | states
 
 
-def sqlstates() -> dict[str, type[errors.RecipeError]]:
+def sqlstates() -> dict[str, errors.Case]:
     """Those of PostgreSQL, a class of them aside."""
     table = errors._BY_SQLSTATE.items()
     return {state: kind for state, kind in table if state and len(state) == 5 and not state.startswith("TB")}
@@ -164,45 +163,46 @@ def test_every_row_is_about_something() -> None:
 
 def test_exit_codes_are_the_documented_ones() -> None:
     documented = re.findall(r"^\| (\d+) \|", section("### Exit codes"), re.M)
-    assert sorted(map(int, documented)) == sorted({0, *(kind.exit_code for kind in kinds())})
+    assert sorted(map(int, documented)) == sorted({0, *(case.exit_code for case in CASES.values())})
 
 
 def test_every_sqlstate_bears_the_manuals_name_and_helps_in_its_own_way() -> None:
     commented = dict(re.findall(r'"(\w{5})": \w+,  # (\w+)', inspect.getsource(errors)))
     for state, kind in sqlstates().items():
         assert commented[state].replace("_", "") == lookup(state).__name__.lower()
-        assert kind.usual_remedy
-        assert "{" not in kind.usual_remedy
-        assert len(kind.usual_remedy.splitlines()) <= 3
-    remedies = Counter(kind.usual_remedy for kind in set(sqlstates().values()))
+        assert kind.remedy
+        assert "{" not in kind.remedy
+        assert len(kind.remedy.splitlines()) <= 3
+    remedies = Counter(kind.remedy for kind in set(sqlstates().values()))
     assert set(remedies.values()) == {1}
 
 
 def test_everything_raised_is_of_one_module() -> None:
-    """Facts are filled in where it is raised; the words stand in the class."""
+    """Facts are filled in where it is raised; the words stand in the case."""
     internal = {"Exit", "SystemExit", "KeyboardInterrupt", "OperationalError", "TimeoutError", "PermissionError"}
-    classes = {kind.__name__: kind for kind in kinds()}
     for file in SCRIPTS:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and called(node.exc)[0].isupper():
                 name = called(node.exc)
-                assert name in {*classes, *internal}, f"{file.name}, line {node.lineno}: {name}"
-                assert name in internal or places(classes[name]) == given(node.exc), f"{file.name}, line {node.lineno}"
+                assert name in {*CASES, *internal}, f"{file.name}, line {node.lineno}: {name}"
+                assert name in internal or places(CASES[name]) == given(node.exc), f"{file.name}, line {node.lineno}"
 
 
-def places(kind: type[errors.RecipeError]) -> set[str]:
-    return set(re.findall(r"\{(\w+)\}", kind.says + kind.usual_remedy))
+def places(kind: errors.Case) -> set[str]:
+    return set(re.findall(r"\{(\w+)\}", kind.says + kind.remedy))
 
 
 def given(call: ast.Call) -> set[str]:
-    return {str(word.arg) for word in call.keywords} - {"where", "remedy", "what"}
+    return {str(word.arg) for word in call.keywords} - {"where", "remedy", "what", "before"}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in kinds() if kind.says], ids=lambda kind: kind.__name__)
-def test_every_message_has_a_remedy(kind: type[errors.RecipeError]) -> None:
-    """Of its class, or of the places that raise it; Ctrl-C says it in one line."""
-    elsewhere = {errors.AmbiguousUrlError, errors.UnparsableUrlError, errors.StoppedError}
-    assert bool(kind.usual_remedy) == (kind not in elsewhere)
+@pytest.mark.parametrize(
+    "kind", [case for case in CASES.values() if case.says], ids=[name for name, case in CASES.items() if case.says]
+)
+def test_every_message_has_a_remedy(kind: errors.Case) -> None:
+    """Of its case, or of the places that raise it; Ctrl-C says it in one line."""
+    elsewhere = {errors.AMBIGUOUS_URL, errors.UNPARSABLE_URL, errors.STOPPED}
+    assert bool(kind.remedy) == (kind not in elsewhere)
 
 
 # ── the server refuses, while a step runs ──────────────────────────────────────────────────────────────────────────
@@ -212,13 +212,13 @@ def remedy_of(done: Run) -> str:
     return " ".join(done.err.partition(SAID)[2].split())
 
 
-def assert_ends(done: Run, kind: type[errors.RecipeError], code: int, remedy: str = "") -> None:
+def assert_ends(done: Run, kind: errors.Case, code: int, remedy: str = "") -> None:
     """One message, with what helps in this very case; no traceback."""
     assert done.code == code, done
     assert done.err.startswith("error    "), done
     assert f"\n{done.err}".count("\nerror    ") == done.err.count(SAID) == 1, done
     assert "Traceback" not in done.err + done.out, done
-    assert remedy_of(done) == " ".join((remedy or kind.usual_remedy).split()), done
+    assert remedy_of(done) == " ".join((remedy or kind.remedy).split()), done
 
 
 def assert_says(done: Run, sqlstate: str) -> None:
@@ -307,7 +307,7 @@ def test_session_that_may_not_be_idle(db: Db) -> None:
         other.execute(THE_TURN)
         done = db.invoke("setup")
         db.execute(f"ALTER DATABASE {db.name} RESET idle_session_timeout")  # the dumps that are compared take longer
-    assert_ends(done, errors.IdleSessionError, 4)
+    assert_ends(done, errors.IDLE_SESSION, 4)
 
 
 def test_line_that_is_cut(db: Db) -> None:
@@ -415,13 +415,13 @@ def test_server_that_has_no_room(guarded: Db) -> None:
 def test_tls_that_the_server_does_not_speak(db: Db) -> None:
     with Proxy(socket_of(db.cluster.sockets)) as proxy:
         done = db.invoke("setup", env={"DATABASE_URL": f"{proxy.url(db.name)}?sslmode=require"})
-    assert_ends(done, errors.TlsError, 4)
+    assert_ends(done, errors.TLS, 4)
 
 
 @pytest.mark.parametrize("variable", ["PGTZ", "PGOPTIONS"])
 def test_session_that_cannot_begin_as_asked_for(db: Db, variable: str) -> None:
     done = db.invoke("setup", env={variable: {"PGTZ": "Nowhere", "PGOPTIONS": "-c nonsense=1"}[variable]})
-    assert_ends(done, errors.StartupOptionError, 4)
+    assert_ends(done, errors.STARTUP_OPTION, 4)
 
 
 def speak_german(client: socket.socket) -> None:
@@ -433,34 +433,32 @@ def speak_german(client: socket.socket) -> None:
     client.sendall(b"E" + (len(fields) + 4).to_bytes(4, "big") + fields)
 
 
-PEERS: dict[str, tuple[Callable[[socket.socket], None], type[errors.RecipeError]]] = {
-    "HTTP": (speak_http, errors.NotPostgresError),
-    "silent": (stay_silent, errors.SilentHostError),
-    "hangs up": (hang_up, errors.LostConnectionError),
-    "another language": (speak_german, errors.NoConnectionError),
+PEERS: dict[str, tuple[Callable[[socket.socket], None], errors.Case]] = {
+    "HTTP": (speak_http, errors.NOT_POSTGRES),
+    "silent": (stay_silent, errors.SILENT_HOST),
+    "hangs up": (hang_up, errors.LOST_CONNECTION),
+    "another language": (speak_german, errors.NO_CONNECTION),
 }
 
 
 @pytest.mark.parametrize(("talk", "kind"), PEERS.values(), ids=PEERS)
-def test_peer_that_does_not_let_us_in(
-    tree: Path, talk: Callable[[socket.socket], None], kind: type[errors.RecipeError]
-) -> None:
+def test_peer_that_does_not_let_us_in(tree: Path, talk: Callable[[socket.socket], None], kind: errors.Case) -> None:
     with peer(talk) as port:
         done = recipe(tree, "setup", DATABASE_URL=f"postgresql://u@127.0.0.1:{port}/db", CONNECT_TIMEOUT="2")
     assert_ends(done, kind, 4)
 
 
 HOSTS = {
-    "127.0.0.1:1": errors.NobodyThereError,
-    "no-such-host.invalid": errors.NoSuchHostError,
-    "two..dots": errors.NoSuchHostError,
-    f"{'long' * 16}.example": errors.NoSuchHostError,
-    "127.0.0.1:1,no-such-host.invalid:2": errors.NobodyThereError,
+    "127.0.0.1:1": errors.NOBODY_THERE,
+    "no-such-host.invalid": errors.NO_SUCH_HOST,
+    "two..dots": errors.NO_SUCH_HOST,
+    f"{'long' * 16}.example": errors.NO_SUCH_HOST,
+    "127.0.0.1:1,no-such-host.invalid:2": errors.NOBODY_THERE,
 }
 
 
 @pytest.mark.parametrize(("host", "kind"), HOSTS.items(), ids=HOSTS)
-def test_host_where_nobody_is(tree: Path, host: str, kind: type[errors.RecipeError]) -> None:
+def test_host_where_nobody_is(tree: Path, host: str, kind: errors.Case) -> None:
     assert_ends(recipe(tree, "setup", DATABASE_URL=f"postgresql://u@{host}/db"), kind, 4)
 
 
@@ -470,12 +468,12 @@ def test_login_that_a_pooler_refuses(db: Db) -> None:
         return db.invoke("setup", env={"DATABASE_URL": url})
 
     with Pooler(db.cluster, roles=("postgres", "ghost"), settings={"max_client_conn": "2"}) as pooler:
-        assert_ends(refused(pooler.url(db, "stranger")), errors.LoginError, 4)
-        assert_ends(refused(pooler.url(db, "ghost")), errors.LoginError, 4)
-        assert_ends(refused(pooler.url(db).replace("/test_", "/no_such_")), errors.NoDatabaseError, 4)
-        assert_ends(refused(f"{pooler.url(db)}&options=-c%20work_mem%3D1MB"), errors.StartupOptionError, 4)
+        assert_ends(refused(pooler.url(db, "stranger")), errors.LOGIN, 4)
+        assert_ends(refused(pooler.url(db, "ghost")), errors.LOGIN, 4)
+        assert_ends(refused(pooler.url(db).replace("/test_", "/no_such_")), errors.NO_DATABASE, 4)
+        assert_ends(refused(f"{pooler.url(db)}&options=-c%20work_mem%3D1MB"), errors.STARTUP_OPTION, 4)
         with pooler.connect(db), pooler.connect(db):
-            assert_ends(refused(pooler.url(db)), errors.FullServerError, 4)
+            assert_ends(refused(pooler.url(db)), errors.FULL_SERVER, 4)
 
 
 # ── no traceback, whatever is broken ───────────────────────────────────────────────────────────────────────────────
@@ -510,7 +508,7 @@ def test_checkout_that_is_not_whole(broken: Path, db: Db, file: str, content: by
         (broken / file).write_bytes(content)
     before = db.dump()
     done = recipe(broken, "setup", DATABASE_URL=db.url)
-    assert_ends(done, errors.CheckoutError, 1)
+    assert_ends(done, errors.CHECKOUT, 1)
     assert str(broken / file) in done.err
     assert db.dump() == before
 
@@ -532,7 +530,7 @@ def test_package_that_is_not_installed(tree: Path, tmp_path: Path, package: str)
     (tmp_path / "sitecustomize.py").write_text(HIDE)
     hidden = {"PYTHONPATH": str(tmp_path), "HIDDEN": package, "DATABASE_URL": "embedded"}
     done = recipe(tree, "setup", BUDGET_ENGINE_POSTGRES=str(tmp_path / "postgres"), **hidden)
-    assert_ends(done, errors.NoPackageError, 1)
+    assert_ends(done, errors.NO_PACKAGE, 1)
     assert package in done.err
 
 
@@ -551,7 +549,7 @@ def test_mistake_of_our_own_is_no_traceback_and_gives_no_secret_away(broken: Pat
     work = broken / "scripts/budget_engine/commands/session.py"
     work.write_text(work.read_text().replace("    return given, where\n", "    raise ValueError(where.conninfo)\n"))
     done = recipe(broken, "setup", DATABASE_URL="postgresql://u:very-s3cret@localhost:1/db")
-    assert_ends(done, errors.UnforeseenError, 1)
+    assert_ends(done, errors.UNFORESEEN, 1)
     assert "commands/session.py, line " in done.err
     assert "very-s3cret" not in done.err + done.out
 
@@ -646,7 +644,7 @@ def test_question_that_nobody_can_be_asked(db: Db) -> None:
     before = db.dump(data=True)
     for streams in ("<&-", ">&- <&-", "</dev/null"):
         done = shell(chain.ROOT, f"invoke prereqs --recreate {streams}", DATABASE_URL=db.url)
-        assert_ends(done, errors.NotConfirmedError, 6)
+        assert_ends(done, errors.NOT_CONFIRMED, 6)
     assert db.dump(data=True) == before
 
 
@@ -664,7 +662,7 @@ def test_locale_that_lacks_our_characters(db: Db, locale: dict[str, str]) -> Non
         done = db.invoke(*words.split(), env=locale)
         assert (done.code, done.err) == (0, ""), done
     refused = db.invoke("setup", env={**locale, "DATABASE_URL": "postgresql://u@127.0.0.1:1/d%C3%A4"})
-    assert_ends(refused, errors.NobodyThereError, 4)
+    assert_ends(refused, errors.NOBODY_THERE, 4)
     missing = db.invoke("setup", env={**locale, "DATABASE_URL": db.url.replace("/test_", "/%E2%86%92")})
     assert missing.code == 4, missing
     assert "Traceback" not in missing.err + missing.out
@@ -694,7 +692,7 @@ def test_psql_that_cannot_be_run(tree: Path, tmp_path: Path, db: Db) -> None:
     done = recipe(tree, "db.psql", DATABASE_URL=db.url, PATH=str(tmp_path))
     target, error = done.err.split("\n", 1)
     assert target.startswith("target "), done
-    assert_ends(replace(done, err=error), errors.SystemRefusesError, 1)
+    assert_ends(replace(done, err=error), errors.SYSTEM_REFUSES, 1)
 
 
 # Python imports a module of this name at its start; the second signal comes while the message is printed.

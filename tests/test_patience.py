@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from budget_engine.errors import LockTimeoutError
+from budget_engine.errors import LOCK_TIMEOUT, LockTimeoutError
 from budget_engine.postgres.patience import Patience
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 LIMITS = st.floats(0.01, 600)
 FIRSTS = st.floats(0.01, 5)
 TRIES_S = st.lists(st.floats(0, 10), min_size=1, max_size=50)  # what each try itself takes
-WHY = LockTimeoutError(what="somebody holds the lock")
+WHY = LOCK_TIMEOUT(what="somebody holds the lock")
 
 
 @dataclass

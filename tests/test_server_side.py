@@ -189,7 +189,7 @@ def test_server_is_still_starting(small: Db) -> None:
     try:
         while "starting up" not in refusal(small):
             assert starter.is_alive()
-        assert_clear(small.invoke("setup"), 4, "the database system is starting up", errors.NotReadyError.usual_remedy)
+        assert_clear(small.invoke("setup"), 4, "the database system is starting up", errors.NOT_READY.remedy)
     finally:
         go.touch()
         starter.join()

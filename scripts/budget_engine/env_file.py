@@ -75,7 +75,7 @@ def read(home: Path, environ: Mapping[str, str]) -> Reading:
         return Reading(given, (*said, *_notes_on_others(given[URL][0], paths[len(files) :], home, environ)))
     _refuse_other_names(files)
     if CHOICE in environ:
-        raise errors.EnvFileChoiceError(why=f"names a file without {URL}", where=str(paths[0]))
+        raise errors.ENV_FILE_CHOICE(why=f"names a file without {URL}", where=str(paths[0]))
     _refuse_what_lies_beyond(beyond, home, environ)
     return Reading(given, (*said, *_notes_on_other_names(files, environ)))
 
@@ -102,7 +102,7 @@ def _places(home: Path, environ: Mapping[str, str]) -> tuple[list[Path], list[Pa
 
 def _chosen(text: str) -> Path:
     if not text.strip():
-        raise errors.EnvFileChoiceError(why="is set, but empty", where=f"environment variable {CHOICE}")
+        raise errors.ENV_FILE_CHOICE(why="is set, but empty", where=f"environment variable {CHOICE}")
     path = Path(text).expanduser().absolute()  # of the current folder, as shells complete it
     return path.parent.resolve() / path.name
 
@@ -193,9 +193,9 @@ def _read(path: Path, home: Path, environ: Mapping[str, str]) -> EnvFile:
         text = ""
     except OSError as error:
         remedy = f"Correct {CHOICE}, or unset it." if is_chosen else ""
-        raise errors.EnvFileError(file=name, where=f"{path}: {error.strerror}", remedy=remedy) from None
+        raise errors.ENV_FILE(file=name, where=f"{path}: {error.strerror}", remedy=remedy) from None
     except UnicodeDecodeError:
-        raise errors.EnvEncodingError(file=name, where=str(path)) from None
+        raise errors.ENV_ENCODING(file=name, where=str(path)) from None
     return parse(text, environ, name, is_ours=is_ours)
 
 
@@ -217,7 +217,7 @@ def _refuse_broken_url(bindings: Iterable[Binding], name: str) -> None:
     """Ignoring such a line would send the recipes to the embedded server."""
     for binding in bindings:
         if binding.error and re.search(rf"^[^#\n]*\b{URL}\b", binding.original.string, re.M):
-            raise errors.EnvLineError(file=name, where=f"line {_line(binding)}")
+            raise errors.ENV_LINE(file=name, where=f"line {_line(binding)}")
 
 
 def _refuse_shortened_url(bindings: Sequence[Binding], name: str) -> None:
@@ -228,7 +228,7 @@ def _refuse_shortened_url(bindings: Sequence[Binding], name: str) -> None:
         _, _, rest = binding.original.string.partition(binding.value or "\n")
         if re.match(r"\s+#.*@", rest) or (next_one and _may_go_on(next_one)):
             remedy = "Write the URL on one line, in single quotes: without them a comment begins at a # behind a blank."
-            raise errors.EnvLineError(file=name, where=f"line {_line(binding)}", remedy=remedy)
+            raise errors.ENV_LINE(file=name, where=f"line {_line(binding)}", remedy=remedy)
 
 
 def _may_go_on(binding: Binding) -> bool:
@@ -273,13 +273,15 @@ def _refuse_what_lies_beyond(paths: Iterable[Path], home: Path, environ: Mapping
     """Refuse to fall back on the embedded server where a file that does not count may hold the URL that is meant."""
     for path in paths:
         if _has_url(path, home, environ):
-            raise errors.BeyondError(file=path, quoted=shlex.quote(str(path)))
+            raise errors.BEYOND(file=path, quoted=shlex.quote(str(path)))
 
 
 def _has_url(path: Path, home: Path, environ: Mapping[str, str]) -> bool:
     try:
         value = _read(path, home, environ).values.get(URL, "")
-    except errors.EnvLineError:
+    except errors.SettingsError as error:
+        if error.case is not errors.ENV_LINE:
+            raise
         return True
     return bool(value.strip(BLANKS + QUOTES)) and not is_embedded(value)
 
@@ -293,7 +295,7 @@ def _refuse_other_names(files: Iterable[EnvFile]) -> None:
         if binding.key and _is_url(binding.key, file.values[binding.key])
     ]
     if where:
-        raise errors.OtherNameError(where="\n".join(where))
+        raise errors.OTHER_NAME(where="\n".join(where))
 
 
 def _is_url(name: str, value: str) -> bool:

@@ -100,7 +100,7 @@ def load(home: Path, environ: Mapping[str, str]) -> Settings:
     in_files, notes = env_file.read(home, environ)
     given = in_files | {name: (value, f"environment variable {name}") for name, value in environ.items()}
     if "DATABASE_URL" not in given and _is_true(environ.get("CI", "")):
-        raise errors.NoUrlInCiError(where="\n".join(("environment and .env", *notes)))
+        raise errors.NO_URL_IN_CI(where="\n".join(("environment and .env", *notes)))
     target, source = _choose_target(given)
     lock_timeout_ms = _duration_ms(given, "LOCK_TIMEOUT", Settings.lock_timeout_ms, least_ms=1)
     lock_wait_ms = _duration_ms(given, "LOCK_WAIT", Settings.lock_wait_s * 1000, least_ms=0)
@@ -132,11 +132,11 @@ def _duration_ms(given: _Given, name: str, default_ms: float, *, least_ms: float
     match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)\s*([a-z]*)", text)
     number, unit = (match[1], match[2] or plain) if match else ("nan", "s")
     if not unit and float(number):
-        raise errors.UnitError(name=name, number=number, where=source)
+        raise errors.UNIT(name=name, number=number, where=source)
     duration_ms = float(number) * _UNIT_MS.get(unit or "s", math.nan)
     if not least_ms <= duration_ms <= _LONGEST_MS:
         units = ", ".join(_UNIT_MS) + (f"; none means {plain}" if plain else "")
-        raise errors.DurationError(name=name, where=source, units=units, least_ms=least_ms, most_ms=_LONGEST_MS)
+        raise errors.DURATION(name=name, where=source, units=units, least_ms=least_ms, most_ms=_LONGEST_MS)
     return duration_ms
 
 
@@ -144,9 +144,9 @@ def parse_target(text: str, source: str = "DATABASE_URL") -> Target:
     """Understand a pasted URL, or libpq's keyword form."""
     text, notes = _unwrap(text)
     if not text.strip(QUOTES):
-        raise errors.EmptyUrlError(form=_URL_FORM, where=source)
+        raise errors.EMPTY_URL(form=_URL_FORM, where=source)
     if not text.isprintable():
-        raise errors.UnprintableUrlError(where=source)
+        raise errors.UNPRINTABLE_URL(where=source)
     if match := _POSTGRES.fullmatch(text):
         driver = [f"ignored in DATABASE_URL: {match[1]} in the scheme"] if match[1] else []
         return _target_of_url(match[2], source, [*notes, *driver])
@@ -156,7 +156,7 @@ def parse_target(text: str, source: str = "DATABASE_URL") -> Target:
         return _target_of_conninfo(conninfo, _agreed(_in_options(conninfo), source), notes)
     scheme = _OTHER_SCHEME.match(text)
     found = f"begins with {scheme[1]}:" if scheme else "is neither a URL nor libpq's keyword form (host=… dbname=…)"
-    raise errors.OtherUrlError(found=found, form=_URL_FORM, where=source)
+    raise errors.OTHER_URL(found=found, form=_URL_FORM, where=source)
 
 
 def _unwrap(text: str) -> tuple[str, list[str]]:
@@ -173,7 +173,7 @@ def _unwrap(text: str) -> tuple[str, list[str]]:
 def _target_of_url(rest: str, source: str, notes: list[str]) -> Target:
     url = _split_url(rest)
     if url is None:
-        raise errors.AmbiguousUrlError(where=source, remedy=_ENCODING_HELP)
+        raise errors.AMBIGUOUS_URL(where=source, remedy=_ENCODING_HELP)
     typed_secrets = [url.login.partition(":")[2], *(value for name, value in url.parameters if name in libpq.SECRET)]
     paths = [(name, _as_search_path(name, unquote(value))) for name, value in url.parameters if name in _OURS]
     conninfo = _ask_libpq(_normalize(url), source)
@@ -250,7 +250,7 @@ def _agreed(paths: Iterable[tuple[str, str]], source: str) -> str | None:
     given = {name: path for name, path in paths if path}
     different = {_compact(path) for name, path in paths if path}
     if len(different) > 1:
-        raise errors.SearchPathError(names=", ".join(given), where=source)
+        raise errors.SEARCH_PATH(names=", ".join(given), where=source)
     return next(iter(given.values()), None)
 
 
@@ -289,7 +289,7 @@ def _ask_libpq(conninfo: str, source: str) -> dict[str, str]:
     except (psycopg.Error, UnicodeDecodeError):  # the messages of both quote what they are about
         by_hand = "Write host=… port=… dbname=… user=… password=…, values with blanks in single quotes."
         remedy = _ENCODING_HELP if "://" in conninfo else by_hand
-        raise errors.UnparsableUrlError(where=source, remedy=remedy) from None
+        raise errors.UNPARSABLE_URL(where=source, remedy=remedy) from None
 
 
 def _target_of_conninfo(
@@ -326,7 +326,7 @@ def _refuse_misplaced_login(conninfo: Mapping[str, str], source: str) -> None:
     }
     for part, is_odd in misplaced.items():
         if is_odd:
-            raise errors.MisplacedLoginError(part=part, form=_URL_FORM, where=source)
+            raise errors.MISPLACED_LOGIN(part=part, form=_URL_FORM, where=source)
 
 
 def _display(conninfo: Mapping[str, str]) -> str:

@@ -1,8 +1,8 @@
 """The tools that setup is measured against: each runs the SQL of db/migrations on a URL, as a process of its own.
 
 dbmate, alembic and yoyo know none of psql's commands, and run a file as one transaction of theirs or one message: they,
-and the bare script, get what stands between BEGIN and COMMIT, and then the indexes without CONCURRENTLY. Their tables are
-new and empty, so that all of them do the same work.
+and the bare script, get what stands between BEGIN and COMMIT, and then the indexes without CONCURRENTLY. Their tables
+are new and empty, so that all of them do the same work.
 """
 
 from __future__ import annotations

@@ -465,19 +465,19 @@ def lost(*addresses: str, failure: int | None = errno.ENETUNREACH) -> Host:
 @pytest.mark.parametrize(
     ("host", "error"),
     [
-        (lost("2001:db8::1", "2001:db8::2"), errors.NoRouteError),
-        (lost("2001:db8::1", failure=errno.EADDRNOTAVAIL), errors.NoRouteError),
-        (lost("2001:db8::1", failure=errno.ETIMEDOUT), errors.NoRouteError),
-        (lost("2001:db8::1", failure=errno.ECONNREFUSED), errors.NobodyThereError),
-        (lost("2001:db8::1", "203.0.113.7"), errors.SilentHostError),
-        (lost("203.0.113.7", failure=errno.ETIMEDOUT), errors.SilentHostError),
-        (replace(lost(), unresolved="no such name"), errors.NoSuchHostError),
+        (lost("2001:db8::1", "2001:db8::2"), errors.NO_ROUTE),
+        (lost("2001:db8::1", failure=errno.EADDRNOTAVAIL), errors.NO_ROUTE),
+        (lost("2001:db8::1", failure=errno.ETIMEDOUT), errors.NO_ROUTE),
+        (lost("2001:db8::1", failure=errno.ECONNREFUSED), errors.NOBODY_THERE),
+        (lost("2001:db8::1", "203.0.113.7"), errors.SILENT_HOST),
+        (lost("203.0.113.7", failure=errno.ETIMEDOUT), errors.SILENT_HOST),
+        (replace(lost(), unresolved="no such name"), errors.NO_SUCH_HOST),
     ],
 )
-def test_way_that_leads_nowhere(host: Host, error: type[errors.RecipeError]) -> None:
+def test_way_that_leads_nowhere(host: Host, error: errors.Case) -> None:
     [finding] = findings.network([host])
     assert (finding.state, finding.exit_code) == (State.PROBLEM, 4)
-    assert finding.remedy == error.usual_remedy
+    assert finding.remedy == error.remedy
     assert host.name in finding.what
 
 
@@ -841,12 +841,12 @@ def test_second_connection_is_due_where_a_table_exists(table: str | None, state:
     ]
     todo = plan.make(CHAIN, CHAIN.steps, checks)
     assert todo.to_do
-    assert findings.connections(errors.CrowdedError(), todo).state is state
+    assert findings.connections(errors.CROWDED(), todo).state is state
 
 
 def test_verdict_is_that_of_the_first_problem() -> None:
-    first = findings.problem("a", errors.ReadOnlyError(why="so"))
-    second = findings.problem("b", errors.CrowdedError())
+    first = findings.problem("a", errors.READ_ONLY(why="so"))
+    second = findings.problem("b", errors.CROWDED())
     assert findings.verdict([findings.ok("c", "x"), findings.noted(second), first, second])[1] == 8
     assert findings.verdict([findings.ok("c", "x"), findings.noted(first)])[1] == 0
 

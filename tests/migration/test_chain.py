@@ -104,8 +104,9 @@ def test_checkout_with_crlf_is_the_same_chain(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     shutil.copytree(chain.DB, tmp_path / "db")
     (tmp_path / "db" / "verify.sql").write_bytes(b"\xff")
-    with pytest.raises(errors.CheckoutError) as ended:
+    with pytest.raises(errors.RecipeError) as ended:
         chain.load(tmp_path / "db")
+    assert ended.value.case is errors.CHECKOUT
     assert "verify.sql" in f"{ended.value.what}\n{ended.value.where}"
 
 

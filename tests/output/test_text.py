@@ -26,7 +26,7 @@ def check(title_kind: Kind = Kind.COLUMN, **how: object) -> Check:
 
 @given(words, st.lists(words), st.lists(words, min_size=1))
 def test_an_error_says_what_where_and_what_to_do(what: str, where: list[str], remedy: list[str]) -> None:
-    lines = text.error(errors.RecipeError(what=what, where="\n".join(where), remedy="\n".join(remedy)), "the target")
+    lines = text.error(errors.STEP_FAILED(what=what, where="\n".join(where), remedy="\n".join(remedy)), "the target")
     said = "\n".join(lines).splitlines()
     assert said[0] == f"{'error':<{LABEL}}{what}"
     assert [line[LABEL:] for line in said[1 : 1 + len(where)]] == where
@@ -62,6 +62,8 @@ def test_each_step_its_state_and_what_it_creates() -> None:
         assert head.split(maxsplit=1)[1] == step.state.value  # the label and what follows it do not touch
     said = "\n".join(lines)
     assert re.search(r"! slots\.min_chars +is text, expected boolean NOT NULL", said)
+    assert "must_keep" not in said  # the step runs nothing while there is a conflict
+    said = "\n".join(text.steps(plan.make(CHAIN, CHAIN.steps, everything[:2])))
     assert re.search(r"\+ slots\.must_keep +boolean NOT NULL", said)
     assert "comment" not in said  # it goes along with its column
 

@@ -302,6 +302,8 @@ def _crowded(connection: Connection, open_second: Callable[[], Connection]) -> e
         with needing_room(), open_second() as second:
             second.ask([])
         connection.run(["COMMIT"])
-    except errors.CrowdedError as error:
+    except errors.RecipeError as error:
+        if error.case is not errors.CROWDED:
+            raise
         return error
     return None

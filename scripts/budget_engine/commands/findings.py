@@ -120,7 +120,7 @@ def embedded_server(cluster: Cluster, health: Health, *, in_use: bool) -> Findin
         return ok("embedded", f"not in use, {runs}; {place}")
     if not health.version:
         does = "does not run: its binaries cannot be started here"
-        return problem("embedded", errors.EmbeddedServerError(does=does, where=str(cluster.binaries / "postgres")))
+        return problem("embedded", errors.EMBEDDED_SERVER(does=does, where=str(cluster.binaries / "postgres")))
     if health.running:
         return ok("embedded", f"{health.version}, {runs}; {place}")
     if health.pid is not None:
@@ -172,17 +172,17 @@ def network(hosts: Sequence[Host]) -> list[Finding]:
 def _host(host: Host) -> Finding:
     place = host.name if host.name.startswith(("/", "@")) else f"{host.name} port {host.port}"
     if host.unresolved:
-        return problem("network", errors.NoSuchHostError(what=f"{host.name} has no address: {host.unresolved}"))
+        return problem("network", errors.NO_SUCH_HOST(what=f"{host.name} has no address: {host.unresolved}"))
     for way in host.ways:
         if way.failure is None:
             return ok("network", f"{place} answers" + ("" if way.address == host.name else f" ({way.address})"))
     failures = {way.failure for way in host.ways}
     why = ", ".join(sorted({_said(failure) for failure in failures}))
     if failures & _NOBODY:
-        return problem("network", errors.NobodyThereError(what=f"nobody listens at {place}: {why}"))
+        return problem("network", errors.NOBODY_THERE(what=f"nobody listens at {place}: {why}"))
     if all(":" in way.address for way in host.ways):
-        return problem("network", errors.NoRouteError(what=f"{host.name} has IPv6 addresses only, out of reach: {why}"))
-    return problem("network", errors.SilentHostError(what=f"no answer from {place}: {why}"))
+        return problem("network", errors.NO_ROUTE(what=f"{host.name} has IPv6 addresses only, out of reach: {why}"))
+    return problem("network", errors.SILENT_HOST(what=f"no answer from {place}: {why}"))
 
 
 def _said(failure: int | None) -> str:
@@ -270,11 +270,11 @@ def server(server: Server, ports: Sequence[str]) -> Finding:
     return ok("server", f"PostgreSQL {server.version}, {via}")
 
 
-_TOPICS: dict[type[errors.RecipeError], str] = {
-    errors.NoSchemaError: "schema",
-    errors.SystemSchemaError: "schema",
-    errors.ReadOnlyError: "writes",
-    errors.RightError: "rights",
+_TOPICS: dict[errors.Case, str] = {
+    errors.NO_SCHEMA: "schema",
+    errors.SYSTEM_SCHEMA: "schema",
+    errors.READ_ONLY: "writes",
+    errors.RIGHT: "rights",
 }
 
 
@@ -285,7 +285,7 @@ def chain(server: Server, checks: Sequence[Check], todo: Plan) -> Iterator[Findi
         does = f"setup would run {', '.join(steps)}" if steps else "setup has nothing to do"
         yield ok("checks", f"{summary(checks)}; {does}")
     for hindrance in hindrances(todo, server, {}):
-        yield problem(_TOPICS.get(type(hindrance), "checks"), _in_short(hindrance, todo))
+        yield problem(_TOPICS.get(hindrance.case, "checks"), _in_short(hindrance, todo))
     if server.read_only and not todo.to_do:
         yield note("writes", server.read_only, "Name another server in DATABASE_URL once there is something to do.")
     if not todo.lacking:
@@ -293,10 +293,10 @@ def chain(server: Server, checks: Sequence[Check], todo: Plan) -> Iterator[Findi
 
 
 def _in_short(hindrance: errors.RecipeError, todo: Plan) -> errors.RecipeError:
-    if isinstance(hindrance, errors.ConflictError):
+    if hindrance.case is errors.CONFLICT:
         tables = sorted({check.table for check in todo.conflicts})
         remedy = "invoke verify shows what, and the commands that clear it."
-        return errors.ConflictError(what=hindrance.what, where=f"it concerns {', '.join(tables)}", remedy=remedy)
+        return errors.CONFLICT(what=hindrance.what, where=f"it concerns {', '.join(tables)}", remedy=remedy)
     return hindrance
 
 

@@ -115,9 +115,9 @@ def _sum_up_plan(look: _Look, form: str) -> None:
         CONSOLE.emit_json(formats.as_json(look.view(more)))
 
 
-def refused_by_rows(orphans: list[survey.Orphans]) -> errors.MissingError:
+def refused_by_rows(orphans: list[survey.Orphans]) -> errors.RecipeError:
     """Return what setup would end with because of them, once all else is done."""
-    return errors.MissingError(
+    return errors.MISSING(
         what="rows refuse what is expected: setup would do the rest, and end with exit 5",
         where="\n".join(map(str, orphans)),
         remedy=errors.CORRECT_THE_ROWS,
@@ -186,9 +186,7 @@ def _looking(task: str, form: str, *, quiet: bool, sql: bool = False) -> Iterato
     """Look at what exists; once all is said, raise what the task ends with. A document has stdout for itself."""
     formats_ = (PEOPLE,) if sql else FORMATS[task]
     if form not in formats_:
-        raise errors.FormatError(
-            task=f"{task} that prints SQL" if sql else task, form=form, formats=", ".join(formats_)
-        )
+        raise errors.FORMAT(task=f"{task} that prints SQL" if sql else task, form=form, formats=", ".join(formats_))
     CONSOLE.format, CONSOLE.quiet = "sql" if sql else form, quiet
     look = None
     try:

@@ -46,7 +46,7 @@ def _embedded_target(*, dry: bool) -> tuple[Target, bool]:
     """Have the embedded server run; return it, and whether it had to be started."""
     cluster = embedded.locate(ROOT)
     if dry and not embedded.running(cluster):
-        raise errors.NotRunningError(looking="--dry", where=f"its data: {cluster.data}")
+        raise errors.NOT_RUNNING(looking="--dry", where=f"its data: {cluster.data}")
     started = embedded.start(cluster)
     return target_of(cluster), started
 
@@ -122,7 +122,7 @@ class Session:
         try:
             _, rows = self.connection.ask([survey.PIN, conflicts.query(todo.checks)])
         except errors.StatementError as error:  # a view behind ACCESS EXCLUSIVE: the conflict can be told without it
-            if not issubclass(errors.for_sqlstate(error.sqlstate), errors.LockTimeoutError):
+            if errors.for_sqlstate(error.sqlstate).exit_code != 7:
                 raise
             return {}
         return conflicts.commands(todo.checks, conflicts.facts(rows))
@@ -206,7 +206,9 @@ class Session:
                 self.moves = ()
             else:
                 self._build(found).run(todo)
-        except (errors.LockTimeoutError, errors.CrowdedError) as hindrance:
+        except errors.RecipeError as hindrance:
+            if hindrance.exit_code != 7 and hindrance.case is not errors.CROWDED:
+                raise
             return hindrance
         return None
 
@@ -219,8 +221,8 @@ class Session:
 
     def _pause(self, hindrance: errors.RecipeError, found: survey.Survey | None = None) -> None:
         """Wait a while, and say so: each time where we stood in a queue, once where others are simply at work."""
-        queued = type(hindrance) in (errors.LockTimeoutError, errors.DeadlockError)
-        if isinstance(hindrance, errors.BusyError) and found:
+        queued = hindrance.case in (errors.LOCK_TIMEOUT, errors.DEADLOCK)
+        if hindrance.case is errors.BUSY and found:
             hindrance.where = self._who_is_at_work(found)
 
         def announce(pause_s: float, left_s: float) -> None:
@@ -302,29 +304,29 @@ def hindrances(
         required = [check for check in absent if check.required]
         if required:
             where = "\n".join(text.difference(check) for check in outermost(required))
-            found.append(errors.PrerequisiteError(step=required[0].step, where=where))
+            found.append(errors.PREREQUISITE(step=required[0].step, where=where))
     if todo.to_do and server.read_only:
         pending = ", ".join(step.label for step in todo.steps if step.transaction or step.concurrent)
-        found.append(errors.ReadOnlyError(why=server.read_only, where=f"pending: {pending}"))
+        found.append(errors.READ_ONLY(why=server.read_only, where=f"pending: {pending}"))
     if todo.lacking:
-        found.append(errors.RightError(role=server.role, where="\n".join(todo.lacking)))
+        found.append(errors.RIGHT(role=server.role, where="\n".join(todo.lacking)))
     return found
 
 
 def no_place(todo: plan.Plan, server: survey.Server) -> list[errors.RecipeError]:
     """Return why there is no place for tables, if there is none."""
     if server.schema is None:
-        return [errors.NoSchemaError(search_path=server.search_path)]
+        return [errors.NO_SCHEMA(search_path=server.search_path)]
     if hidden := [check.table for check in todo.checks if check.is_temporary]:
-        return [errors.HiddenTableError(tables=", ".join(hidden))]
+        return [errors.HIDDEN_TABLE(tables=", ".join(hidden))]
     new = any(check.kind is Kind.TABLE and check.actual is None for check in todo.missing)
     if new and re.match("pg_|information_schema$", server.schema):
-        return [errors.SystemSchemaError(schema=server.schema, search_path=server.search_path)]
+        return [errors.SYSTEM_SCHEMA(schema=server.schema, search_path=server.search_path)]
     hidden = [check.table for check in todo.conflicts if "hidden" in check.blocked]
-    return [errors.HiddenTableError(tables=", ".join(hidden))] if hidden else []
+    return [errors.HIDDEN_TABLE(tables=", ".join(hidden))] if hidden else []
 
 
-def conflict(todo: plan.Plan, commands: dict[Check, tuple[str, ...]]) -> errors.ConflictError:
+def conflict(todo: plan.Plan, commands: dict[Check, tuple[str, ...]]) -> errors.RecipeError:
     """Return the error that says the conflicts of a plan, and what clears them."""
     checks = todo.conflicts
     lines = text.conflicts(checks, commands)
@@ -337,9 +339,7 @@ def conflict(todo: plan.Plan, commands: dict[Check, tuple[str, ...]]) -> errors.
     if any(check.on_request for check in checks):
         ways.append("invoke prereqs --recreate moves the old core tables, rows and all, and creates new ones.")
     ways.append("Then run the task again.")
-    found = errors.ConflictError(count=f"{count} conflict{'s' * (count != 1)}", remedy="\n".join(ways))
-    found.before = lines
-    return found
+    return errors.CONFLICT(count=f"{count} conflict{'s' * (count != 1)}", remedy="\n".join(ways), before=lines)
 
 
 def refuse_what_is_missing(
@@ -360,4 +360,4 @@ def refuse_what_is_missing(
     if left.missing:
         differences = [] if listed else [text.difference(check) for check in outermost(left.missing)]
         remedy = errors.CORRECT_THE_ROWS if rows or tried else ""
-        raise errors.MissingError(where="\n".join([*differences, *rows]), remedy=remedy)
+        raise errors.MISSING(where="\n".join([*differences, *rows]), remedy=remedy)

@@ -46,7 +46,7 @@ def prereqs(*, recreate: bool, with_dependants: bool, yes: bool, dry: bool) -> N
         _recreate(with_dependants=with_dependants, yes=yes, dry=dry)
     elif with_dependants or yes:
         options = ["--with-dependants"] * with_dependants + ["--yes"] * yes
-        raise errors.OptionError(options=" and ".join(options), of="--recreate")
+        raise errors.OPTION(options=" and ".join(options), of="--recreate")
     else:
         run("prereqs", dry=dry)
 
@@ -96,4 +96,4 @@ def _ask(session: Session, found: survey.Survey, moves: Sequence[recreate.Move])
         return
     CONSOLE.say(*text.moves(session.where, found.server, moves))
     if not CONSOLE.confirms("Move them?"):
-        raise errors.NotConfirmedError
+        raise errors.NOT_CONFIRMED()

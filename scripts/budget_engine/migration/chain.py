@@ -190,7 +190,7 @@ def text_of(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or error
-        raise errors.CheckoutError(file=os.path.relpath(file, ROOT), why=why, where=str(file)) from None
+        raise errors.CHECKOUT(file=os.path.relpath(file, ROOT), why=why, where=str(file)) from None
 
 
 def version() -> str:

@@ -86,9 +86,9 @@ def read(connection: Connection, chain: Chain, found: Survey, *, with_dependants
     anew = [str(check.found) for check in tables]
     _, rows = connection.ask([PIN, _LED.format(core=literal(core), anew=literal(anew))])
     if (keys := _lines(row[5] for row in rows)) and not with_dependants:
-        raise errors.DependantsError(where="\n".join(keys))
+        raise errors.DEPENDANTS(where="\n".join(keys))
     if lacking := _lines(row[6] for row in rows):
-        raise errors.RightError(role=found.server.role, where="\n".join(lacking))
+        raise errors.RIGHT(role=found.server.role, where="\n".join(lacking))
     return _moves(connection, rows)
 
 

@@ -276,7 +276,7 @@ class Script:
             also=_keys(also),
             later=_keys(later),
             new_tables=literal([check.table for check in checks if check.kind is Kind.TABLE]),
-            message=literal(errors.BrokenStepError.says),
+            message=literal(errors.BROKEN_STEP.says),
         )
 
     def rehearsal(self, connection: Connection) -> list[Sent]:
@@ -384,7 +384,7 @@ def _send(connection: Connection, message: Sequence[Sent], say: Say, notice: Not
             return connection.run([sent.sql for sent in message], on_done)
     except StatementError as error:
         if error.sqlstate == _BUSY:
-            raise errors.BusyError(who=AT_WORK) from error
+            raise errors.BUSY(who=AT_WORK) from error
         raise _failure(message[: error.index + 1], error) from error
 
 
@@ -441,7 +441,7 @@ class Builder:
         """
         self._take_turn()
         if any(check.being_built for action in plan.concurrent for check in action.checks):
-            raise errors.BusyError(who="session is building an index")
+            raise errors.BUSY(who="session is building an index")
         for step in plan.steps:
             started = time.monotonic()
             due = [action for action in step.concurrent if self.refused.keys().isdisjoint(action.sql)]
@@ -472,7 +472,7 @@ class Builder:
                 self._turn = second
                 return
             second.close()
-        raise errors.BusyError(who="run is building indexes in this schema")
+        raise errors.BUSY(who="run is building indexes in this schema")
 
     @contextmanager
     def _tried(self) -> Iterator[str | None]:
@@ -500,13 +500,13 @@ class Builder:
                 self.connection.run(message)
         except StatementError as error:
             if error.sqlstate == _DEADLOCK:  # two builds on one table waited for each other; the other one goes on
-                raise errors.BusyError(who="session is building an index on the same table") from error
+                raise errors.BUSY(who="session is building an index on the same table") from error
             if not (error.sqlstate or "").startswith(_INTEGRITY):
                 raise _failure([sent], error, pooled=self._pooled) from error
             self.refused[sql] = "\n".join(filter(None, [error.message, error.detail]))
         else:
             if skipped:
-                raise errors.BusyError(who="session is building the same index")
+                raise errors.BUSY(who="session is building the same index")
             self.say(sent, [])
 
 
@@ -517,7 +517,7 @@ def needing_room() -> Iterator[None]:
         yield
     except (errors.UnreachableError, StatementError) as error:
         where = error.message if isinstance(error, StatementError) else error.where
-        raise errors.CrowdedError(where=where) from error
+        raise errors.CROWDED(where=where) from error
 
 
 def _failure(sent: Sequence[Sent], error: StatementError, *, pooled: bool = False) -> errors.RecipeError:
@@ -541,10 +541,10 @@ def _failure(sent: Sequence[Sent], error: StatementError, *, pooled: bool = Fals
     )
 
 
-def _aftermath(failed: Sent, kind: type[errors.RecipeError]) -> str:
+def _aftermath(failed: Sent, kind: errors.Case) -> str:
     if failed.part is Part.CONCURRENT:
         return "what it left unfinished, an INVALID index perhaps, the next run finishes"
-    if issubclass(kind, errors.UnreachableError):  # the server has the whole message, and may go on without us
+    if kind.exit_code == 4:  # the server has the whole message, and may go on without us
         return "the next run reads from the catalogs how far it came"
     return f"{failed.step.label} changed nothing"
 

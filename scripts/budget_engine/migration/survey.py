@@ -188,10 +188,10 @@ def read(connection: Connection, chain: Chain, *, with_recreate: bool = False) -
     try:
         [server], *_, rows = connection.ask([_SERVER, *statements(chain)])
     except StatementError as error:
-        if not issubclass(errors.for_sqlstate(error.sqlstate), errors.LockTimeoutError):
+        if errors.for_sqlstate(error.sqlstate).exit_code != 7:
             raise
         # Printing some definitions takes ACCESS SHARE on their tables: it waits behind ACCESS EXCLUSIVE.
-        raise errors.UnreadableCatalogsError(why=error.message, where="\n".join(error.holders)) from error
+        raise errors.UNREADABLE_CATALOGS(why=error.message, where="\n".join(error.holders)) from error
     checks = checks_of(rows, chain, with_recreate=with_recreate)
     return Survey(_server(server, checks, connection), checks)
 

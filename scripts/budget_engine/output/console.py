@@ -97,7 +97,7 @@ class Console:
             with Path(file).open("a", encoding="utf-8") as opened:
                 opened.write(self.mask(document))
         except OSError as error:
-            self.lost.append(errors.LostOutputError(place=file, why=error.strerror))
+            self.lost.append(errors.LOST_OUTPUT(place=file, why=error.strerror))
 
     def confirms(self, question: str) -> bool | None:
         """Ask the person at the terminal, where no is the default; None: there is no terminal."""
@@ -166,7 +166,7 @@ class _Output(io.FileIO):
                 select.select([], [self], [])
         except OSError as error:
             if not isinstance(error, BrokenPipeError):
-                CONSOLE.lost.append(errors.LostOutputError(place=_OUTPUTS[self.fileno()], why=error.strerror))
+                CONSOLE.lost.append(errors.LOST_OUTPUT(place=_OUTPUTS[self.fileno()], why=error.strerror))
             with Path(os.devnull).open("w") as nowhere:
                 os.dup2(nowhere.fileno(), self.fileno())
             return memoryview(text).nbytes

@@ -37,8 +37,8 @@ def _complain(error: errors.RecipeError) -> None:
     """Print what is wrong, what it concerns, and what helps."""
     from budget_engine.output import text
 
-    target = "" if isinstance(error, errors.StoppedError) else CONSOLE.target
-    CONSOLE.aside(*(error.before if isinstance(error, errors.ConflictError) else ()), *text.error(error, target))
+    target = "" if error.case is errors.STOPPED else CONSOLE.target
+    CONSOLE.aside(*error.before, *text.error(error, target))
 
 
 def as_message(error: BaseException) -> errors.RecipeError:
@@ -50,13 +50,13 @@ def as_message(error: BaseException) -> errors.RecipeError:
             kind = errors.for_sqlstate(error.sqlstate)
             return kind(what=error.message, where=error.where, remedy=error.remedy)
         case KeyboardInterrupt():
-            return errors.StoppedError()
+            return errors.STOPPED()
         case ImportError():
-            return errors.NoPackageError(why=error, where=f"Python's environment is {sys.prefix}")
+            return errors.NO_PACKAGE(why=error, where=f"Python's environment is {sys.prefix}")
         case OSError():
-            return errors.SystemRefusesError(why=error.strerror or error, where=str(error.filename or ""))
+            return errors.SYSTEM_REFUSES(why=error.strerror or error, where=str(error.filename or ""))
     import traceback
 
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     where = "\n".join(f"{frame.filename}, line {frame.lineno}, in {frame.name}" for frame in frames)
-    return errors.UnforeseenError(why=f"{type(error).__name__}: {error}", where=where)
+    return errors.UNFORESEEN(why=f"{type(error).__name__}: {error}", where=where)

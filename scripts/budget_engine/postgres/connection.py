@@ -54,24 +54,24 @@ OLDEST_VERSION = 140000  # CREATE OR REPLACE TRIGGER and string_to_table came wi
 # Of a login that fails, libpq keeps only words, no SQLSTATE. These are the server's, PgBouncer's, libpq's and psycopg's
 # own; the first that fit decide, so that an answer counts for more than none. A server that speaks another language
 # (lc_messages) is not understood: then the remedy is the one for all.
-_REFUSALS: tuple[tuple[str, type[errors.RecipeError]], ...] = (
-    ("password authentication failed|no password supplied|SASL authentication failed", errors.PasswordError),
-    (r'role ".*" (does not exist|is not permitted to log in)|no such user|user not found', errors.LoginError),
-    (r"pg_hba\.conf|authentication failed", errors.LoginError),
-    ('database ".*" does not exist|no such database', errors.NoDatabaseError),
-    ("permission denied for database", errors.NotPermittedError),
-    ("too many (clients|connections)|connection slots are reserved|no more connections", errors.FullServerError),
-    ("the database system is", errors.NotReadyError),
-    ("No space left on device", errors.NoRoomError),
-    ("out of (shared )?memory", errors.NoMemoryError),
-    ("unsupported startup parameter|(for|configuration) parameter", errors.StartupOptionError),
-    ("invalid response to SSL negotiation|expected authentication request", errors.NotPostgresError),
-    ("server closed the connection|SSL (SYSCALL|connection has)|reset by peer", errors.LostConnectionError),
-    ("SSL|sslmode|certificate", errors.TlsError),
-    ("resolve host (?!.*Servname)|translate host name|parse network address", errors.NoSuchHostError),
-    ("'idna' codec|label empty or too long", errors.NoSuchHostError),  # Python's words, the latter 3.12's
-    ("timeout expired|timed out|No route to host|unreachable", errors.SilentHostError),
-    ("Connection refused|No such file or directory", errors.NobodyThereError),
+_REFUSALS: tuple[tuple[str, errors.Case], ...] = (
+    ("password authentication failed|no password supplied|SASL authentication failed", errors.PASSWORD),
+    (r'role ".*" (does not exist|is not permitted to log in)|no such user|user not found', errors.LOGIN),
+    (r"pg_hba\.conf|authentication failed", errors.LOGIN),
+    ('database ".*" does not exist|no such database', errors.NO_DATABASE),
+    ("permission denied for database", errors.NOT_PERMITTED),
+    ("too many (clients|connections)|connection slots are reserved|no more connections", errors.FULL_SERVER),
+    ("the database system is", errors.NOT_READY),
+    ("No space left on device", errors.NO_ROOM),
+    ("out of (shared )?memory", errors.NO_MEMORY),
+    ("unsupported startup parameter|(for|configuration) parameter", errors.STARTUP_OPTION),
+    ("invalid response to SSL negotiation|expected authentication request", errors.NOT_POSTGRES),
+    ("server closed the connection|SSL (SYSCALL|connection has)|reset by peer", errors.LOST_CONNECTION),
+    ("SSL|sslmode|certificate", errors.TLS),
+    ("resolve host (?!.*Servname)|translate host name|parse network address", errors.NO_SUCH_HOST),
+    ("'idna' codec|label empty or too long", errors.NO_SUCH_HOST),  # Python's words, the latter 3.12's
+    ("timeout expired|timed out|No route to host|unreachable", errors.SILENT_HOST),
+    ("Connection refused|No such file or directory", errors.NOBODY_THERE),
 )
 
 
@@ -115,7 +115,7 @@ class Connection:
         if self._connection.info.server_version < OLDEST_VERSION:
             version = self._connection.info.parameter_status("server_version")
             self.close()
-            raise errors.TooOldError(target=target.display, where=f"the server is PostgreSQL {version}")
+            raise errors.TOO_OLD(target=target.display, where=f"the server is PostgreSQL {version}")
 
     @property
     def backend_pid(self) -> int:
@@ -324,8 +324,8 @@ def _refused(index: int, error: psycopg.Error) -> StatementError:
     )
 
 
-def _refusal(target: Target, words: str) -> errors.NoConnectionError:
+def _refusal(target: Target, words: str) -> errors.RecipeError:
     """Return the error of a login that failed, with what helps in its case."""
-    cause = next((kind for phrases, kind in _REFUSALS if re.search(phrases, words)), errors.NoConnectionError)
+    cause = next((kind for phrases, kind in _REFUSALS if re.search(phrases, words)), errors.NO_CONNECTION)
     where = mask(words.strip(), target.secrets)
-    return errors.NoConnectionError(target=target.display, where=where, remedy=cause.usual_remedy)
+    return errors.NO_CONNECTION(target=target.display, where=where, remedy=cause.remedy)

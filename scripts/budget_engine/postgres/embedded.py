@@ -92,14 +92,14 @@ def locate(root: Path, major: int = 18, binaries: Path | None = None) -> Cluster
 def _package_binaries(major: int) -> Path:
     """Find the folder of initdb and postgres without importing the package."""
     if sys.platform == "win32":
-        raise errors.NoSocketsError(where="This is Windows.")
+        raise errors.NO_SOCKETS(where="This is Windows.")
     package = importlib.util.find_spec(PACKAGE)
     folders = (package.submodule_search_locations if package else None) or []
     for folder in folders:
         binaries = Path(folder) / INSTALLATIONS[major] / "bin"
         if (binaries / "postgres").exists():
             return binaries
-    raise errors.NoBinariesError(
+    raise errors.NO_BINARIES(
         major=major, where=f"The package {PACKAGE.replace('_', '-')} is not installed in {sys.prefix}."
     )
 
@@ -112,7 +112,7 @@ def _home(root: Path, major: int) -> Path:
         if any(path.is_symlink() for path in (home, *home.parents)):  # a circle, at which Python 3.13 no longer raises
             home.stat()
     except (RuntimeError, OSError) as error:  # ~ of nobody; links in a circle
-        raise errors.EmbeddedFilesError(why=str(error).strip("."), variable=DATA_VARIABLE, where=given) from None
+        raise errors.EMBEDDED_FILES(why=str(error).strip("."), variable=DATA_VARIABLE, where=given) from None
     if os.geteuid() != 0 or (home / str(major)).exists():
         return home
     elsewhere = MACHINE / _digest(home)
@@ -347,7 +347,7 @@ def _is_private(folder: Path, cluster: Cluster) -> bool:
         return False
     if stat.S_ISDIR(found.st_mode) and found.st_uid == _owner(cluster) and not found.st_mode & 0o077:
         return True
-    raise errors.NotPrivateError(
+    raise errors.NOT_PRIVATE(
         where=f"{folder} is {stat.filemode(found.st_mode)} and belongs to {_name(found.st_uid)}; "
         f"drwx------ of {cluster.user or _name(os.geteuid())} was expected.",
         variable=DATA_VARIABLE,
@@ -384,7 +384,7 @@ def _create_account(cluster: Cluster) -> None:
                 done = subprocess.run([found, *flags, ACCOUNT], check=False, capture_output=True, text=True)
                 output = done.stderr.strip()
     if _owner(cluster) is None:
-        raise errors.NoAccountError(account=ACCOUNT, where=output)
+        raise errors.NO_ACCOUNT(account=ACCOUNT, where=output)
 
 
 def _as_server(cluster: Cluster) -> dict[str, Any]:
@@ -452,7 +452,7 @@ def _initdb(cluster: Cluster, binaries: Path, lock: int) -> None:
         **_as_server(cluster),
     )
     if done.returncode:
-        raise errors.InitdbError(where=_tail(done.stdout))
+        raise errors.INITDB(where=_tail(done.stdout))
     unfinished.rename(cluster.data)
 
 
@@ -494,15 +494,15 @@ def _explained(cluster: Cluster) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise errors.EmbeddedFilesError(
+        raise errors.EMBEDDED_FILES(
             why=error.strerror or error, variable=DATA_VARIABLE, where=f"{error.filename or cluster.data.parent}"
         ) from error
 
 
-def _failed(does: str, cluster: Cluster) -> errors.EmbeddedServerError:
+def _failed(does: str, cluster: Cluster) -> errors.RecipeError:
     """Return the error with the end of the server's log, which says why."""
     said = _tail(cluster.log.read_text(errors="replace")) if cluster.log.exists() else "(no log)"
-    return errors.EmbeddedServerError(does=does, where=f"{cluster.log}:\n{said}")
+    return errors.EMBEDDED_SERVER(does=does, where=f"{cluster.log}:\n{said}")
 
 
 def _tail(text: str) -> str:

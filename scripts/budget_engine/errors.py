@@ -214,10 +214,6 @@ TLS = Case(4, "",
 LOST_CONNECTION = Case(4, "",
     "Run the task again: what was committed stays, and it goes on from there. Where it comes back: is it PostgreSQL "
     "that answers at this host and port, is its server up, and has the pooler room?")
-CROWDED = Case(4,
-    "concurrent work needs a second connection for a while",
-    "Run the task again when other sessions have ended (LOCK_WAIT sets how long to wait), or, where a pooler stands "
-    "between, name the server itself in DATABASE_URL (the direct URL).")
 _OTHERWISE = "Set DATABASE_URL to a PostgreSQL server of yours, or run as an ordinary user that has an account."
 NO_SOCKETS = Case(4, "The embedded server needs unix sockets.", "Set DATABASE_URL, or work inside WSL.")
 NO_BINARIES = Case(4,

@@ -25,8 +25,7 @@ import supabase
 from budget_engine import errors
 from budget_engine.commands import findings
 from budget_engine.commands.findings import Facts, Finding, Host, Limit, State, Way
-from budget_engine.migration import chain, plan
-from budget_engine.migration.checks import Check, Kind
+from budget_engine.migration import chain
 from budget_engine.migration.survey import Orphans, Server
 from budget_engine.postgres import embedded
 from budget_engine.postgres.embedded import Cluster, Health
@@ -832,21 +831,9 @@ def test_limit_of_ones_own_is_not_the_roles() -> None:
     assert "ALTER ROLE" not in finding.remedy
 
 
-@pytest.mark.parametrize(("table", "state"), [(None, State.NOTE), ("table", State.PROBLEM)])
-def test_second_connection_is_due_where_a_table_exists(table: str | None, state: State) -> None:
-    step, found = "slots_templates", None if table is None else "public.slots"
-    checks = [
-        Check(step, Kind.TABLE, "slots", "", "table", table, None if table else step, True, found),
-        Check(step, Kind.INDEX, "slots", "idx_slots_type", "btree (type)", None, step, True, found),
-    ]
-    todo = plan.make(CHAIN, CHAIN.steps, checks)
-    assert todo.to_do
-    assert findings.connections(errors.CROWDED(), todo).state is state
-
-
 def test_verdict_is_that_of_the_first_problem() -> None:
     first = findings.problem("a", errors.READ_ONLY(why="so"))
-    second = findings.problem("b", errors.CROWDED())
+    second = findings.problem("b", errors.FULL_SERVER(what="so"))
     assert findings.verdict([findings.ok("c", "x"), findings.noted(second), first, second])[1] == 8
     assert findings.verdict([findings.ok("c", "x"), findings.noted(first)])[1] == 0
 

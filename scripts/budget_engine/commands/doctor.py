@@ -30,7 +30,7 @@ from budget_engine.commands.findings import EventTrigger, Facts, Finding, Host, 
 from budget_engine.commands.session import Session, announce, target_of
 from budget_engine.migration import chain, plan, survey
 from budget_engine.migration.chain import ROOT
-from budget_engine.migration.runner import HISTORY, STAY, needing_room
+from budget_engine.migration.runner import HISTORY
 from budget_engine.migration.survey import Survey
 from budget_engine.output.console import CONSOLE
 from budget_engine.output.ending import as_message
@@ -205,8 +205,6 @@ def _session(where: Target, given: Settings, ports: list[str]) -> Iterator[Findi
                 yield from findings.chain(server, found.checks, todo)
                 yield from findings.limits(server, facts, given.lock_timeout_ms)
                 yield from findings.event_triggers(facts, todo, _commands(todo))
-                second = partial(Connection, where, given, answer_s=given.connect_timeout_s)
-                yield findings.connections(_crowded(session.connection, second), todo)
                 yield from () if todo.conflicts else _rows(session, todo)
     except errors.RecipeError as error:
         yield findings.problem("login", error, known=where.display)
@@ -293,17 +291,3 @@ def _ask(connection: Connection, tables: Collection[str]) -> Facts:
             for trigger, event, tags in event_triggers
         ),
     )
-
-
-def _crowded(connection: Connection, open_second: Callable[[], Connection]) -> errors.RecipeError | None:
-    """Try for a second connection while a transaction is open on the first: a pooler lends its server's to either."""
-    try:
-        connection.run([*BEGIN_READ_ONLY, STAY])
-        with needing_room(), open_second() as second:
-            second.ask([])
-        connection.run(["COMMIT"])
-    except errors.RecipeError as error:
-        if error.case is not errors.CROWDED:
-            raise
-        return error
-    return None

@@ -401,11 +401,3 @@ def rows(orphans: Sequence[Orphans], unseen: Sequence[str]) -> Iterator[Finding]
     if unknown:
         says = "\n".join(["setup ends with exit 5 where rows refuse this:", *unknown])
         yield note("rows", says, "Nothing yet: it does all else even then, and says which rows those are.")
-
-
-def connections(crowded: errors.RecipeError | None, todo: Plan) -> Finding:
-    """Say whether there is room for the second connection that concurrent work needs."""
-    if crowded is None:
-        return ok("connections", "two at once, as concurrent work needs")
-    found = problem("connections", crowded)
-    return found if todo.concurrent else noted(found)

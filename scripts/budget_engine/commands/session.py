@@ -79,13 +79,11 @@ class Session:
 
     def __post_init__(self) -> None:
         self.patience = Patience(self.given.lock_wait_s)
-        self._open_second = partial(
-            self.connect, answer_s=self.given.connect_timeout_s
-        )  # all that it is asked takes moments
 
     def __enter__(self) -> Session:
         self.connection = self._stack.enter_context(self.connect())
-        watch = blockers.Watch(self.connection, self._open_second, _tell, early=self.early)
+        second = partial(self.connect, answer_s=self.given.connect_timeout_s)  # all that it is asked takes moments
+        watch = blockers.Watch(self.connection, second, _tell, early=self.early)
         self.connection.watch = self._stack.enter_context(closing(watch))
         return self
 
@@ -206,17 +204,14 @@ class Session:
                 self.moves = ()
             else:
                 self._build(found).run(todo)
-        except errors.RecipeError as hindrance:
-            if hindrance.exit_code != 7 and hindrance.case is not errors.CROWDED:
-                raise
+        except errors.LockTimeoutError as hindrance:
             return hindrance
         return None
 
     def _build(self, found: survey.Survey) -> runner.Builder:
         if self._builder is None:
             patience_s = None if found.server.pooled else self.given.lock_wait_s
-            builder = runner.Builder(self.connection, found, patience_s, _Progress(), self._open_second)
-            self._builder = self._stack.enter_context(builder)
+            self._builder = runner.Builder(self.connection, found, patience_s, _Progress())
         return self._builder
 
     def _pause(self, hindrance: errors.RecipeError, found: survey.Survey | None = None) -> None:

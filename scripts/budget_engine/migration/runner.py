@@ -12,8 +12,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -155,11 +154,17 @@ _TOOK = f"SELECT 1000 * ({_CLOCK} - pg_catalog.current_setting('budget_engine.st
 _NAME = "budget_engine.verification"
 
 _AS_BUILT = f"SELECT set_config(name, boot_val, false) FROM pg_settings WHERE {MISGUIDING}"
-# For the session that builds, and for the transaction that holds the turn meanwhile (transaction_timeout is new in 17).
+# For the session that builds (transaction_timeout is new in 17).
 _UNLIMITED = """SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN '{lock_timeout_ms}' ELSE '0' END, false)
 FROM pg_settings WHERE name IN ('statement_timeout', 'transaction_timeout', 'lock_timeout')"""
-STAY = """SELECT set_config(name, '0', true)
-FROM pg_settings WHERE name IN ('idle_in_transaction_session_timeout', 'transaction_timeout')"""
+
+
+# Whether a session of others builds an index, or validates a key, on one of our tables.
+_BUILT = """EXISTS (
+  SELECT FROM pg_locks WHERE locktype = 'relation' AND mode = 'ShareUpdateExclusiveLock' AND pid <> pg_backend_pid()
+    AND relation = ANY ({tables}::regclass[])
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    AND pid NOT IN (SELECT pid FROM pg_stat_progress_vacuum UNION ALL SELECT pid FROM pg_stat_progress_analyze))"""
 
 
 class Part(Enum):
@@ -395,20 +400,13 @@ def _tell(sent: Sent, said: Diagnostic, notice: Notice) -> None:
 
 
 class Builder:
-    """Runs the concurrent part of one task's plans, round after round; a context, which ends this run's turn.
+    """Runs the concurrent part of one task's plans, round after round.
 
     patience_s: how long a statement may wait for locks (seconds); None, through a pooler: as long as the role's
-    settings allow. open_second: opens the connection whose transaction holds the turn meanwhile.
+    settings allow.
     """
 
-    def __init__(
-        self,
-        connection: Connection,
-        found: Survey,
-        patience_s: float | None,
-        say: Say,
-        open_second: Callable[[], Connection],
-    ) -> None:
+    def __init__(self, connection: Connection, found: Survey, patience_s: float | None, say: Say) -> None:
         self.connection, self.found, self.say = connection, found, say
         self.refused: dict[str, str] = {}  # the statement, and why the rows refuse it
         self._pooled = patience_s is None
@@ -418,26 +416,17 @@ class Builder:
         self._patience = ", ".join(
             f"pg_catalog.set_config('{name}', '{value}', true)" for name, value in limits.items()
         )
-        self._open_second = open_second
-        self._turn: Connection | None = None
+        self._has_turn = False
         if patience_s is not None:
             # The role's own limits are meant for queries. Through a pooler a SET would stay with another's session.
             connection.run(["SET jit = off", _AS_BUILT, _UNLIMITED.format(lock_timeout_ms=round(patience_s * 1000))])
-
-    def __enter__(self) -> Builder:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._turn is not None:
-            self._turn.close()
 
     def run(self, plan: Plan) -> None:
         """Run what is missing.
 
         A statement that the rows themselves refuse (a key that is not unique, a reference to nothing) is noted in
         `refused`, and passed over from then on: its check goes on failing. Raises BusyError where another run, or
-        another session, is building; CrowdedError where there is no room for the second connection; else the
-        RecipeError that the server's error stands for.
+        another session, is building; else the RecipeError that the server's error stands for.
         """
         self._take_turn()
         if any(check.being_built for action in plan.concurrent for check in action.checks):
@@ -454,36 +443,22 @@ class Builder:
                 self.connection.run([*BEGIN, f"SELECT {self.connection.transaction_settings}", line, "COMMIT"])
 
     def _take_turn(self) -> None:
-        """Be the one who builds; a second connection, which keeps the turn, is opened only where it seems free.
+        """Be the one who builds until the session ends.
 
-        The first one's transaction stays open until the second has had an answer: a pooler with a single server
-        connection would lend it to either, and then keep the work waiting for the turn to end.
+        A pooler's session is ours for a transaction: there we only look whether anybody builds. Who collides all the
+        same loses a deadlock, and tries again.
         """
-        if self._turn is not None:
+        if self._has_turn:
             return
-        with self._tried() as turn_taken, needing_room():
-            second = self._open_second() if turn_taken else None
-            if second is not None:
-                second.ask([])
-        if second is not None:
-            with needing_room():  # its transaction stays open, without a snapshot that a build would wait for
-                *_, rows = second.run([*BEGIN_READ_ONLY, STAY, f"SELECT {turn_taken}"])
-            if rows == [("t",)]:
-                self._turn = second
-                return
-            second.close()
-        raise errors.BUSY(who="run is building indexes in this schema")
-
-    @contextmanager
-    def _tried(self) -> Iterator[str | None]:
-        """Have the turn to build for a moment, and let it go; tell how to take it. None: it is not free."""
-        ours = self.found.turn
-        looks = [survey.PIN, f"SELECT {ours.taken(turn.BUILD)}", ours.numbers()]
-        *_, free, numbers = self.connection.run([*BEGIN_READ_ONLY, STAY, *looks])
-        try:
-            yield turn.taken_by_number(turn.BUILD, numbers) if free == [("t",)] else None
-        finally:
-            self.connection.run(["COMMIT"])
+        free = self.found.turn.taken(turn.BUILD, session=not self._pooled)
+        if self._pooled:
+            tables = sorted({check.found for check in self.found.checks if check.found})
+            free += f" AND NOT {_BUILT.format(tables=literal(tables))}"
+        *_, rows, _ = self.connection.run([*BEGIN_READ_ONLY, survey.PIN, f"SELECT {free}", "COMMIT"])
+        if rows != [("t",)]:
+            self.connection.run(["SELECT pg_catalog.pg_advisory_unlock_all()"])  # those of some schemas, perhaps
+            raise errors.BUSY(who="run is building indexes in this schema")
+        self._has_turn = not self._pooled
 
     def _run_alone(self, step: Step, action: Action, sql: str) -> None:
         skipped: list[Diagnostic] = []
@@ -508,16 +483,6 @@ class Builder:
             if skipped:
                 raise errors.BUSY(who="session is building the same index")
             self.say(sent, [])
-
-
-@contextmanager
-def needing_room() -> Iterator[None]:
-    """Say of a failure that it is the second connection's."""
-    try:
-        yield
-    except (errors.UnreachableError, StatementError) as error:
-        where = error.message if isinstance(error, StatementError) else error.where
-        raise errors.CROWDED(where=where) from error
 
 
 def _failure(sent: Sequence[Sent], error: StatementError, *, pooled: bool = False) -> errors.RecipeError:

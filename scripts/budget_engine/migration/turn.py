@@ -1,4 +1,4 @@
-"""The turn: who is the one to work on the tables of a schema, as SQL to be sent in a transaction, which keeps the turn.
+"""The turn: who is the one to work on the tables of a schema, as SQL; the transaction, or the session, keeps it.
 
 Advisory locks are of one database, and have numbers for names: what is done (RUN, BUILD), and the OID of a schema. A
 run has for itself the schema in which new tables go, and those in which tables of the chain exist; the others of its
@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from psycopg import sql
-
-from budget_engine.postgres.connection import Rows
 
 RUN = int.from_bytes(b"budg", "big")  # the transactions of the steps
 # And one builder: of two CREATE INDEX CONCURRENTLY on one table the second waits for the first one's lock, the first
@@ -35,33 +33,20 @@ class Turn:
     def _is_own(self) -> str:
         return f"nspname = ANY ({_names(self.own)})"
 
-    def taken(self, what: int) -> str:
-        """Expression that takes the turn, without waiting, if it is free, and tells whether it was."""
-        return f"""coalesce((
-    SELECT bool_and(CASE WHEN {self._is_own} THEN pg_try_advisory_xact_lock({what}, oid::int4)
-                    ELSE pg_try_advisory_xact_lock_shared({what}, oid::int4) END)
-    FROM {self._schemas}), pg_try_advisory_xact_lock({what}, 0))"""
+    def taken(self, what: int, *, session: bool = False) -> str:
+        """Expression that takes the turn, without waiting, if it is free, and tells whether it was.
 
-    def numbers(self) -> str:
-        """SELECT of the numbers of these locks, and whether each is for one run alone."""
-        return f"SELECT oid::int4, {self._is_own} FROM {self._schemas}"
+        session: it lasts as long as the session, else as the transaction.
+        """
+        lock = f"pg_try_advisory_{'' if session else 'xact_'}lock"
+        return f"""coalesce((
+    SELECT bool_and(CASE WHEN {self._is_own} THEN {lock}({what}, oid::int4) ELSE {lock}_shared({what}, oid::int4) END)
+    FROM {self._schemas}), {lock}({what}, 0))"""
 
     def refused(self) -> str:
         """Condition on a lock of pg_locks: it keeps a run through this search_path from a turn."""
         return f"""locktype = 'advisory' AND objsubid = 2 AND classid = ANY ('{{{RUN},{BUILD}}}'::oid[]) AND objid IN (
     SELECT oid FROM {self._schemas} AND (mode = 'ExclusiveLock' OR {self._is_own}))"""
-
-
-def taken_by_number(what: int, rows: Rows) -> str:
-    """Expression that takes the turn as taken() does, without a look into the catalogs; rows: of numbers().
-
-    For a transaction that stays: while it has looked into pg_class, VACUUM FULL of that waits, and everybody behind.
-    """
-    tries = [
-        f"pg_try_advisory_xact_lock{'' if alone == 't' else '_shared'}({what}, '{number}'::int4)"
-        for number, alone in rows
-    ]
-    return " AND ".join(tries) or f"pg_try_advisory_xact_lock({what}, 0)"
 
 
 def _names(names: tuple[str, ...]) -> str:

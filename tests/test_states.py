@@ -143,25 +143,6 @@ def test_invalid_indexes_are_built_again(db: Db, turn_id: str) -> None:
     assert lost(before, contents(db), KEPT if turn_id == "uuid" else {}) == []
 
 
-def test_a_key_that_the_rows_refuse_is_said_and_all_else_is_done(db: Db) -> None:
-    db.execute(altered("ALTER TABLE slots DROP CONSTRAINT uk_slots_type_name; UPDATE slots SET name = 'hint'"))
-    before = contents(db)
-    for _ in range(2):
-        done = db.invoke("setup")
-        assert done.code == 5, done
-        assert re.search(
-            r"^refused .*UNIQUE INDEX CONCURRENTLY .*\bslots \(type, name\)\n .*duplicated", done.out, re.M
-        )
-        assert "key slots (type, name) is " in done.err
-        assert set(db.differing()) == {"key slots (type, name)"}
-        assert lost(before, contents(db), {}) == []
-        assert done.out.splitlines()[-1].startswith("left "), done
-        for said in (db.invoke("verify"), db.invoke("status", "--check")):
-            assert (said.code, "key slots (type, name)" in said.out) == (5, True), said
-    db.execute("UPDATE slots SET name = id::text")
-    assert_ready(db)
-
-
 def test_an_index_of_a_core_table_that_the_rows_refuse_is_told_and_keeps_nobody(db: Db) -> None:
     """It is documented: the table is the application's."""
     db.execute(altered("DROP INDEX idx_turns_game_idx; UPDATE turns SET idx = 1 WHERE idx = 2"))

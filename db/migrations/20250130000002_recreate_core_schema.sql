@@ -2,7 +2,6 @@
 --   task   prereqs     (--recreate)
 --   instead of 20250130000000_core_schema     (where games, turns or what new ones need have another id, or are no ordinary tables)
 --   locks  ACCESS EXCLUSIVE for an instant on all that moves, whatever its size
---   again  changes nothing
 --   psql "$DATABASE_URL" -f db/migrations/20250130000002_recreate_core_schema.sql
 --
 -- All in one transaction: the core tables, and prompt_snapshots and turn_metrics where their foreign keys lead there, move to a new schema

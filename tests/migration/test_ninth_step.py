@@ -169,7 +169,7 @@ def test_it_takes_at_most_40_lines(folder: Path) -> None:
 def test_from_nothing(project: Project) -> None:
     done = project.invoke("setup")
     assert done.code == 0, done
-    assert re.search(r"^  slot_owners +\+ slot_owners, slots\.owner_id, slots\.review.* ms$", done.out, re.M), done
+    assert re.search(r"^  slot_owners +\+ slot_owners, slots\.owner_id, slots\.review.* ms$", done.out, re.M), done.out
     assert project.left() == []
     again = project.invoke("setup")
     assert (again.code, "nothing to do" in again.out) == (0, True), again

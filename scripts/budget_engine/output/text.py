@@ -117,8 +117,14 @@ def step(label: str, text: str, took_ms: float | None = None) -> str:
 
 
 def created(checks: Sequence[Check]) -> str:
-    """Say in one line what a transaction created (+) and changed (~)."""
+    """Say in one line what a transaction created (+) and changed (~); a column's indexes and key go along with it."""
     shown = outermost(checks)
+    columns = [check for check in shown if check.kind is Kind.COLUMN]
+    shown = [
+        check
+        for check in shown
+        if check.kind not in (Kind.INDEX, Kind.FOREIGN_KEY) or not any(check.is_on(column) for column in columns)
+    ]
     new = [_short(check) for check in shown if check.actual is None]
     changed = [_short(check) for check in shown if check.actual is not None]
     return "  ".join(f"{sign} {', '.join(names)}" for sign, names in (("+", new), ("~", changed)) if names)

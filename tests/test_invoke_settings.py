@@ -155,7 +155,7 @@ def test_file_of_the_command_line_is_named(tree: Path, tmp_path: Path, name: str
     (tmp_path / name).write_bytes(content)
     done = as_inv(tree, "--config", str(tmp_path / name), "db.url")
     assert done.code == 1, done
-    assert done.err.startswith("scripts/inv: the file of --config cannot be used: "), done
+    assert done.err.startswith("scripts/inv: Invoke cannot go on: "), done
     assert "Traceback" not in done.err, done
 
 

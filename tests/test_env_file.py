@@ -359,7 +359,8 @@ OTHER_NAMES = [
     f"export PG_URI='{SECRET}'",
     f'TURSO="{SECRET}"',
     *(f"X={SECRET.replace('postgresql', word)}" for word in ("postgresql+asyncpg", "postgis", "pgsql", "PSQL")),
-    *(f"X={tool}{SECRET}" for tool in ("prisma+", "jdbc:")),
+    f"X=prisma+{SECRET}",
+    f"SPRING_DATASOURCE_URL=jdbc:{SECRET}",
     "PW=QXZJ\nX=postgres://app:${PW}@db/app",
     SECRET,
     f"{SECRET}?sslmode=require",
@@ -418,10 +419,12 @@ EXAMPLES = """
 rails RAILS_ENV=development SECRET_KEY_BASE=x DATABASE_URL={} CACHE_DATABASE_URL={} REDIS_URL=redis://h:6379/1
 django-environ DEBUG=on SECRET_KEY=x DATABASE_URL={} SQLITE_URL=sqlite:///db.sqlite3 CACHE_URL=memcache://h:1
 prisma #prisma DATABASE_URL="{}" DIRECT_URL="{}" SHADOW_DATABASE_URL="{}"
-supabase NEXT_PUBLIC_SUPABASE_ANON_KEY=x POSTGRES_HOST=h DATABASE_URL={} DIRECT_URL={} POSTGRES_PASSWORD=x
+supabase NEXT_PUBLIC_SUPABASE_URL=https://x.supabase.co NEXT_PUBLIC_SUPABASE_ANON_KEY=x
+ POSTGRES_HOST=db.x.supabase.co DATABASE_URL={} DIRECT_URL={} POSTGRES_PASSWORD=x
 vercel POSTGRES_URL={} POSTGRES_PRISMA_URL={} POSTGRES_URL_NON_POOLING={} DATABASE_URL={}
 neon DATABASE_URL={} DATABASE_URL_UNPOOLED={} PGHOST_UNPOOLED=h POSTGRES_DATABASE=x
-compose POSTGRES_USER=u POSTGRES_PASSWORD=x DATABASE_URL=postgresql://${{POSTGRES_USER}}:${{POSTGRES_PASSWORD}}@db:5432/x
+compose COMPOSE_PROJECT_NAME=x POSTGRES_USER=u POSTGRES_PASSWORD=x POSTGRES_DB=x
+ DATABASE_URL=postgresql://${{POSTGRES_USER}}:${{POSTGRES_PASSWORD}}@db:5432/${{POSTGRES_DB}}
 nextauth NEXTAUTH_URL=http://localhost:3000 NEXTAUTH_SECRET=x DATABASE_URL={} EMAIL_SERVER=smtp://u:p@h
 fastapi DOMAIN=localhost POSTGRES_SERVER=h POSTGRES_PORT=5432 POSTGRES_DB=x DATABASE_URL="{}"
 celery DATABASE_URL={} TEST_DATABASE_URL={} CELERY_RESULT_BACKEND=db+{} CELERY_BROKER_URL=amqp://h
@@ -431,7 +434,8 @@ hasura HASURA_GRAPHQL_DATABASE_URL={} PG_DATABASE_URL={} DATABASE_URL={}
 dbmate DATABASE_URL={} DBMATE_MIGRATIONS_DIR=db DBMATE_SCHEMA_FILE=x TEST_DATABASE_URL={}
 """
 WITHOUT = """
-laravel APP_URL=http://localhost DB_CONNECTION=mysql DB_HOST=127.0.0.1 DB_DATABASE=laravel DB_PASSWORD= REDIS_HOST=h
+laravel APP_NAME=Laravel APP_URL=http://localhost DB_CONNECTION=mysql DB_HOST=127.0.0.1 DB_PORT=3306 DB_DATABASE=laravel
+ DB_USERNAME=root DB_PASSWORD= REDIS_HOST=127.0.0.1 MAIL_HOST=mailpit
 compose-without-a-URL POSTGRES_USER=u POSTGRES_PASSWORD=x POSTGRES_DB=x POSTGRES_PORT=5432
 next NEXT_PUBLIC_API_URL=http://localhost:3000 AUTH_SECRET=x OPENAI_API_KEY=x NODE_ENV=development
 vite VITE_APP_TITLE=x VITE_SUPABASE_URL=https://x.supabase.co
@@ -440,7 +444,7 @@ vite VITE_APP_TITLE=x VITE_SUPABASE_URL=https://x.supabase.co
 
 def files(text: str) -> dict[str, str]:
     """Name → content: blanks are ends of lines."""
-    named = (line.split(" ", 1) for line in text.strip().split("\n"))
+    named = (line.split(" ", 1) for line in text.strip().replace("\n ", " ").split("\n"))
     return {name: lines.replace(" ", "\n").replace("export_", "export ") + "\n" for name, lines in named}
 
 

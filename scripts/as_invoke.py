@@ -6,7 +6,6 @@ another collection, a file that cannot be parsed) would end every task before ta
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from inspect import unwrap
@@ -14,10 +13,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-import budget_engine.output.console  # noqa: E402, F401 - Invoke prints its version and help before it has loaded tasks.py
+from budget_engine.output.ending import reported  # noqa: E402 - and the console, before Invoke prints anything
 
 
-def distrust(lost: ImportError) -> None:
+def _distrust(lost: ImportError) -> None:
     """Have the next run of scripts/inv make the environment anew: somebody has deleted some of it."""
     try:
         (Path(sys.prefix) / ".inv-stamp").unlink(missing_ok=True)
@@ -26,37 +25,24 @@ def distrust(lost: ImportError) -> None:
 
 
 try:
-    import invoke.main
     from invoke.config import Config
-    from invoke.exceptions import Exit
+    from invoke.main import program
     from invoke.program import Program
 except ImportError as error:
-    distrust(error)
-    command = [sys.executable, str(ROOT / "scripts/inv"), *sys.argv[1:]]
-    if os.name == "nt":
-        sys.exit(subprocess.call(command))
-    os.execv(command[0], command)  # noqa: S606 - there is no shell to want
+    _distrust(error)
+    sys.exit(subprocess.call([sys.executable, str(ROOT / "scripts/inv"), *sys.argv[1:]]))
 
 
-class Settings(Config):
+class _Settings(Config):
     """Invoke's settings, from files and variables that bear this project's name instead of Invoke's, and --config."""
 
     prefix = "budget_engine_recipes"
 
-    def load_runtime(self, merge: bool = True) -> None:
-        """Load the file that --config names; merged at once, so that whatever is wrong with it ends here."""
-        try:
-            super().load_runtime(merge=merge)
-            self.merge()
-        except Exception as error:
-            raise Exit(f"scripts/inv: the file of --config cannot be used: {error}", code=1) from None
 
-
-class Menu(Program):
+class _Menu(Program):
     """Invoke with a menu in the order of tasks.py, which is that of the work, and with this project's version."""
 
     def list_flat(self) -> None:
-        """Print the tasks, those for developers last."""
         pairs = self._make_pairs(self.scoped_collection)
         self.display_with_columns(pairs if self.list_depth else sorted(pairs, key=self._line))
 
@@ -66,21 +52,20 @@ class Menu(Program):
         return int(unwrap(self.scoped_collection[name].body).__code__.co_firstlineno)
 
     def print_version(self) -> None:
-        """Print ours, and Invoke's."""
-        from budget_engine.migration.chain import version
-        from budget_engine.output.ending import reported
-
         with reported():
+            from budget_engine.migration.chain import version
+
             print(f"Budget Engine recipes {version()} (Invoke {self.version})")
 
 
-ours = invoke.main.program  # tasks.py asks it for the menu
-ours.__class__ = Menu
-ours.config_class = Settings
+program.__class__ = _Menu  # tasks.py asks this very program for its menu
+program.config_class = _Settings
 try:
-    ours.run(["invoke", "--search-root", str(ROOT), *sys.argv[1:]])
+    program.run(["invoke", "--search-root", str(ROOT), *sys.argv[1:]])
 except SystemExit as end:
     lost = end.__cause__  # of a task that has said so
     if isinstance(lost, ImportError) and not (lost.name or "").startswith("budget_engine"):
-        distrust(lost)
+        _distrust(lost)
     raise
+except Exception as error:  # of Invoke itself: tasks end by themselves
+    sys.exit(f"scripts/inv: Invoke cannot go on: {error}")

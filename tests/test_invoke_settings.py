@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from budget_engine.migration import chain
-from conftest import Run, clean_environment
+from conftest import Run, clean_environment, run
+from test_command_line import copied
 
 MENU = {"setup", "slots-flags", "slots_flags", "turn-metrics", "turn_metrics", "verify", "db.url", "lint"}
 UNDERSCORES = "tasks: {auto_dash_names: false}\n"
 # What a user, or a machine, may have for Invoke: file and content.
-FILES = {
+FILES: dict[str, tuple[str, bytes | None]] = {
+    "a folder": (".invoke.yaml", None),
     "broken": (".invoke.yaml", b"tasks: [unclosed\n"),
     "no mapping": (".invoke.yaml", b"- tasks\n"),
     "another type": (".invoke.yaml", b"tasks: 3\n"),
@@ -31,25 +31,12 @@ FILES = {
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A checkout of its own."""
-    tree = tmp_path / "my checkout"
-    for folder in ("scripts", "db"):
-        shutil.copytree(chain.ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(chain.ROOT / "tasks.py", tree)
-    return tree
+    return copied(tmp_path / "my checkout")
 
 
 def invoke(program: list[str], *words: str, cwd: Path, **environment: str) -> Run:
-    done = subprocess.run(
-        [sys.executable, *program, *words],
-        cwd=cwd,
-        env=clean_environment() | {"DATABASE_URL": "postgresql://u@h:5432/db"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    return Run(done.returncode, done.stdout, done.stderr)
+    given = clean_environment() | {"DATABASE_URL": "postgresql://u@h:5432/db"} | environment
+    return run([sys.executable, *program, *words], given, cwd=cwd)
 
 
 def as_inv(tree: Path, *words: str, **environment: str) -> Run:
@@ -66,10 +53,10 @@ def assert_ours(done: Run, *missing: str) -> None:
     assert set(done.out.split()) >= MENU - set(missing), done
 
 
-def user_file(home: Path, name: str, content: bytes) -> dict[str, str]:
-    """Give a user the file; return the environment of his."""
+def of_user(home: Path, name: str, content: bytes | None) -> dict[str, str]:
+    """Give a user the file, or (None) a folder of its name; return the environment of his."""
     home.mkdir()
-    (home / name).write_bytes(content)
+    (home / name).mkdir() if content is None else (home / name).write_bytes(content)
     return {"HOME": str(home)}
 
 
@@ -77,7 +64,6 @@ def user_file(home: Path, name: str, content: bytes) -> dict[str, str]:
 
 
 def test_version_is_ours(tree: Path) -> None:
-    shutil.copy(chain.ROOT / "pyproject.toml", tree)
     done = as_inv(tree, "--version")
     assert done.code == 0, done
     assert re.fullmatch(rf"Budget Engine recipes {re.escape(chain.version())} \(Invoke [\d.]+\)\n", done.out), done
@@ -105,17 +91,12 @@ def test_messages_spell_tasks_as_this_run_was_started(tree: Path, spelling: str)
     assert done.err.count("invoke ") == (spelling == "invoke"), done
 
 
-@pytest.mark.parametrize("kind", FILES)
-def test_settings_of_the_user_do_not_matter(tree: Path, tmp_path: Path, kind: str) -> None:
-    user = user_file(tmp_path / "home", *FILES[kind])
+@pytest.mark.parametrize("file", FILES.values(), ids=FILES)
+def test_settings_of_the_user_do_not_matter(tree: Path, tmp_path: Path, file: tuple[str, bytes | None]) -> None:
+    user = of_user(tmp_path / "home", *file)
     assert_ours(as_inv(tree, "--complete", **user))
     done = as_inv(tree, "db.url", **user)
     assert (done.code, done.out.strip()) == (0, "postgresql://u@h:5432/db"), done
-
-
-def test_a_folder_in_the_place_of_the_users_settings_does_not_matter(tree: Path, tmp_path: Path) -> None:
-    (tmp_path / "home/.invoke.yaml").mkdir(parents=True)
-    assert_ours(as_inv(tree, "--complete", HOME=str(tmp_path / "home")))
 
 
 @pytest.mark.parametrize("content", ["tasks: [unclosed\n", UNDERSCORES])
@@ -130,32 +111,31 @@ def test_variables_do_not_matter(tree: Path) -> None:
     assert done == plain(tree, "db.url")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "--list --list-format=json",
-        "--help",
-        "--help slots-flags",
-        "--complete -- invoke --",
-        "--complete -- invoke setup --",
-        "--print-completion-script=bash",
-        "--dry db.url",
-        "-e --no-dedupe db.url db.url",
-        "db.url slots_flags_",
-        "-c nowhere --list",
-        "",
-    ],
-)
+OPTIONS = """
+--list --list-format=json
+--help
+--help slots-flags
+--complete -- invoke --
+--complete -- invoke setup --
+--print-completion-script=bash
+--dry db.url
+-e --no-dedupe db.url db.url
+db.url slots_flags_
+-c nowhere --list
+"""
+
+
+@pytest.mark.parametrize("words", OPTIONS.split("\n")[:-1])
 def test_options_mean_what_they_mean_to_invoke(tree: Path, words: str) -> None:
     assert as_inv(tree, *words.split()) == plain(tree, *words.split())
 
 
-@pytest.mark.parametrize(("name", "content"), [file for file in FILES.values() if b"{" not in file[1][1:]])
+@pytest.mark.parametrize(("name", "content"), [file for file in FILES.values() if file[1] and b"{" not in file[1][1:]])
 def test_file_of_the_command_line_is_named(tree: Path, tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     done = as_inv(tree, "--config", str(tmp_path / name), "db.url")
     assert done.code == 1, done
-    assert done.err.startswith("scripts/inv: the file of --config cannot be used: "), done
+    assert done.err.startswith("scripts/inv: Invoke cannot go on: "), done
     assert "Traceback" not in done.err, done
 
 
@@ -171,7 +151,7 @@ def test_file_of_the_command_line_counts(tree: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["user", "project"])
 def test_invoke_that_leaves_names_alone(tree: Path, tmp_path: Path, place: str) -> None:
-    user = user_file(tmp_path / "home", ".invoke.yaml", UNDERSCORES.encode() if place == "user" else b"")
+    user = of_user(tmp_path / "home", ".invoke.yaml", UNDERSCORES.encode() if place == "user" else b"")
     if place == "project":
         (tree / "invoke.yaml").write_text(UNDERSCORES)
     assert_ours(plain(tree, "--complete", **user), "slots-flags", "turn-metrics")

@@ -80,13 +80,10 @@ LINES = {
        'BEFORE UPDATE OF description ON slots FOR EACH ROW EXECUTE FUNCTION reopen_review()', true, NULL, NULL))""",
 }
 TASK = '''
-@task(aliases=Underscored(["slot_owners"]))
-@reported()
+@recipe()
 def slot_owners(c: Context) -> None:
     """Add who looks after a slot."""
-    from budget_engine.commands import setup as commands
-
-    commands.run("slot-owners", dry=c.config.run.dry)
+    commands.setup.run("slot-owners", dry=c.config.run.dry)
 
 
 namespace.add_task(slot_owners)

@@ -11,9 +11,9 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from ipaddress import ip_address
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 import psycopg
 from psycopg import generators, pq, sql
@@ -26,10 +26,12 @@ from budget_engine import errors, libpq
 from budget_engine.errors import StatementError
 from budget_engine.settings import Settings, Target, mask
 
+if TYPE_CHECKING:
+    from budget_engine.postgres.blockers import Watch
+
 # What psycopg logs is for developers; users get our messages, and logging's last resort would print both.
 logging.getLogger("psycopg").addHandler(logging.NullHandler())
 
-_T = TypeVar("_T")
 Row = tuple[str | None, ...]
 Rows = list[Row]
 OnDone = Callable[[int, Rows], None]  # which statement is done, and its rows
@@ -75,24 +77,6 @@ _REFUSALS: tuple[tuple[str, errors.Case], ...] = (
 )
 
 
-class Watcher(Protocol):
-    """Whoever looks around while a message is on its way (watch.Watch)."""
-
-    holders: tuple[str, ...]  # who holds, or held last, what the message waits for
-
-    def begin(self) -> None:
-        """Begin to look: a message goes out."""
-
-    def answered(self) -> None:
-        """Know that something has come back."""
-
-    def idle(self) -> None:
-        """Take a look, perhaps: nothing has come back for a moment."""
-
-    def end(self) -> None:
-        """Leave off: the message has been answered."""
-
-
 class Connection:
     """A connection to the target. Raises UnreachableError where there is none to be had.
 
@@ -103,7 +87,7 @@ class Connection:
     def __init__(self, target: Target, settings: Settings, *, answer_s: float | None = None) -> None:
         self.target, self._answer_s = target, answer_s
         self.lock_timeout_ms = settings.lock_timeout_ms
-        self.watch: Watcher | None = None
+        self.watch: Watch | None = None  # looks around while a message is on its way
         defaults = {"application_name": APPLICATION_NAME, "connect_timeout": str(settings.connect_timeout_s)}
         conninfo = defaults | target.conninfo | {"client_encoding": "UTF8"}
         if conninfo.get("sslrootcert") == "system":
@@ -166,7 +150,7 @@ class Connection:
         Raises StatementError, after rolling back a transaction that the message left open; KeyboardInterrupt, after
         cancelling the statement that was running.
         """
-        with self._cancelled_by_ctrl_c(), self._watched():
+        with self._cancelled_by_ctrl_c(), self.watch or nullcontext():
             return self._run(statements, on_done)
 
     def ask(self, queries: Sequence[str], *settings: str) -> list[Rows]:
@@ -177,21 +161,6 @@ class Connection:
         ours = ", ".join([self.transaction_settings, *settings])
         answers = self.run([*BEGIN_READ_ONLY, f"SELECT {ours}", *queries, "COMMIT"])
         return answers[len(BEGIN_READ_ONLY) + 1 : -1]
-
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Have the watcher look around, and say in an error whom it saw hold the lock."""
-        if self.watch is None:
-            yield
-            return
-        self.watch.begin()
-        try:
-            yield
-        except StatementError as error:
-            error.holders = self.watch.holders
-            raise
-        finally:
-            self.watch.end()
 
     def _run(self, statements: Sequence[str], on_done: OnDone) -> list[Rows]:
         rows: list[Rows] = []
@@ -255,17 +224,14 @@ class Connection:
         # A watcher has to see who holds it before the wait for the lock is over.
         moment_s = min(_MOMENT_S, self.lock_timeout_ms / 10_000)
         deadline = None if self._answer_s is None else time.monotonic() + self._answer_s
-        while (result := self._connection.wait(self._idling(self._fetch(), deadline), moment_s)) is not None:
+        while (result := self._connection.wait(self._idling(deadline), moment_s)) is not None:
             yield result
 
-    def _fetch(self) -> PQGen[pq.abc.PGresult | None]:
-        waiting: PQGen[pq.abc.PGresult | None] = generators.fetch(self._connection.pgconn)
-        return waiting
-
-    def _idling(self, waiting: PQGen[_T], deadline: float | None) -> PQGen[_T]:
-        """Pass on psycopg's generator, tell the watcher of each moment in which nothing came, raise at the deadline."""
+    def _idling(self, deadline: float | None) -> PQGen[pq.abc.PGresult | None]:
+        """Fetch a result as psycopg does; tell the watch of moments in which nothing came, raise at the deadline."""
+        fetching: PQGen[pq.abc.PGresult | None] = generators.fetch(self._connection.pgconn)
         try:
-            wanted = next(waiting)
+            wanted = next(fetching)
             while True:
                 ready = yield wanted
                 if self.watch is not None:
@@ -273,9 +239,9 @@ class Connection:
                 if ready == Ready.NONE and deadline is not None and time.monotonic() > deadline:
                     self.close()
                     raise psycopg.OperationalError(f"no answer within {self._answer_s} s")
-                wanted = waiting.send(ready)
+                wanted = fetching.send(ready)
         except StopIteration as done:
-            result: _T = done.value
+            result: pq.abc.PGresult | None = done.value
             return result
 
 
@@ -314,14 +280,9 @@ def _rows(result: pq.abc.PGresult) -> Rows:
 
 def _refused(index: int, error: psycopg.Error) -> StatementError:
     said = error.diag
-    return StatementError(
-        index,
-        error.sqlstate,
-        said.message_primary or str(error).strip(),
-        said.message_detail or "",
-        said.message_hint or "",
-        said.context or "",
-    )
+    message = said.message_primary or str(error).strip()
+    detail, hint, context = (words or "" for words in (said.message_detail, said.message_hint, said.context))
+    return StatementError(index, error.sqlstate, message, detail, hint, context)
 
 
 def _refusal(target: Target, words: str) -> errors.RecipeError:

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import partial
 from io import StringIO
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import NamedTuple
 
 from dotenv.parser import Binding, parse_stream
 from dotenv.variables import parse_variables
@@ -34,13 +34,6 @@ _LETTERS = "DATABASEURL"
 _PART_OF_A_URL = re.compile(r"(?:PG|POSTGRES|DB).*(?:HOST|SERVER|NAME)", re.I)
 
 
-class Reading(NamedTuple):
-    """What the files say: setting → its value, the file it is from; what in them was ignored."""
-
-    given: dict[str, tuple[str, str]]
-    notes: tuple[str, ...]
-
-
 @dataclass(frozen=True)
 class EnvFile:
     """One file, as python-dotenv reads it. name: as messages call it; is_ours: in the home of the run."""
@@ -50,14 +43,13 @@ class EnvFile:
     bindings: tuple[Binding, ...]
     values: Mapping[str, str]
 
-    @property
-    def settings(self) -> dict[str, tuple[str, str]]:
-        """What is taken from it: everything, or of an application's file the URL alone."""
-        return {name: (value, self.name) for name, value in self.values.items() if self.is_ours or name == URL}
 
+def read(home: Path, environ: Mapping[str, str]) -> tuple[dict[str, tuple[str, str]], tuple[str, ...]]:
+    """Read the file in the home of the run and, where the environment has no DATABASE_URL, the one that has it.
 
-def read(home: Path, environ: Mapping[str, str]) -> Reading:
-    """Read the file in the home of the run and, where the environment has no DATABASE_URL, the one that has it."""
+    Return what they say (setting → its value, the file it is from; of an application's file the URL alone), and what in
+    them was ignored.
+    """
     home = home.resolve()
     paths, beyond = _places(home, environ)
     files: list[EnvFile] = []
@@ -65,7 +57,9 @@ def read(home: Path, environ: Mapping[str, str]) -> Reading:
         files.append(_read(path, home, environ))
         if URL in environ or URL in files[-1].values:
             break
-    given = {name: value for file in files for name, value in file.settings.items()}
+    given = {
+        name: (value, file.name) for file in files for name, value in file.values.items() if file.is_ours or name == URL
+    }
     said = [note for file in files for note in notes(file)]
     if URL not in environ and URL not in given:
         _refuse_other_names(files)
@@ -79,7 +73,7 @@ def read(home: Path, environ: Mapping[str, str]) -> Reading:
                 file = _read(path, home, environ)
                 if file.values.get(URL, given[URL][0]) != given[URL][0]:
                     said.append(f"ignored in {file.name}: another DATABASE_URL")
-    return Reading(given, tuple(said))
+    return given, tuple(said)
 
 
 def is_embedded(text: str) -> bool:
@@ -93,22 +87,19 @@ def is_embedded(text: str) -> bool:
 def _places(home: Path, environ: Mapping[str, str]) -> tuple[list[Path], list[Path]]:
     """Return the files that count, the nearest first, and those beyond, of which one may be meant."""
     if CHOICE in environ:
-        return [_chosen(environ[CHOICE])], []
+        if not environ[CHOICE].strip():
+            raise errors.ENV_FILE_CHOICE(why="is set, but empty", where=f"environment variable {CHOICE}")
+        path = Path(environ[CHOICE]).expanduser().absolute()  # of the current folder, as shells complete it
+        return [path.parent.resolve() / path.name], []
     top, homes = _top(home), _homes_of_users(home, environ)
-    allowed = [home, *_allowed(home.parents, homes)]
+    upwards = partial(takewhile, lambda folder: not _is_barred(folder.resolve(), homes))  # as far as one may
+    allowed = [home, *upwards(home.parents)]
     inside = [folder for folder in allowed if folder.is_relative_to(top)]
     kept = _git_folder(top)
     is_linked = kept.parent.name == "worktrees" and kept.parents[1].name == ".git"
     main = [kept.parents[2] / folder.relative_to(top) for folder in inside] if is_linked else []  # the main checkout's
-    beyond = dict.fromkeys(folder for folder in [*_allowed(main, homes), *allowed] if folder not in inside)
+    beyond = dict.fromkeys(folder for folder in [*upwards(main), *allowed] if folder not in inside)
     return [folder / ".env" for folder in inside], [folder / ".env" for folder in beyond]
-
-
-def _chosen(text: str) -> Path:
-    if not text.strip():
-        raise errors.ENV_FILE_CHOICE(why="is set, but empty", where=f"environment variable {CHOICE}")
-    path = Path(text).expanduser().absolute()  # of the current folder, as shells complete it
-    return path.parent.resolve() / path.name
 
 
 def _top(home: Path) -> Path:
@@ -144,11 +135,6 @@ def _homes_of_users(home: Path, environ: Mapping[str, str]) -> set[Path]:
         with suppress(RuntimeError):  # there is no such user
             folders.append(Path(name).expanduser())
     return {folder.resolve() for folder in folders if folder.is_absolute()}
-
-
-def _allowed(folders: Iterable[Path], homes: Iterable[Path]) -> Iterator[Path]:
-    """Go upwards as far as one may."""
-    return takewhile(lambda folder: not _is_barred(folder.resolve(), homes), folders)
 
 
 def _is_barred(folder: Path, homes: Iterable[Path]) -> bool:
@@ -273,12 +259,9 @@ def _is_slip_of_the_pen(name: str) -> bool:
 def _notes_on_other_names(files: Iterable[EnvFile], environ: Mapping[str, str]) -> Iterator[str]:
     """Say what may be meant for a URL, and is not read: parts of one; in the environment, other tools' URLs."""
     for file in files:
-        if parts := [name for name, value in file.values.items() if value and _is_part(name)]:
+        names = [name for name, value in file.values.items() if value and _NAME.fullmatch(name)]
+        if parts := [name for name in names if _PART_OF_A_URL.match(name) and name not in libpq.VARIABLES]:
             yield f"ignored in {file.name}: {', '.join(parts)} (only {URL} says which database)"
-    names = (name for name, value in environ.items() if value and _NAME.fullmatch(name))
+    names = [name for name, value in environ.items() if value and _NAME.fullmatch(name)]
     if others := [name for name in names if _PART_OF_A_URL.match(name) or _is_url(name, environ[name])]:
         yield f"ignored in the environment: {', '.join(others)} (only {URL} says which database)"
-
-
-def _is_part(name: str) -> bool:
-    return _PART_OF_A_URL.match(name) is not None and _NAME.fullmatch(name) is not None and name not in libpq.VARIABLES

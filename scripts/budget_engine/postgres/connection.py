@@ -7,6 +7,7 @@ Query"): its statements run in order, after an error the rest is skipped. So the
 from __future__ import annotations
 
 import logging
+import math
 import re
 import signal
 import time
@@ -51,6 +52,9 @@ BEGIN_READ_ONLY = (f"{BEGIN[0]} READ ONLY", BEGIN[1])
 MISGUIDING = """context = 'user' AND setting <> boot_val
 AND name ~ '^(enable_|geqo|min_parallel_)|_(cost|collapse_limit)$'"""
 _AS_BUILT = f"(SELECT count(set_config(name, boot_val, true)) FROM pg_settings WHERE {MISGUIDING})"
+# A pooler's other clients leave temporary tables in the session, which would be found first.
+_OTHERS_LAST = """set_config('search_path', current_setting('search_path')
+  || CASE WHEN current_schema() IS NULL THEN '' ELSE ', pg_temp' END, true)"""
 OLDEST_VERSION = 140000  # CREATE OR REPLACE TRIGGER and string_to_table came with PostgreSQL 14
 
 # Of a login that fails, libpq keeps only words, no SQLSTATE. These are the server's, PgBouncer's, libpq's and psycopg's
@@ -80,11 +84,11 @@ _REFUSALS: tuple[tuple[str, errors.Case], ...] = (
 class Connection:
     """A connection to the target. Raises UnreachableError where there is none to be had.
 
-    answer_s: how long an answer may take (seconds; None: for ever); then the connection counts as gone. A pooler lets
-    everybody in, and keeps waiting whom it has no server connection for: those that our own first one keeps, say.
+    answer_s: how long an answer may take (seconds); then the connection counts as gone. A pooler lets everybody in, and
+    keeps waiting whom it has no server connection for: those that our own first one keeps, say.
     """
 
-    def __init__(self, target: Target, settings: Settings, *, answer_s: float | None = None) -> None:
+    def __init__(self, target: Target, settings: Settings, *, answer_s: float = math.inf) -> None:
         self.target, self._answer_s = target, answer_s
         self.lock_timeout_ms = settings.lock_timeout_ms
         self.watch: Watch | None = None  # looks around while a message is on its way
@@ -95,7 +99,10 @@ class Connection:
         try:
             self._connection = psycopg.connect(make_conninfo(**conninfo), autocommit=True, prepare_threshold=None)
         except (psycopg.Error, UnicodeError) as error:  # UnicodeError: of what can be no host's name
-            raise _refusal(target, str(error)) from None
+            words = str(error)
+            cause = next((kind for phrases, kind in _REFUSALS if re.search(phrases, words)), errors.NO_CONNECTION)
+            where = mask(words.strip(), target.secrets)
+            raise errors.NO_CONNECTION(target=target.display, where=where, remedy=cause.remedy) from None
         if self._connection.info.server_version < OLDEST_VERSION:
             version = self._connection.info.parameter_status("server_version")
             self.close()
@@ -150,8 +157,24 @@ class Connection:
         Raises StatementError, after rolling back a transaction that the message left open; KeyboardInterrupt, after
         cancelling the statement that was running.
         """
+        rows: list[Rows] = []
+        failure: StatementError | None = None
         with self._cancelled_by_ctrl_c(), self.watch or nullcontext():
-            return self._run(statements, on_done)
+            try:
+                for result in self._exchange(";\n".join(statements)):
+                    if result.status == pq.ExecStatus.FATAL_ERROR:
+                        failure = _refused(len(rows), error_from_result(result))
+                    else:
+                        rows.append(_rows(result))
+                        on_done(len(rows) - 1, rows[-1])
+            except psycopg.OperationalError as error:  # the connection is gone
+                failure = failure or _refused(len(rows), error)
+            if failure is not None:
+                if self._connection.pgconn.transaction_status == pq.TransactionStatus.INERROR:
+                    with suppress(psycopg.OperationalError):
+                        list(self._exchange("ROLLBACK"))
+                raise failure
+        return rows
 
     def ask(self, queries: Sequence[str], *settings: str) -> list[Rows]:
         """Send the queries as one message, a transaction that writes nothing; return the rows of each.
@@ -161,24 +184,6 @@ class Connection:
         ours = ", ".join([self.transaction_settings, *settings])
         answers = self.run([*BEGIN_READ_ONLY, f"SELECT {ours}", *queries, "COMMIT"])
         return answers[len(BEGIN_READ_ONLY) + 1 : -1]
-
-    def _run(self, statements: Sequence[str], on_done: OnDone) -> list[Rows]:
-        rows: list[Rows] = []
-        failure: StatementError | None = None
-        try:
-            for result in self._exchange(";\n".join(statements)):
-                if result.status == pq.ExecStatus.FATAL_ERROR:
-                    failure = _refused(len(rows), error_from_result(result))
-                else:
-                    rows.append(_rows(result))
-                    on_done(len(rows) - 1, rows[-1])
-        except psycopg.OperationalError as error:  # the connection is gone
-            failure = failure or _refused(len(rows), error)
-        if failure is not None:
-            if self._connection.pgconn.transaction_status == pq.TransactionStatus.INERROR:
-                self._run(["ROLLBACK"], lambda index, rows: None)
-            raise failure
-        return rows
 
     @contextmanager
     def _cancelled_by_ctrl_c(self) -> Iterator[None]:
@@ -223,11 +228,11 @@ class Connection:
         self._connection.wait(generators.send(self._connection.pgconn))
         # A watcher has to see who holds it before the wait for the lock is over.
         moment_s = min(_MOMENT_S, self.lock_timeout_ms / 10_000)
-        deadline = None if self._answer_s is None else time.monotonic() + self._answer_s
+        deadline = time.monotonic() + self._answer_s
         while (result := self._connection.wait(self._idling(deadline), moment_s)) is not None:
             yield result
 
-    def _idling(self, deadline: float | None) -> PQGen[pq.abc.PGresult | None]:
+    def _idling(self, deadline: float) -> PQGen[pq.abc.PGresult | None]:
         """Fetch a result as psycopg does; tell the watch of moments in which nothing came, raise at the deadline."""
         fetching: PQGen[pq.abc.PGresult | None] = generators.fetch(self._connection.pgconn)
         try:
@@ -236,7 +241,7 @@ class Connection:
                 ready = yield wanted
                 if self.watch is not None:
                     self.watch.idle() if ready == Ready.NONE else self.watch.answered()
-                if ready == Ready.NONE and deadline is not None and time.monotonic() > deadline:
+                if ready == Ready.NONE and time.monotonic() > deadline:
                     self.close()
                     raise psycopg.OperationalError(f"no answer within {self._answer_s} s")
                 wanted = fetching.send(ready)
@@ -256,11 +261,6 @@ def transaction_settings(target: Target, lock_timeout_ms: int) -> str:
         settings["search_path"] = target.search_path
     ours = [sql.SQL("set_config({}, {}, true)").format(name, value).as_string() for name, value in settings.items()]
     return ", ".join([*ours, _OTHERS_LAST, _AS_BUILT])
-
-
-# A pooler's other clients leave temporary tables in the session, which would be found first.
-_OTHERS_LAST = """set_config('search_path', current_setting('search_path')
-  || CASE WHEN current_schema() IS NULL THEN '' ELSE ', pg_temp' END, true)"""
 
 
 def _is_loopback(name: str) -> bool:
@@ -283,10 +283,3 @@ def _refused(index: int, error: psycopg.Error) -> StatementError:
     message = said.message_primary or str(error).strip()
     detail, hint, context = (words or "" for words in (said.message_detail, said.message_hint, said.context))
     return StatementError(index, error.sqlstate, message, detail, hint, context)
-
-
-def _refusal(target: Target, words: str) -> errors.RecipeError:
-    """Return the error of a login that failed, with what helps in its case."""
-    cause = next((kind for phrases, kind in _REFUSALS if re.search(phrases, words)), errors.NO_CONNECTION)
-    where = mask(words.strip(), target.secrets)
-    return errors.NO_CONNECTION(target=target.display, where=where, remedy=cause.remedy)

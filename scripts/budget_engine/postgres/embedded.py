@@ -11,7 +11,6 @@ import errno
 import hashlib
 import importlib.util
 import os
-import select
 import shutil
 import signal
 import socket
@@ -420,26 +419,19 @@ def _initdb(cluster: Cluster, binaries: Path, lock: int) -> None:
 def _serve(cluster: Cluster, binaries: Path) -> bool:
     """Start the server in a session of its own and wait until it is ready; False: orphans of the last one live on.
 
-    A shell that ends at once stands between, so that it is no child of ours; it holds a pipe open as long as it lives.
+    A shell that ends at once stands between, so that it is no child of ours.
     """
     settings = [word for name, value in SETTINGS.items() for word in ("-c", f"{name}={value}")]
     postgres: list[str | Path] = [binaries / "postgres", "-D", cluster.data, "-k", cluster.sockets, *settings]
-    alive, held = os.pipe()
-    try:
-        words = ["/bin/sh", "-c", 'exec >"$0" 2>&1; "$@" &', cluster.log, *postgres]
-        _run(words, cluster.user, pass_fds=[held], start_new_session=True)
-        os.close(held)
-        deadline = time.monotonic() + START_SECONDS
-        while not running(cluster):
-            if select.select([alive], [], [], 0.005)[0]:
-                if "shared memory block" in cluster.log.read_text(errors="replace"):
-                    return False
-                raise _failed("does not start", cluster)
-            if time.monotonic() > deadline:
-                raise _failed("is not ready yet; perhaps it recovers", cluster)
-    finally:
-        os.close(alive)
-    return True
+    shell = ["/bin/sh", "-c", '"$@" >"$0" 2>&1 & echo $!', cluster.log, *postgres]
+    pid = int(_run(shell, cluster.user, start_new_session=True, stdout=subprocess.PIPE).stdout)
+    if _until(lambda: running(cluster) or not _command_line(pid), START_SECONDS) and running(cluster):
+        return True
+    if _command_line(pid):
+        raise _failed("is not ready yet; perhaps it recovers", cluster)
+    if "shared memory block" in cluster.log.read_text(errors="replace"):
+        return False
+    raise _failed("does not start", cluster)
 
 
 @contextlib.contextmanager

@@ -106,7 +106,8 @@ WHERE a.pid <> pg_backend_pid() AND a.pid IN (
   SELECT pid FROM pg_locks
   WHERE granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
     AND ({{refused}}
-         OR locktype = 'relation' AND mode = 'ShareUpdateExclusiveLock' AND relation IN ({{tables}})))
+         OR locktype = 'relation' AND mode = 'ShareUpdateExclusiveLock'
+            AND relation IN (SELECT to_regclass(name)::oid FROM unnest({{tables}}) AS name)))
 ORDER BY a.xact_start, a.pid"""
 
 
@@ -114,9 +115,9 @@ _LOCKED = """
 EXISTS (SELECT FROM pg_locks WHERE relation = c.oid AND mode = 'AccessExclusiveLock' AND pid <> pg_backend_pid()
           AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"""
 
-# Of a schema that is closed to us, to_regclass() raises.
-_NAMED = """CASE WHEN name NOT LIKE '%.%' OR has_schema_privilege(to_regnamespace(split_part(name, '.', 1)), 'USAGE')
-                  THEN to_regclass(name) END"""
+# Of a schema that is closed to us, to_regclass() raises. As an oid: an operator = for a regclass might be another's.
+_NAMED = """(CASE WHEN name NOT LIKE '%.%' OR has_schema_privilege(to_regnamespace(split_part(name, '.', 1)), 'USAGE')
+                  THEN to_regclass(name) END)::oid"""
 
 _SIZES = f"""
 SELECT name, format('%I.%I', n.nspname, c.relname),
@@ -153,8 +154,7 @@ def at_work(connection: Connection, refused: str, tables: Iterable[str]) -> list
 
     refused: the condition on a lock of pg_locks that does (see migration.turn).
     """
-    of_tables = ", ".join(f"to_regclass({sql.Literal(table).as_string()})" for table in tables)
-    [rows] = connection.ask([_AT_WORK.format(refused=refused, tables=of_tables or "NULL")])
+    [rows] = connection.ask([_AT_WORK.format(refused=refused, tables=_array(tables))])
     return [str(who) for (who,) in rows]
 
 

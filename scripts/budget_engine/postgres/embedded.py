@@ -84,11 +84,6 @@ class Cluster:
         """Whether there is data."""
         return (self.data / "PG_VERSION").exists()
 
-    @property
-    def lock(self) -> Path:
-        """The file to lock: beside the private folder, which is made under the lock."""
-        return self.data.parent.with_suffix(".lock")
-
 
 # ── where ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -165,7 +160,7 @@ def start(cluster: Cluster) -> bool:
         if running(cluster):
             return False
         _create_account(cluster)
-        with _locked(cluster.lock) as lock:
+        with _locked(cluster.data.parent.with_suffix(".lock")) as lock:
             for folder in (cluster.data.parent, cluster.sockets):
                 _make_private(folder, cluster)
             # One whose starter was killed, or that is going down, gets its time; one that is ready has lost its socket.
@@ -189,7 +184,7 @@ def stop(cluster: Cluster) -> bool:
     with _explained(cluster):
         if not _is_private(cluster.data.parent, cluster):
             return False
-        with _locked(cluster.lock):
+        with _locked(cluster.data.parent.with_suffix(".lock")):
             return _stop(cluster)
 
 
@@ -291,7 +286,7 @@ def health(cluster: Cluster) -> Health:
 
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[int]:
-    """Hold a lock that ends with its holder, however that ends."""
+    """Hold a lock that ends with its holder, however that ends; it lies beside what is made under it."""
     _make_passage(file.parent)
     handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
@@ -381,21 +376,16 @@ def _reachable_binaries(cluster: Cluster) -> Path:
         return cluster.binaries
     version = hashlib.sha256((cluster.binaries / "postgres").read_bytes()).hexdigest()[:12]
     copy, package = MACHINE / f"binaries-{version}", cluster.binaries.parents[1]
-    if not copy.exists():
-        _make_passage(MACHINE)
-        made = Path(tempfile.mkdtemp(prefix=".new-", dir=MACHINE))
-        for part in (cluster.binaries.parent, package / ".dylibs", package.with_name(f"{package.name}.libs")):
-            if part.exists():
-                place = made / part.relative_to(package.parent)
-                shutil.copytree(part, place, ignore=shutil.ignore_patterns("include", "*.a"))
-        for path in (made, *made.rglob("*")):
-            path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
-        try:
+    with _locked(copy.with_suffix(".lock")):
+        if not copy.exists():
+            made = Path(tempfile.mkdtemp(prefix=".new-", dir=MACHINE))
+            for part in (cluster.binaries.parent, package / ".dylibs", package.with_name(f"{package.name}.libs")):
+                if part.exists():
+                    place = made / part.relative_to(package.parent)
+                    shutil.copytree(part, place, ignore=shutil.ignore_patterns("include", "*.a"))
+            for path in (made, *made.rglob("*")):
+                path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
             made.rename(copy)
-        except OSError:
-            shutil.rmtree(made, ignore_errors=True)
-            if not copy.exists():  # else another process was faster
-                raise
     return copy / cluster.binaries.relative_to(package.parent)
 
 

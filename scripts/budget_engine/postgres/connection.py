@@ -37,10 +37,8 @@ Row = tuple[str | None, ...]
 Rows = list[Row]
 OnDone = Callable[[int, Rows], None]  # which statement is done, and its rows
 
-APPLICATION_NAME = "budget-engine-recipes"
 _STATEMENT_TIMEOUT = "60s"  # for catalog work, instead of what the role brings along for its queries
 _MOMENT_S = 0.1  # without an answer, after which a watcher may look around
-DEFAULT_PORT = 5432
 _CANCEL_S = 5.0  # how long a request to cancel may take to reach the server
 # What each transaction of ours begins with: to compile queries as large as ours takes longer than to run them, and
 # others wait for our locks meanwhile. (A SET is not planned, so that it is not compiled itself.)
@@ -89,10 +87,9 @@ class Connection:
     """
 
     def __init__(self, target: Target, settings: Settings, *, answer_s: float = math.inf) -> None:
-        self.target, self._answer_s = target, answer_s
-        self.lock_timeout_ms = settings.lock_timeout_ms
+        self._target, self._answer_s, self.lock_timeout_ms = target, answer_s, settings.lock_timeout_ms
         self.watch: Watch | None = None  # looks around while a message is on its way
-        defaults = {"application_name": APPLICATION_NAME, "connect_timeout": str(settings.connect_timeout_s)}
+        defaults = {"application_name": "budget-engine-recipes", "connect_timeout": str(settings.connect_timeout_s)}
         conninfo = defaults | target.conninfo | {"client_encoding": "UTF8"}
         if conninfo.get("sslrootcert") == "system":
             libpq.find_certificates()
@@ -107,29 +104,21 @@ class Connection:
             version = self._connection.info.parameter_status("server_version")
             self.close()
             raise errors.TOO_OLD(target=target.display, where=f"the server is PostgreSQL {version}")
-
-    @property
-    def backend_pid(self) -> int:
-        """Process id of the server process that we logged in to (a pooler's, if there is one)."""
-        return self._connection.info.backend_pid
+        self.backend_pid = self._connection.info.backend_pid  # a pooler's, if there is one
+        self.is_encrypted = bool(self._connection.pgconn.ssl_in_use)
 
     @property
     def host(self) -> str:
         """The host that answered, with its port where it is another than usual; of a socket the folder."""
         info = self._connection.info
         host = f"[{info.host}]" if ":" in info.host else info.host
-        return host if info.port == DEFAULT_PORT or host.startswith(("/", "@")) else f"{host}:{info.port}"
+        return host if info.port == 5432 or host.startswith(("/", "@")) else f"{host}:{info.port}"
 
     @property
     def is_near(self) -> bool:
         """Whether the server is on this machine, for all that its name says: a tunnel leads elsewhere."""
         host, address = self._connection.info.host, self._connection.info.hostaddr
         return host.startswith(("/", "@")) or all(_is_loopback(name) for name in (host, address))
-
-    @property
-    def is_encrypted(self) -> bool:
-        """Whether the connection goes through TLS."""
-        return bool(self._connection.pgconn.ssl_in_use)
 
     @property
     def sslmode(self) -> str:
@@ -140,7 +129,7 @@ class Connection:
     @property
     def transaction_settings(self) -> str:
         """SELECT list that makes our settings hold for this transaction."""
-        return transaction_settings(self.target, self.lock_timeout_ms)
+        return transaction_settings(self._target, self.lock_timeout_ms)
 
     @contextmanager
     def notices(self, handler: Callable[[Diagnostic], None]) -> Iterator[None]:

@@ -193,8 +193,10 @@ def _split_query(query: str) -> list[tuple[str, str]] | None:
     pairs = [(piece[1], piece[2]) for piece in pieces if piece]
     if len(pairs) < len(pieces) or not all(_is_parameter(name, value) for name, value in pairs):
         return None
-    sslmodes = [_SSLMODE_OF_SSL.get(value.lower(), value) for _, value in pairs]
-    return [("sslmode", mode) if pair[0] == "ssl" else pair for pair, mode in zip(pairs, sslmodes, strict=True)]
+    return [
+        ("sslmode", _SSLMODE_OF_SSL.get(value.lower(), value)) if name == "ssl" else (name, value)
+        for name, value in pairs
+    ]
 
 
 def _is_parameter(name: str, value: str) -> bool:

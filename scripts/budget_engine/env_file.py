@@ -12,10 +12,11 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from difflib import SequenceMatcher
+from functools import partial
 from io import StringIO
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import NamedTuple
 
 from dotenv.parser import Binding, parse_stream
 from dotenv.variables import parse_variables
@@ -27,24 +28,10 @@ CHOICE = "ENV_FILE"  # in the environment: the one file to be read
 BLANKS = " \t\r\n\f\v\u00a0\u200b\ufeff"
 QUOTES = "\"'`\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb"  # straight and typographic
 
-_OTHERS = ("LOCK_TIMEOUT", "LOCK_WAIT", "CONNECT_TIMEOUT")  # settings that an application may have under these names
 _NAME = re.compile(r"[\w.-]+")
 _POSTGRES_URL = re.compile(r"(?:jdbc:|prisma\+)?(?:postgres|postgresql|psql|pgsql|postgis)(?:\+\w+)?://", re.I)
 _LETTERS = "DATABASEURL"
-_SLIP_OF_THE_PEN = re.compile(  # at each place: one letter less or another one, one more, two that have changed places
-    "|".join(
-        f"{_LETTERS[:at]}(?:.?{_LETTERS[at + 1 :]}|.{_LETTERS[at:]}|{_LETTERS[at : at + 2][::-1]}{_LETTERS[at + 2 :]})"
-        for at in range(len(_LETTERS) + 1)
-    )
-)
 _PART_OF_A_URL = re.compile(r"(?:PG|POSTGRES|DB).*(?:HOST|SERVER|NAME)", re.I)
-
-
-class Reading(NamedTuple):
-    """What the files say: setting → its value, the file it is from; what in them was ignored."""
-
-    given: dict[str, tuple[str, str]]
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -56,28 +43,37 @@ class EnvFile:
     bindings: tuple[Binding, ...]
     values: Mapping[str, str]
 
-    @property
-    def settings(self) -> dict[str, tuple[str, str]]:
-        """What is taken from it: everything, or of an application's file the URL alone."""
-        return {name: (value, self.name) for name, value in self.values.items() if self.is_ours or name == URL}
 
+def read(home: Path, environ: Mapping[str, str]) -> tuple[dict[str, tuple[str, str]], tuple[str, ...]]:
+    """Read the file in the home of the run and, where the environment has no DATABASE_URL, the one that has it.
 
-def read(home: Path, environ: Mapping[str, str]) -> Reading:
-    """Read the file in the home of the run and, where the environment has no DATABASE_URL, the one that has it."""
+    Return what they say (setting → its value, the file it is from; of an application's file the URL alone), and what in
+    them was ignored.
+    """
     home = home.resolve()
     paths, beyond = _places(home, environ)
-    files = list(_as_far_as_needed(paths, home, environ))
-    given = {name: value for file in files for name, value in file.settings.items()}
+    files: list[EnvFile] = []
+    for path in paths:
+        files.append(_read(path, home, environ))
+        if URL in environ or URL in files[-1].values:
+            break
+    given = {
+        name: (value, file.name) for file in files for name, value in file.values.items() if file.is_ours or name == URL
+    }
     said = [note for file in files for note in notes(file)]
-    if URL in environ:
-        return Reading(given, tuple(said))
-    if URL in given:
-        return Reading(given, (*said, *_notes_on_others(given[URL][0], paths[len(files) :], home, environ)))
-    _refuse_other_names(files)
-    if CHOICE in environ:
-        raise errors.ENV_FILE_CHOICE(why=f"names a file without {URL}", where=str(paths[0]))
-    _refuse_what_lies_beyond(beyond, home, environ)
-    return Reading(given, (*said, *_notes_on_other_names(files, environ)))
+    if URL not in environ and URL not in given:
+        _refuse_other_names(files)
+        if CHOICE in environ:
+            raise errors.ENV_FILE_CHOICE(why=f"names a file without {URL}", where=str(paths[0]))
+        _refuse_what_lies_beyond(beyond, home, environ)
+        said += _notes_on_other_names(files, environ)
+    elif URL not in environ:
+        for path in paths[len(files) :]:
+            with suppress(errors.SettingsError):  # whatever is wrong with it: it does not count
+                file = _read(path, home, environ)
+                if file.values.get(URL, given[URL][0]) != given[URL][0]:
+                    said.append(f"ignored in {file.name}: another DATABASE_URL")
+    return given, tuple(said)
 
 
 def is_embedded(text: str) -> bool:
@@ -91,20 +87,22 @@ def is_embedded(text: str) -> bool:
 def _places(home: Path, environ: Mapping[str, str]) -> tuple[list[Path], list[Path]]:
     """Return the files that count, the nearest first, and those beyond, of which one may be meant."""
     if CHOICE in environ:
-        return [_chosen(environ[CHOICE])], []
+        if not environ[CHOICE].strip():
+            raise errors.ENV_FILE_CHOICE(why="is set, but empty", where=f"environment variable {CHOICE}")
+        path = Path(environ[CHOICE]).expanduser().absolute()  # of the current folder, as shells complete it
+        return [path.parent.resolve() / path.name], []
     top, homes = _top(home), _homes_of_users(home, environ)
-    allowed = [home, *_allowed(home.parents, homes)]
+    upwards = partial(takewhile, lambda folder: not _is_barred(folder.resolve(), homes))  # as far as one may
+    allowed = [home, *upwards(home.parents)]
     inside = [folder for folder in allowed if folder.is_relative_to(top)]
-    others = [*_allowed(_in_the_main_checkout(inside, top), homes), *_allowed(_around_the_link(home, environ), homes)]
-    beyond = dict.fromkeys(folder for folder in [*others, *allowed] if folder not in inside)
+    kept = _git_folder(top)
+    is_linked = kept.parent.name == "worktrees" and kept.parents[1].name == ".git"
+    main = [kept.parents[2] / folder.relative_to(top) for folder in inside] if is_linked else []  # the main checkout's
+    typed = Path(environ.get("PWD", ""))  # where a shell is that came here through a link
+    around = typed.parents if typed.is_absolute() and typed.resolve() == home else []
+    others = [*upwards(main), *upwards(around), *allowed]
+    beyond = dict.fromkeys(folder for folder in others if folder not in inside)
     return [folder / ".env" for folder in inside], [folder / ".env" for folder in beyond]
-
-
-def _chosen(text: str) -> Path:
-    if not text.strip():
-        raise errors.ENV_FILE_CHOICE(why="is set, but empty", where=f"environment variable {CHOICE}")
-    path = Path(text).expanduser().absolute()  # of the current folder, as shells complete it
-    return path.parent.resolve() / path.name
 
 
 def _top(home: Path) -> Path:
@@ -131,34 +129,15 @@ def _git_folder(top: Path) -> Path:
     return git.resolve()
 
 
-def _in_the_main_checkout(folders: Iterable[Path], top: Path) -> Iterator[Path]:
-    """Yield the same folders of the main checkout, where this one is a linked worktree beside it."""
-    kept = _git_folder(top)
-    if kept.parent.name == "worktrees" and kept.parents[1].name == ".git":
-        yield from (kept.parents[2] / folder.relative_to(top) for folder in folders)
-
-
-def _around_the_link(home: Path, environ: Mapping[str, str]) -> Sequence[Path]:
-    """Return the folders above the link through which somebody's shell came here, if it did."""
-    typed = Path(environ.get("PWD", ""))
-    return typed.parents if typed.is_absolute() and typed.resolve() == home else ()
-
-
 def _homes_of_users(home: Path, environ: Mapping[str, str]) -> set[Path]:
     """Return the home folders of who runs this, of who did so by sudo, and of whose folder it is."""
-    folders = [Path(environ.get("HOME", ""))]
-    with suppress(RuntimeError):  # nobody knows
-        folders.append(Path("~").expanduser())
-    with suppress(KeyError, RuntimeError):  # no sudo, or no such user
-        folders.append(Path(f"~{environ['SUDO_USER']}").expanduser())
-    with suppress(KeyError, RuntimeError, OSError, NotImplementedError):  # a user without a name; Windows
-        folders.append(Path(f"~{home.owner()}").expanduser())
+    names, folders = ["~", f"~{environ.get('SUDO_USER', '')}"], [Path(environ.get("HOME", ""))]
+    with suppress(KeyError, OSError, NotImplementedError):  # a user without a name; Windows
+        names.append(f"~{home.owner()}")
+    for name in names:
+        with suppress(RuntimeError):  # there is no such user
+            folders.append(Path(name).expanduser())
     return {folder.resolve() for folder in folders if folder.is_absolute()}
-
-
-def _allowed(folders: Iterable[Path], homes: Iterable[Path]) -> Iterator[Path]:
-    """Go upwards as far as one may."""
-    return takewhile(lambda folder: not _is_barred(folder.resolve(), homes), folders)
 
 
 def _is_barred(folder: Path, homes: Iterable[Path]) -> bool:
@@ -173,29 +152,20 @@ def _is_barred(folder: Path, homes: Iterable[Path]) -> bool:
 # ── what it says ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _as_far_as_needed(paths: Iterable[Path], home: Path, environ: Mapping[str, str]) -> Iterator[EnvFile]:
-    """Read one after the other, until there is a DATABASE_URL."""
-    for path in paths:
-        file = _read(path, home, environ)
-        yield file
-        if URL in environ or URL in file.values:
-            return
-
-
 def _read(path: Path, home: Path, environ: Mapping[str, str]) -> EnvFile:
     is_ours, is_chosen = path.is_relative_to(home), CHOICE in environ
     name = str(path.relative_to(home) if is_ours else path)
-    none: list[type[OSError]] = [] if is_chosen else [FileNotFoundError, NotADirectoryError]
-    none += [] if is_chosen or is_ours else [IsADirectoryError]  # an application's virtual environment, perhaps
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except tuple(none):
-        text = ""
-    except OSError as error:
-        remedy = f"Correct {CHOICE}, or unset it." if is_chosen else ""
-        raise errors.ENV_FILE(file=name, where=f"{path}: {error.strerror}", remedy=remedy) from None
     except UnicodeDecodeError:
         raise errors.ENV_ENCODING(file=name, where=str(path)) from None
+    except OSError as error:
+        is_none = isinstance(error, FileNotFoundError | NotADirectoryError)
+        is_none |= isinstance(error, IsADirectoryError) and not is_ours  # an application's virtual environment, perhaps
+        if is_chosen or not is_none:
+            remedy = f"Correct {CHOICE}, or unset it." if is_chosen else ""
+            raise errors.ENV_FILE(file=name, where=f"{path}: {error.strerror}", remedy=remedy) from None
+        text = ""
     return parse(text, environ, name, is_ours=is_ours)
 
 
@@ -203,8 +173,7 @@ def parse(text: str, environ: Mapping[str, str], name: str = ".env", *, is_ours:
     """Read it as python-dotenv does; refuse a URL that cannot be read whole, where it would count."""
     bindings = tuple(parse_stream(StringIO(text)))
     if URL not in environ:
-        _refuse_broken_url(bindings, name)
-        _refuse_shortened_url(bindings, name)
+        _refuse_part_of_url(bindings, name)
     values: dict[str, str] = {}
     for binding in bindings:
         if binding.key:
@@ -213,22 +182,18 @@ def parse(text: str, environ: Mapping[str, str], name: str = ".env", *, is_ours:
     return EnvFile(name, is_ours, bindings, values)
 
 
-def _refuse_broken_url(bindings: Iterable[Binding], name: str) -> None:
-    """Ignoring such a line would send the recipes to the embedded server."""
-    for binding in bindings:
-        if binding.error and re.search(rf"^[^#\n]*\b{URL}\b", binding.original.string, re.M):
-            raise errors.ENV_LINE(file=name, where=f"line {_line(binding)}")
+def _refuse_part_of_url(bindings: Sequence[Binding], name: str) -> None:
+    """Refuse a URL that goes on behind a raw " #", or on the next line: the beginning may pass for another URL.
 
-
-def _refuse_shortened_url(bindings: Sequence[Binding], name: str) -> None:
-    """Refuse a URL that goes on behind a raw " #", or on the next line: the beginning may pass for another URL."""
+    And one on a line that cannot be read: to ignore it would lead to the embedded server.
+    """
     for binding, next_one in zip(bindings, [*bindings[1:], None], strict=False):
-        if binding.key != URL:
-            continue
-        _, _, rest = binding.original.string.partition(binding.value or "\n")
-        if re.match(r"\s+#.*@", rest) or (next_one and _may_go_on(next_one)):
-            remedy = "Write the URL on one line, in single quotes: without them a comment begins at a # behind a blank."
-            raise errors.ENV_LINE(file=name, where=f"line {_line(binding)}", remedy=remedy)
+        text = binding.original.string
+        _, _, rest = text.partition(binding.value or "\n")
+        goes_on = binding.key == URL and (re.match(r"\s+#.*@", rest) or (next_one and _may_go_on(next_one)))
+        if goes_on or (binding.error and re.search(rf"^[^#\n]*\b{URL}\b", text, re.M)):
+            way = "Write the URL on one line, in single quotes: without them a comment begins at a # behind a blank."
+            raise errors.ENV_LINE(file=name, where=f"line {_line(binding)}", remedy=way if goes_on else "")
 
 
 def _may_go_on(binding: Binding) -> bool:
@@ -256,34 +221,19 @@ def notes(file: EnvFile) -> Iterator[str]:
         yield f"ignored in {file.name}: every {URL} but the last one (lines {', '.join(lines)})"
     if file.is_ours and (ineffective := [name for name in file.values if name in libpq.VARIABLES]):
         yield f"ignored in {file.name}: {', '.join(ineffective)} (libpq's: only in the environment)"
-    if not file.is_ours and lines and (theirs := [name for name in _OTHERS if name in file.values]):
-        yield f"ignored in {file.name}: {', '.join(theirs)} (not in this project's folder: only {URL} is read)"
-
-
-def _notes_on_others(used: str, paths: Iterable[Path], home: Path, environ: Mapping[str, str]) -> Iterator[str]:
-    """Say which files further up have another URL than the one in use."""
-    for path in paths:
-        with suppress(errors.SettingsError):  # whatever is wrong with it: it does not count
-            file = _read(path, home, environ)
-            if file.values.get(URL, used) != used:
-                yield f"ignored in {file.name}: another DATABASE_URL"
 
 
 def _refuse_what_lies_beyond(paths: Iterable[Path], home: Path, environ: Mapping[str, str]) -> None:
     """Refuse to fall back on the embedded server where a file that does not count may hold the URL that is meant."""
     for path in paths:
-        if _has_url(path, home, environ):
+        try:
+            value = _read(path, home, environ).values.get(URL, "").strip(BLANKS + QUOTES)
+        except errors.SettingsError as error:
+            if error.case is not errors.ENV_LINE:
+                raise
+            value = "one that cannot be read"
+        if value and not is_embedded(value):
             raise errors.BEYOND(file=path, quoted=shlex.quote(str(path)))
-
-
-def _has_url(path: Path, home: Path, environ: Mapping[str, str]) -> bool:
-    try:
-        value = _read(path, home, environ).values.get(URL, "")
-    except errors.SettingsError as error:
-        if error.case is not errors.ENV_LINE:
-            raise
-        return True
-    return bool(value.strip(BLANKS + QUOTES)) and not is_embedded(value)
 
 
 def _refuse_other_names(files: Iterable[EnvFile]) -> None:
@@ -299,21 +249,22 @@ def _refuse_other_names(files: Iterable[EnvFile]) -> None:
 
 
 def _is_url(name: str, value: str) -> bool:
-    """Whether it is meant for DATABASE_URL, or could be: by its value, by its name, or as a URL without a name."""
+    """Whether it is meant for DATABASE_URL, or could be: by its value, as a URL without a name, by its name."""
+    return any(_POSTGRES_URL.match(text.strip(BLANKS + QUOTES)) for text in (value, name)) or _is_slip_of_the_pen(name)
+
+
+def _is_slip_of_the_pen(name: str) -> bool:
+    """Whether one edit, or two letters that change places, make it DATABASE_URL."""
     plain = re.sub("[^A-Z]", "", name.upper())
-    is_postgres = any(_POSTGRES_URL.match(text.strip(BLANKS + QUOTES)) for text in (value, name))
-    return is_postgres or _SLIP_OF_THE_PEN.fullmatch(plain) is not None
+    return abs(len(plain) - len(_LETTERS)) <= 1 and SequenceMatcher(None, plain, _LETTERS).ratio() > 0.9
 
 
 def _notes_on_other_names(files: Iterable[EnvFile], environ: Mapping[str, str]) -> Iterator[str]:
     """Say what may be meant for a URL, and is not read: parts of one; in the environment, other tools' URLs."""
     for file in files:
-        if parts := [name for name, value in file.values.items() if value and _is_part(name)]:
+        names = [name for name, value in file.values.items() if value and _NAME.fullmatch(name)]
+        if parts := [name for name in names if _PART_OF_A_URL.match(name) and name not in libpq.VARIABLES]:
             yield f"ignored in {file.name}: {', '.join(parts)} (only {URL} says which database)"
-    names = (name for name, value in environ.items() if value and _NAME.fullmatch(name))
+    names = [name for name, value in environ.items() if value and _NAME.fullmatch(name)]
     if others := [name for name in names if _PART_OF_A_URL.match(name) or _is_url(name, environ[name])]:
         yield f"ignored in the environment: {', '.join(others)} (only {URL} says which database)"
-
-
-def _is_part(name: str) -> bool:
-    return _PART_OF_A_URL.match(name) is not None and _NAME.fullmatch(name) is not None and name not in libpq.VARIABLES

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
 from psycopg import pq
 from psycopg.conninfo import make_conninfo
@@ -27,19 +26,14 @@ _UNREADABLE = "\ufffd"  # of bytes that are not UTF-8, which psycopg could not p
 _ITS_OWN = {"gssencmode", "passfile", "sslcertmode", "client_encoding"}  # libpq finds them again, or we set our own
 
 
-class Resolved(NamedTuple):
-    """A conninfo with what libpq adds; the secrets among that, or in the password file; where it was all taken from."""
+def resolve(conninfo: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
+    """Return where this really leads; unchanged where libpq cannot say (no such service): connecting will tell why.
 
-    conninfo: dict[str, str]
-    secrets: tuple[str, ...]
-    sources: tuple[str, ...]
-
-
-def resolve(conninfo: Mapping[str, str]) -> Resolved:
-    """Return where this really leads; unchanged where libpq cannot say (no such service): connecting will tell why."""
+    Also the secrets among what libpq adds, or in the password file, and where all that was taken from.
+    """
     prepared = _prepare(conninfo)
     if not prepared.db:
-        return Resolved(dict(conninfo), (), ())
+        return dict(conninfo), (), ()
     found = {
         option.keyword.decode(): _text(option.val)
         for option in prepared.info
@@ -51,7 +45,7 @@ def resolve(conninfo: Mapping[str, str]) -> Resolved:
     whole = {name: value for name, value in found.items() if name not in left} | dict(conninfo)
     in_file = () if "password" in found else tuple(_passwords(whole))
     secrets = [value for name, value in found.items() if name in SECRET]
-    return Resolved(whole, (*secrets, *in_file), tuple(_sources(found, conninfo, in_file)))
+    return whole, (*secrets, *in_file), tuple(_sources(found, conninfo, in_file))
 
 
 def _text(value: bytes) -> str:

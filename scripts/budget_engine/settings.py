@@ -58,14 +58,12 @@ class _Url(NamedTuple):
 
 
 _Given = Mapping[str, tuple[str, str]]  # setting → its value, where that was read
-
 _UNIT_MS = {"us": 0.001, "ms": 1, "s": 1_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}  # PostgreSQL's units
 _LONGEST_MS = 2**31 - 1  # PostgreSQL's limit for lock_timeout
 _SHORTEST_SECRET = 4  # masking "a" wherever it stands would destroy the message; `display` masks by position
 
 # Where the tables go: Prisma's and JDBC's word name schemas as they are, search_path is written as in SQL.
-_NAMES_OF_SCHEMAS = {"schema", "currentSchema"}
-_OURS = _NAMES_OF_SCHEMAS | {"search_path"}
+_OURS = {"schema", "currentSchema", "search_path"}
 _SSLMODE_OF_SSL = {"true": "require", "1": "require", "false": "prefer", "0": "prefer"}  # other drivers say ssl=…
 
 _ESCAPED = {" ": ["+"], "'": ["\\'", "''"]}  # otherwise than by code: in queries, in libpq's keyword form and SQL
@@ -83,7 +81,6 @@ _HOST = r"(?:\[[\w:.%]+\]|[\w.~%-]*)(?::\d{1,5})?"
 _HOST_NAME = re.compile(r"/[^@]*|[\w.~-]*|[0-9A-Fa-f:.]+(?:%[\w.-]+)?")  # a folder of sockets, a name, an address
 _LOGIN = re.compile(r"://|.:.+@.", re.S)
 _AFTER_LOGIN = re.compile(rf"(?P<hosts>{_HOST}(?:,{_HOST})*)(?:/(?P<dbname>[^@?\s]*|[^/?\s]*))?(?:\?(?P<query>.*))?")
-_NAME = re.compile(r"[\w.-]+")
 _PARAMETER = re.compile(r"([\w.-]+)=(.*)")
 _BARE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _SEARCH_PATH_OPTION = re.compile(r"(?<!\S)(?<!\\\s)(?:-c\s*|--)search[_-]path=((?:\\.|[^\s\\])*)\s*", re.I)
@@ -99,26 +96,19 @@ def load(home: Path, environ: Mapping[str, str]) -> Settings:
     """Read every setting of a run at home in that folder; the environment wins over the files (see env_file)."""
     in_files, notes = env_file.read(home, environ)
     given = in_files | {name: (value, f"environment variable {name}") for name, value in environ.items()}
-    if "DATABASE_URL" not in given and _is_true(environ.get("CI", "")):
+    text, where = given.get("DATABASE_URL", ("embedded", ""))
+    if not where and environ.get("CI", "").strip().lower() not in {"", "0", "false", "no", "off"}:
         raise errors.NO_URL_IN_CI(where="\n".join(("environment and .env", *notes)))
-    target, source = _choose_target(given)
+    target, source = None, where
+    if is_embedded(text):
+        why = f"asked for by {where}" if where else "no DATABASE_URL in the environment or .env"
+        source = f"embedded server ({why})"
+    else:
+        target = parse_target(text, where)
     lock_timeout_ms = _duration_ms(given, "LOCK_TIMEOUT", Settings.lock_timeout_ms, least_ms=1)
     lock_wait_ms = _duration_ms(given, "LOCK_WAIT", Settings.lock_wait_s * 1000, least_ms=0)
     connect_ms = _duration_ms(given, "CONNECT_TIMEOUT", Settings.connect_timeout_s * 1000, plain="s", least_ms=1000)
     return Settings(target, source, notes, round(lock_timeout_ms), lock_wait_ms / 1000, math.ceil(connect_ms / 1000))
-
-
-def _is_true(text: str) -> bool:
-    return text.strip().lower() not in {"", "0", "false", "no", "off"}
-
-
-def _choose_target(given: _Given) -> tuple[Target | None, str]:
-    if "DATABASE_URL" not in given:
-        return None, "embedded server (no DATABASE_URL in the environment or .env)"
-    text, source = given["DATABASE_URL"]
-    if is_embedded(text):
-        return None, f"embedded server (asked for by {source})"
-    return parse_target(text, source), source
 
 
 def _duration_ms(given: _Given, name: str, default_ms: float, *, least_ms: float, plain: str = "") -> float:
@@ -151,9 +141,7 @@ def parse_target(text: str, source: str = "DATABASE_URL") -> Target:
         driver = [f"ignored in DATABASE_URL: {match[1]} in the scheme"] if match[1] else []
         return _target_of_url(match[2], source, [*notes, *driver])
     if re.match(r"\w+\s*=", text):
-        conninfo = _ask_libpq(text, source)
-        _refuse_misplaced_login(conninfo, source)
-        return _target_of_conninfo(conninfo, _agreed(_in_options(conninfo), source), notes)
+        return _target(_ask_libpq(text, source), source, notes)
     scheme = _OTHER_SCHEME.match(text)
     found = f"begins with {scheme[1]}:" if scheme else "is neither a URL nor libpq's keyword form (host=… dbname=…)"
     raise errors.OTHER_URL(found=found, form=_URL_FORM, where=source)
@@ -177,9 +165,7 @@ def _target_of_url(rest: str, source: str, notes: list[str]) -> Target:
     typed_secrets = [url.login.partition(":")[2], *(value for name, value in url.parameters if name in libpq.SECRET)]
     paths = [(name, _as_search_path(name, unquote(value))) for name, value in url.parameters if name in _OURS]
     conninfo = _ask_libpq(_normalize(url), source)
-    _refuse_misplaced_login(conninfo, source)
-    search_path = _agreed([*paths, *_in_options(conninfo)], source)
-    return _target_of_conninfo(conninfo, search_path, [*notes, *_notes_on_url(url)], typed_secrets)
+    return _target(conninfo, source, [*notes, *_notes_on_url(url)], typed_secrets, paths)
 
 
 def _split_url(rest: str) -> _Url | None:
@@ -193,28 +179,24 @@ def _split_url(rest: str) -> _Url | None:
         parameters = _split_query(match["query"] or "") if match else None
         if match and parameters is not None:
             login, dbname = rest[: max(start - 1, 0)], match["dbname"] or ""
-            is_a_guess = "@" in dbname or _is_no_login(login, match["hosts"])
+            is_a_guess = "@" in dbname or re.search(r"[@/?#\s]", login.partition(":")[0])  # that may stand for the :
             return None if is_a_guess else _Url(login, match["hosts"], dbname, parameters)
     return None
 
 
-def _is_no_login(login: str, hosts: str) -> bool:
-    """Tell whether a raw character in the user's name may stand for the : between user and password.
-
-    Azure's "ada@server" is a user's name, where the host is the server's.
-    """
-    user, colon, _ = login.partition(":")
-    _, at, server = user.partition("@")
-    is_azures = colon and hosts.startswith(f"{server}.")
-    return re.search(r"[/?#\s]", user) is not None or bool(at and not is_azures)
-
-
 def _split_query(query: str) -> list[tuple[str, str]] | None:
-    """Split into names and values; None where this is no query but, say, the end of a password with a ? in it."""
+    """Split into names and values; None where this is no query but, say, the end of a password with a ? in it.
+
+    ssl=… is translated, because to drop it as unknown would be to connect without TLS in silence.
+    """
     pieces = [_PARAMETER.fullmatch(piece) for piece in query.split("&") if piece]
-    if not all(piece and _is_parameter(piece[1], piece[2]) for piece in pieces):
+    pairs = [(piece[1], piece[2]) for piece in pieces if piece]
+    if len(pairs) < len(pieces) or not all(_is_parameter(name, value) for name, value in pairs):
         return None
-    return [_as_sslmode(piece[1], piece[2]) for piece in pieces if piece]
+    return [
+        ("sslmode", _SSLMODE_OF_SSL.get(value.lower(), value)) if name == "ssl" else (name, value)
+        for name, value in pairs
+    ]
 
 
 def _is_parameter(name: str, value: str) -> bool:
@@ -223,39 +205,12 @@ def _is_parameter(name: str, value: str) -> bool:
     return "@" not in value or name in libpq.KNOWN | _OURS
 
 
-def _as_sslmode(name: str, value: str) -> tuple[str, str]:
-    """Translate ssl=…, because to drop it as unknown would be to connect without TLS in silence."""
-    return ("sslmode", _SSLMODE_OF_SSL.get(value.lower(), value)) if name == "ssl" else (name, value)
-
-
 def _as_search_path(name: str, value: str) -> str:
     """Take ?search_path= as it is; quote the names in the others where SQL would fold or split them."""
-    if name not in _NAMES_OF_SCHEMAS:
+    if name == "search_path":
         return value
-    return ",".join(map(_quoted, re.findall(r'"(?:[^"]|"")+"(?=,|$)|[^,]+', value)))
-
-
-def _quoted(schema: str) -> str:
-    plain = re.fullmatch(r'[a-z_][a-z0-9_$]*|"(?:[^"]|"")+"', schema)
-    return schema if plain else '"' + schema.replace('"', '""') + '"'
-
-
-def _in_options(conninfo: Mapping[str, str]) -> list[tuple[str, str]]:
-    found = _SEARCH_PATH_OPTION.findall(conninfo.get("options", ""))
-    return [("options", re.sub(r"\\(.)", r"\1", path)) for path in found]
-
-
-def _agreed(paths: Iterable[tuple[str, str]], source: str) -> str | None:
-    """Return the search_path that all these parameters name; refuse to choose between several."""
-    given = {name: path for name, path in paths if path}
-    different = {_compact(path) for name, path in paths if path}
-    if len(different) > 1:
-        raise errors.SEARCH_PATH(names=", ".join(given), where=source)
-    return next(iter(given.values()), None)
-
-
-def _compact(path: str) -> str:
-    return re.sub(r"\s*,\s*", ",", path.strip())
+    names = re.compile(r'("(?:[^"]|"")+"|[a-z_][a-z0-9_$]*)(?=,|$)|[^,]+')  # of the first form they are as in SQL
+    return names.sub(lambda found: found[1] or '"' + found[0].replace('"', '""') + '"', value)
 
 
 def _normalize(url: _Url) -> str:
@@ -292,10 +247,22 @@ def _ask_libpq(conninfo: str, source: str) -> dict[str, str]:
         raise errors.UNPARSABLE_URL(where=source, remedy=remedy) from None
 
 
-def _target_of_conninfo(
-    conninfo: dict[str, str], search_path: str | None, notes: Iterable[str], typed_secrets: Iterable[str] = ()
+def _target(
+    conninfo: dict[str, str],
+    source: str,
+    notes: Iterable[str],
+    typed_secrets: Iterable[str] = (),
+    paths: Iterable[tuple[str, str]] = (),
 ) -> Target:
-    if options := conninfo.get("options"):  # left empty rather than out: libpq would go for PGOPTIONS
+    """Take the search_path out of what libpq understood; refuse to choose between several; say what may be said."""
+    _refuse_misplaced_login(conninfo, source)
+    options = conninfo.get("options", "")
+    in_options = [("options", re.sub(r"\\(.)", r"\1", path)) for path in _SEARCH_PATH_OPTION.findall(options)]
+    named = {name: path for name, path in [*paths, *in_options] if path}
+    different = {path for _, path in [*paths, *in_options] if path}
+    if len(different) > 1:
+        raise errors.SEARCH_PATH(names=", ".join(named), where=source)
+    if options:  # left empty rather than out: libpq would go for PGOPTIONS
         conninfo["options"] = _SEARCH_PATH_OPTION.sub("", options).strip()
     # A whole login in the place of the user's name is a common slip; a name with a colon in it is rare.
     user, colon, behind_colon = conninfo.get("user", "").partition(":")
@@ -303,19 +270,18 @@ def _target_of_conninfo(
         notes = [*notes, f"unusual in DATABASE_URL: the name of the user goes on behind {user}: (is that a password?)"]
     secrets = [*typed_secrets, behind_colon, *(value for name, value in conninfo.items() if name in libpq.SECRET)]
     known = tuple(dict.fromkeys(filter(None, secrets)))
-    return Target(conninfo, _display(conninfo), search_path, tuple(dict.fromkeys(notes)), known)
+    return Target(conninfo, _display(conninfo), next(iter(different), None), tuple(dict.fromkeys(notes)), known)
 
 
 def completed(target: Target, source: str) -> Target:
     """Return the target with what libpq adds to it by itself: where it really leads, every secret that may turn up."""
     whole, secrets, sources = libpq.resolve(target.conninfo)
-    _refuse_misplaced_login(whole, ", ".join([source, *sources]))
-    typed, found = target.search_path, _agreed(_in_options(whole), ", ".join(sources))
-    ignored = typed and found and _compact(typed) != _compact(found)
-    place = next((source for source in sources if source.startswith("service ")), "PGOPTIONS")
-    notes = [*target.notes, *([f"ignored in {place}: search_path (DATABASE_URL names another)"] if ignored else [])]
-    completed_target = _target_of_conninfo(whole, typed or found, notes, [*target.secrets, *secrets])
-    return replace(completed_target, sources=sources)
+    found = _target(whole, ", ".join([source, *sources]), target.notes, [*target.secrets, *secrets])
+    notes, search_path = found.notes, target.search_path or found.search_path
+    if found.search_path not in (None, search_path):
+        place = next((source for source in sources if source.startswith("service ")), "PGOPTIONS")
+        notes = (*notes, f"ignored in {place}: search_path (DATABASE_URL names another)")
+    return replace(found, search_path=search_path, notes=notes, sources=sources)
 
 
 def _refuse_misplaced_login(conninfo: Mapping[str, str], source: str) -> None:

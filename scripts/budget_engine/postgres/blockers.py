@@ -12,23 +12,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from psycopg import sql
 
 from budget_engine import errors
 from budget_engine.errors import StatementError
-from budget_engine.postgres.connection import Connection, Rows
+from budget_engine.postgres.connection import Connection
 
 _FIRST_LOOK_S = 1.0  # of silence: a statement is waiting, or has much to do; sooner where it gives up sooner
 _LONGEST_PAUSE_S = 1.0  # between two looks; they begin close together
-
-
-class Tell(Protocol):
-    """Takes a line; lasting: it stays, the others are replaced by the next one ("": by none)."""
-
-    def __call__(self, line: str, *, lasting: bool) -> None:
-        """Show the line."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +44,7 @@ class Bystander:
     @property
     def who(self) -> str:
         """The session, without what it does at this moment."""
-        return self.session.partition(")")[0]
+        return _who(self.session)
 
 
 # Through a pooler nobody knows which server process is ours: then it is any that bears our name.
@@ -114,7 +106,8 @@ WHERE a.pid <> pg_backend_pid() AND a.pid IN (
   SELECT pid FROM pg_locks
   WHERE granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
     AND ({{refused}}
-         OR locktype = 'relation' AND mode = 'ShareUpdateExclusiveLock' AND relation IN ({{tables}})))
+         OR locktype = 'relation' AND mode = 'ShareUpdateExclusiveLock'
+            AND relation IN (SELECT to_regclass(name)::oid FROM unnest({{tables}}) AS name)))
 ORDER BY a.xact_start, a.pid"""
 
 
@@ -122,9 +115,9 @@ _LOCKED = """
 EXISTS (SELECT FROM pg_locks WHERE relation = c.oid AND mode = 'AccessExclusiveLock' AND pid <> pg_backend_pid()
           AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"""
 
-# Of a schema that is closed to us, to_regclass() raises.
-_NAMED = """CASE WHEN name NOT LIKE '%.%' OR has_schema_privilege(to_regnamespace(split_part(name, '.', 1)), 'USAGE')
-                  THEN to_regclass(name) END"""
+# Of a schema that is closed to us, to_regclass() raises. As an oid: an operator = for a regclass might be another's.
+_NAMED = """(CASE WHEN name NOT LIKE '%.%' OR has_schema_privilege(to_regnamespace(split_part(name, '.', 1)), 'USAGE')
+                  THEN to_regclass(name) END)::oid"""
 
 _SIZES = f"""
 SELECT name, format('%I.%I', n.nspname, c.relname),
@@ -136,23 +129,17 @@ JOIN pg_namespace AS n ON n.oid = c.relnamespace
 LEFT JOIN pg_stat_all_tables AS s ON s.relid = c.oid
 ORDER BY name"""
 
+# wanted: tables, and the modes of others' locks on them that matter
 _BYSTANDERS = f"""
 SELECT wanted.name, l.mode, l.granted, coalesce({SESSION}, 'a prepared transaction (see pg_prepared_xacts)')
-FROM (VALUES {{wanted}}) AS wanted (name, modes)
-JOIN pg_locks AS l ON l.relation = {_NAMED} AND l.mode = ANY (wanted.modes)
+FROM ({{wanted}}) AS wanted (name, relation, modes)
+JOIN pg_locks AS l ON l.relation = wanted.relation AND l.mode = ANY (wanted.modes)
 LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
 WHERE l.locktype = 'relation' AND l.pid IS DISTINCT FROM pg_backend_pid()
   AND l.database IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
 ORDER BY wanted.name, a.xact_start, l.pid, l.mode"""
-
-_READERS_OUT = f"""
-SELECT l.relation::regclass, l.mode, l.granted, coalesce({SESSION}, 'a prepared transaction (see pg_prepared_xacts)')
-FROM pg_locks AS l
-LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
-WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock' AND l.pid IS DISTINCT FROM pg_backend_pid()
-  AND l.relation IN (SELECT oid FROM pg_class WHERE relkind IN ('r', 'p'))
-  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-ORDER BY a.xact_start, l.pid, l.relation"""
+_THESE = f"SELECT name, {_NAMED}, modes FROM (VALUES {{values}}) AS these (name, modes)"
+_ALL = "SELECT oid::regclass::text, oid, ARRAY['AccessExclusiveLock'] FROM pg_class WHERE relkind IN ('r', 'p')"
 
 _SNAPSHOTS = f"""
 SELECT NULL, 'an old snapshot', 't', {SESSION}
@@ -167,55 +154,55 @@ def at_work(connection: Connection, refused: str, tables: Iterable[str]) -> list
 
     refused: the condition on a lock of pg_locks that does (see migration.turn).
     """
-    of_tables = ", ".join(f"to_regclass({sql.Literal(table).as_string()})" for table in tables)
-    [rows] = connection.ask([_AT_WORK.format(refused=refused, tables=of_tables or "NULL")])
+    [rows] = connection.ask([_AT_WORK.format(refused=refused, tables=_array(tables))])
     return [str(who) for (who,) in rows]
 
 
 class Watch:
-    """Looks for one Connection while that one waits; tells each session that holds it up once.
+    """Looks for one Connection while a message of that one waits; tells each session that holds it up once.
 
-    open_second: opens the second connection; it is opened at the first look that is due, if ever. early: whether the
-    first look comes before a wait for a lock is given up, though a far server's silence may be no wait at all.
+    open_second: opens the second connection; it is opened at the first look that is due, if ever. tell: takes a line;
+    lasting: it stays, the others are replaced by the next one ("": by none). early: whether the first look comes before
+    a wait for a lock is given up, though a far server's silence may be no wait at all.
     """
 
     def __init__(
-        self, connection: Connection, open_second: Callable[[], Connection], tell: Tell, *, early: bool = True
+        self, connection: Connection, open_second: Callable[[], Connection], tell: Callable[..., None], *, early: bool
     ) -> None:
-        self.early, self._tell_line = early, tell
-        self._pid, self._open_second = connection.backend_pid, open_second
-        self._first_look_s = min(_FIRST_LOOK_S, connection.lock_timeout_ms / 4000)
+        self._tell, self._pid, self._open_second = tell, connection.backend_pid, open_second
+        self._first_look_s = min(_FIRST_LOOK_S, connection.lock_timeout_ms / 4000) if early else _FIRST_LOOK_S
         self._second: Connection | None = None
         self._next_look = self._pause_s = 0.0
-        self.holders: tuple[str, ...] = ()
+        self._holders: tuple[str, ...] = ()
 
-    def begin(self) -> None:
+    def __enter__(self) -> None:
         """Begin to look: a message goes out."""
-        self.holders = ()
+        self._holders = ()
         self.answered()
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        """Leave off: the message has been answered; say in an error who was seen to hold the lock."""
+        if isinstance(error, StatementError):
+            error.holders = self._holders
+        self._tell("", lasting=False)
 
     def answered(self) -> None:
         """Begin to count the silence anew: something has come back."""
-        self._pause_s = self._first_look_s if self.early else _FIRST_LOOK_S
+        self._pause_s = self._first_look_s
         self._next_look = time.monotonic() + self._pause_s
 
     def idle(self) -> None:
         """Take a look, if it is time to: nothing has come back yet."""
-        if time.monotonic() < self._next_look:
+        if (began := time.monotonic()) < self._next_look:
             return
-        began = time.monotonic()
         try:
             self._look()
         except (errors.UnreachableError, StatementError) as error:
-            self.holders = (f"(who holds the lock could not be asked: {error})",)
+            self._holders = (f"(who holds the lock could not be asked: {error})",)
             self.close()
         ended = time.monotonic()
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
         self._next_look = ended + max(self._pause_s, ended - began)
-
-    def end(self) -> None:
-        """Leave off: the message has been answered."""
-        self._tell_line("", lasting=False)
 
     def close(self) -> None:
         """End the second session, if there is one; the next look would open another."""
@@ -228,28 +215,26 @@ class Watch:
             self._second = self._open_second()
         pid = sql.Literal(self._pid).as_string()
         waits, progress = self._second.ask([_WAITS.format(pid=pid), _PROGRESS.format(pid=pid)])
-        self._tell([(str(wanted), str(holder)) for wanted, holder in waits])
-        for (line,) in progress:
-            self._tell_line(str(line), lasting=False)
-
-    def _tell(self, waits: list[tuple[str, str]]) -> None:
-        seen = {_who(holder) for holder in self.holders}
-        self.holders = tuple(dict.fromkeys([holder for _, holder in waits])) or self.holders
+        seen = {_who(holder) for holder in self._holders}
+        self._holders = tuple(dict.fromkeys(str(holder) for _, holder in waits)) or self._holders
         for wanted, holder in waits:
-            if _who(holder) not in seen:
-                self._tell_line(f"for {wanted}: {holder}", lasting=True)
+            if _who(str(holder)) not in seen:
+                self._tell(f"for {wanted}: {holder}", lasting=True)
+        for (line,) in progress:
+            self._tell(str(line), lasting=False)
 
 
-def _who(holder: str) -> str:
-    return holder.partition(")")[0]
+def _who(session: str) -> str:
+    """Return the session, without what it does at this moment."""
+    return session.partition(")")[0]
 
 
 def sizes(connection: Connection, names: Iterable[str]) -> dict[str, Size]:
     """Return those of the tables that stand, by the given names, and how large they are; no lock is waited for."""
-    array = _array(names)
+    [rows] = connection.ask([_SIZES.format(names=_array(names))])
     return {
         str(name): Size(str(qualified), None if rows is None else int(rows), None if size is None else int(size))
-        for name, qualified, rows, size in _ask(connection, _SIZES.format(names=array))
+        for name, qualified, rows, size in rows
     }
 
 
@@ -257,30 +242,19 @@ def bystanders(
     connection: Connection, wanted: Mapping[str, Collection[str]], *, building: bool
 ) -> tuple[Bystander, ...]:
     """Return who holds, or waits for, such a lock on these tables; building: or has an old snapshot."""
-    values = ", ".join(f"({_literal(name)}, {_array(modes)})" for name, modes in wanted.items())
-    rows = _ask(connection, _BYSTANDERS.format(wanted=values)) if wanted else []
-    rows += _ask(connection, _SNAPSHOTS) if building else []
-    return tuple(Bystander(name, str(mode), granted == "t", str(who)) for name, mode, granted, who in rows)
+    values = ", ".join(f"({sql.Literal(name).as_string()}, {_array(modes)})" for name, modes in wanted.items())
+    queries = [_BYSTANDERS.format(wanted=_THESE.format(values=values))] if wanted else []
+    return _bystanders(connection, [*queries, *([_SNAPSHOTS] if building else [])])
 
 
 def locking_readers_out(connection: Connection) -> tuple[Bystander, ...]:
     """Return who holds, or waits for, a lock that readers of a table wait for."""
-    rows = _ask(connection, _READERS_OUT)
-    return tuple(Bystander(table, str(mode), granted == "t", str(who)) for table, mode, granted, who in rows)
+    return _bystanders(connection, [_BYSTANDERS.format(wanted=_ALL)])
 
 
-def now() -> float:
-    """Return seconds of a clock that only goes forward."""
-    return time.monotonic()
-
-
-def _ask(connection: Connection, query: str) -> Rows:
-    [rows] = connection.ask([query])
-    return rows
-
-
-def _literal(text: str) -> str:
-    return sql.Literal(text).as_string()
+def _bystanders(connection: Connection, queries: list[str]) -> tuple[Bystander, ...]:
+    found = [row for rows in (connection.ask(queries) if queries else []) for row in rows]
+    return tuple(Bystander(table, str(mode), granted == "t", str(who)) for table, mode, granted, who in found)
 
 
 def _array(texts: Iterable[str]) -> str:

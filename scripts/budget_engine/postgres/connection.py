@@ -7,13 +7,14 @@ Query"): its statements run in order, after an error the rest is skipped. So the
 from __future__ import annotations
 
 import logging
+import math
 import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from ipaddress import ip_address
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 import psycopg
 from psycopg import generators, pq, sql
@@ -26,18 +27,18 @@ from budget_engine import errors, libpq
 from budget_engine.errors import StatementError
 from budget_engine.settings import Settings, Target, mask
 
+if TYPE_CHECKING:
+    from budget_engine.postgres.blockers import Watch
+
 # What psycopg logs is for developers; users get our messages, and logging's last resort would print both.
 logging.getLogger("psycopg").addHandler(logging.NullHandler())
 
-_T = TypeVar("_T")
 Row = tuple[str | None, ...]
 Rows = list[Row]
 OnDone = Callable[[int, Rows], None]  # which statement is done, and its rows
 
-APPLICATION_NAME = "budget-engine-recipes"
 _STATEMENT_TIMEOUT = "60s"  # for catalog work, instead of what the role brings along for its queries
 _MOMENT_S = 0.1  # without an answer, after which a watcher may look around
-DEFAULT_PORT = 5432
 _CANCEL_S = 5.0  # how long a request to cancel may take to reach the server
 # What each transaction of ours begins with: to compile queries as large as ours takes longer than to run them, and
 # others wait for our locks meanwhile. (A SET is not planned, so that it is not compiled itself.)
@@ -49,6 +50,9 @@ BEGIN_READ_ONLY = (f"{BEGIN[0]} READ ONLY", BEGIN[1])
 MISGUIDING = """context = 'user' AND setting <> boot_val
 AND name ~ '^(enable_|geqo|min_parallel_)|_(cost|collapse_limit)$'"""
 _AS_BUILT = f"(SELECT count(set_config(name, boot_val, true)) FROM pg_settings WHERE {MISGUIDING})"
+# A pooler's other clients leave temporary tables in the session, which would be found first.
+_OTHERS_LAST = """set_config('search_path', current_setting('search_path')
+  || CASE WHEN current_schema() IS NULL THEN '' ELSE ', pg_temp' END, true)"""
 OLDEST_VERSION = 140000  # CREATE OR REPLACE TRIGGER and string_to_table came with PostgreSQL 14
 
 # Of a login that fails, libpq keeps only words, no SQLSTATE. These are the server's, PgBouncer's, libpq's and psycopg's
@@ -75,70 +79,46 @@ _REFUSALS: tuple[tuple[str, errors.Case], ...] = (
 )
 
 
-class Watcher(Protocol):
-    """Whoever looks around while a message is on its way (watch.Watch)."""
-
-    holders: tuple[str, ...]  # who holds, or held last, what the message waits for
-
-    def begin(self) -> None:
-        """Begin to look: a message goes out."""
-
-    def answered(self) -> None:
-        """Know that something has come back."""
-
-    def idle(self) -> None:
-        """Take a look, perhaps: nothing has come back for a moment."""
-
-    def end(self) -> None:
-        """Leave off: the message has been answered."""
-
-
 class Connection:
     """A connection to the target. Raises UnreachableError where there is none to be had.
 
-    answer_s: how long an answer may take (seconds; None: for ever); then the connection counts as gone. A pooler lets
-    everybody in, and keeps waiting whom it has no server connection for: those that our own first one keeps, say.
+    answer_s: how long an answer may take (seconds); then the connection counts as gone. A pooler lets everybody in, and
+    keeps waiting whom it has no server connection for: those that our own first one keeps, say.
     """
 
-    def __init__(self, target: Target, settings: Settings, *, answer_s: float | None = None) -> None:
-        self.target, self._answer_s = target, answer_s
-        self.lock_timeout_ms = settings.lock_timeout_ms
-        self.watch: Watcher | None = None
-        defaults = {"application_name": APPLICATION_NAME, "connect_timeout": str(settings.connect_timeout_s)}
+    def __init__(self, target: Target, settings: Settings, *, answer_s: float = math.inf) -> None:
+        self._target, self._answer_s, self.lock_timeout_ms = target, answer_s, settings.lock_timeout_ms
+        self.watch: Watch | None = None  # looks around while a message is on its way
+        defaults = {"application_name": "budget-engine-recipes", "connect_timeout": str(settings.connect_timeout_s)}
         conninfo = defaults | target.conninfo | {"client_encoding": "UTF8"}
         if conninfo.get("sslrootcert") == "system":
             libpq.find_certificates()
         try:
             self._connection = psycopg.connect(make_conninfo(**conninfo), autocommit=True, prepare_threshold=None)
         except (psycopg.Error, UnicodeError) as error:  # UnicodeError: of what can be no host's name
-            raise _refusal(target, str(error)) from None
+            words = str(error)
+            cause = next((kind for phrases, kind in _REFUSALS if re.search(phrases, words)), errors.NO_CONNECTION)
+            where = mask(words.strip(), target.secrets)
+            raise errors.NO_CONNECTION(target=target.display, where=where, remedy=cause.remedy) from None
         if self._connection.info.server_version < OLDEST_VERSION:
             version = self._connection.info.parameter_status("server_version")
             self.close()
             raise errors.TOO_OLD(target=target.display, where=f"the server is PostgreSQL {version}")
-
-    @property
-    def backend_pid(self) -> int:
-        """Process id of the server process that we logged in to (a pooler's, if there is one)."""
-        return self._connection.info.backend_pid
+        self.backend_pid = self._connection.info.backend_pid  # a pooler's, if there is one
+        self.is_encrypted = bool(self._connection.pgconn.ssl_in_use)
 
     @property
     def host(self) -> str:
         """The host that answered, with its port where it is another than usual; of a socket the folder."""
         info = self._connection.info
         host = f"[{info.host}]" if ":" in info.host else info.host
-        return host if info.port == DEFAULT_PORT or host.startswith(("/", "@")) else f"{host}:{info.port}"
+        return host if info.port == 5432 or host.startswith(("/", "@")) else f"{host}:{info.port}"
 
     @property
     def is_near(self) -> bool:
         """Whether the server is on this machine, for all that its name says: a tunnel leads elsewhere."""
         host, address = self._connection.info.host, self._connection.info.hostaddr
         return host.startswith(("/", "@")) or all(_is_loopback(name) for name in (host, address))
-
-    @property
-    def is_encrypted(self) -> bool:
-        """Whether the connection goes through TLS."""
-        return bool(self._connection.pgconn.ssl_in_use)
 
     @property
     def sslmode(self) -> str:
@@ -149,7 +129,7 @@ class Connection:
     @property
     def transaction_settings(self) -> str:
         """SELECT list that makes our settings hold for this transaction."""
-        return transaction_settings(self.target, self.lock_timeout_ms)
+        return transaction_settings(self._target, self.lock_timeout_ms)
 
     @contextmanager
     def notices(self, handler: Callable[[Diagnostic], None]) -> Iterator[None]:
@@ -166,8 +146,24 @@ class Connection:
         Raises StatementError, after rolling back a transaction that the message left open; KeyboardInterrupt, after
         cancelling the statement that was running.
         """
-        with self._cancelled_by_ctrl_c(), self._watched():
-            return self._run(statements, on_done)
+        rows: list[Rows] = []
+        failure: StatementError | None = None
+        with self._cancelled_by_ctrl_c(), self.watch or nullcontext():
+            try:
+                for result in self._exchange(";\n".join(statements)):
+                    if result.status == pq.ExecStatus.FATAL_ERROR:
+                        failure = _refused(len(rows), error_from_result(result))
+                    else:
+                        rows.append(_rows(result))
+                        on_done(len(rows) - 1, rows[-1])
+            except psycopg.OperationalError as error:  # the connection is gone
+                failure = failure or _refused(len(rows), error)
+            if failure is not None:
+                if self._connection.pgconn.transaction_status == pq.TransactionStatus.INERROR:
+                    with suppress(psycopg.OperationalError):
+                        list(self._exchange("ROLLBACK"))
+                raise failure
+        return rows
 
     def ask(self, queries: Sequence[str], *settings: str) -> list[Rows]:
         """Send the queries as one message, a transaction that writes nothing; return the rows of each.
@@ -177,39 +173,6 @@ class Connection:
         ours = ", ".join([self.transaction_settings, *settings])
         answers = self.run([*BEGIN_READ_ONLY, f"SELECT {ours}", *queries, "COMMIT"])
         return answers[len(BEGIN_READ_ONLY) + 1 : -1]
-
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Have the watcher look around, and say in an error whom it saw hold the lock."""
-        if self.watch is None:
-            yield
-            return
-        self.watch.begin()
-        try:
-            yield
-        except StatementError as error:
-            error.holders = self.watch.holders
-            raise
-        finally:
-            self.watch.end()
-
-    def _run(self, statements: Sequence[str], on_done: OnDone) -> list[Rows]:
-        rows: list[Rows] = []
-        failure: StatementError | None = None
-        try:
-            for result in self._exchange(";\n".join(statements)):
-                if result.status == pq.ExecStatus.FATAL_ERROR:
-                    failure = _refused(len(rows), error_from_result(result))
-                else:
-                    rows.append(_rows(result))
-                    on_done(len(rows) - 1, rows[-1])
-        except psycopg.OperationalError as error:  # the connection is gone
-            failure = failure or _refused(len(rows), error)
-        if failure is not None:
-            if self._connection.pgconn.transaction_status == pq.TransactionStatus.INERROR:
-                self._run(["ROLLBACK"], lambda index, rows: None)
-            raise failure
-        return rows
 
     @contextmanager
     def _cancelled_by_ctrl_c(self) -> Iterator[None]:
@@ -254,28 +217,25 @@ class Connection:
         self._connection.wait(generators.send(self._connection.pgconn))
         # A watcher has to see who holds it before the wait for the lock is over.
         moment_s = min(_MOMENT_S, self.lock_timeout_ms / 10_000)
-        deadline = None if self._answer_s is None else time.monotonic() + self._answer_s
-        while (result := self._connection.wait(self._idling(self._fetch(), deadline), moment_s)) is not None:
+        deadline = time.monotonic() + self._answer_s
+        while (result := self._connection.wait(self._idling(deadline), moment_s)) is not None:
             yield result
 
-    def _fetch(self) -> PQGen[pq.abc.PGresult | None]:
-        waiting: PQGen[pq.abc.PGresult | None] = generators.fetch(self._connection.pgconn)
-        return waiting
-
-    def _idling(self, waiting: PQGen[_T], deadline: float | None) -> PQGen[_T]:
-        """Pass on psycopg's generator, tell the watcher of each moment in which nothing came, raise at the deadline."""
+    def _idling(self, deadline: float) -> PQGen[pq.abc.PGresult | None]:
+        """Fetch a result as psycopg does; tell the watch of moments in which nothing came, raise at the deadline."""
+        fetching: PQGen[pq.abc.PGresult | None] = generators.fetch(self._connection.pgconn)
         try:
-            wanted = next(waiting)
+            wanted = next(fetching)
             while True:
                 ready = yield wanted
                 if self.watch is not None:
                     self.watch.idle() if ready == Ready.NONE else self.watch.answered()
-                if ready == Ready.NONE and deadline is not None and time.monotonic() > deadline:
+                if ready == Ready.NONE and time.monotonic() > deadline:
                     self.close()
                     raise psycopg.OperationalError(f"no answer within {self._answer_s} s")
-                wanted = waiting.send(ready)
+                wanted = fetching.send(ready)
         except StopIteration as done:
-            result: _T = done.value
+            result: pq.abc.PGresult | None = done.value
             return result
 
 
@@ -290,11 +250,6 @@ def transaction_settings(target: Target, lock_timeout_ms: int) -> str:
         settings["search_path"] = target.search_path
     ours = [sql.SQL("set_config({}, {}, true)").format(name, value).as_string() for name, value in settings.items()]
     return ", ".join([*ours, _OTHERS_LAST, _AS_BUILT])
-
-
-# A pooler's other clients leave temporary tables in the session, which would be found first.
-_OTHERS_LAST = """set_config('search_path', current_setting('search_path')
-  || CASE WHEN current_schema() IS NULL THEN '' ELSE ', pg_temp' END, true)"""
 
 
 def _is_loopback(name: str) -> bool:
@@ -314,18 +269,6 @@ def _rows(result: pq.abc.PGresult) -> Rows:
 
 def _refused(index: int, error: psycopg.Error) -> StatementError:
     said = error.diag
-    return StatementError(
-        index,
-        error.sqlstate,
-        said.message_primary or str(error).strip(),
-        said.message_detail or "",
-        said.message_hint or "",
-        said.context or "",
-    )
-
-
-def _refusal(target: Target, words: str) -> errors.RecipeError:
-    """Return the error of a login that failed, with what helps in its case."""
-    cause = next((kind for phrases, kind in _REFUSALS if re.search(phrases, words)), errors.NO_CONNECTION)
-    where = mask(words.strip(), target.secrets)
-    return errors.NO_CONNECTION(target=target.display, where=where, remedy=cause.remedy)
+    message = said.message_primary or str(error).strip()
+    detail, hint, context = (words or "" for words in (said.message_detail, said.message_hint, said.context))
+    return StatementError(index, error.sqlstate, message, detail, hint, context)

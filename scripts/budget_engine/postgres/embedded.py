@@ -11,7 +11,6 @@ import errno
 import hashlib
 import importlib.util
 import os
-import select
 import shutil
 import signal
 import socket
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +74,16 @@ class Cluster:
         """The server's log since its last start."""
         return self.data.with_name("log")
 
+    @property
+    def said(self) -> str:
+        """The end of that log."""
+        return _tail(self.log.read_text(errors="replace")) if self.log.exists() else ""
+
+    @property
+    def is_made(self) -> bool:
+        """Whether there is data."""
+        return (self.data / "PG_VERSION").exists()
+
 
 # ── where ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -82,11 +91,15 @@ class Cluster:
 def locate(root: Path, major: int = 18, binaries: Path | None = None) -> Cluster:
     """Decide where the project's server lies: <root>/.postgres/<major> unless root's case forbids it.
 
-    binaries: another installation's (the tests run on versions that the package does not bring).
+    binaries: another installation's (the tests run on versions that the package does not bring). The socket lies beside
+    the data, if its path is short enough there (and no list to libpq), else in /tmp.
     """
     binaries = binaries or _package_binaries(major)
-    place = _home(root, major) / str(major)
-    return Cluster(place / "data", _socket_folder(place), binaries, ACCOUNT if os.geteuid() == 0 else None)
+    place = sockets = _home(root, major) / str(major)
+    name = f"{place}/.s.PGSQL.{SETTINGS['port']}"
+    if len(os.fsencode(name)) > LONGEST_SOCKET or "," in name:
+        sockets = Path(f"/tmp/budget-engine-{os.geteuid()}-{_digest(place)}")  # noqa: S108 - owner and mode are checked
+    return Cluster(place / "data", sockets, binaries, ACCOUNT if os.geteuid() == 0 else None)
 
 
 def _package_binaries(major: int) -> Path:
@@ -94,14 +107,12 @@ def _package_binaries(major: int) -> Path:
     if sys.platform == "win32":
         raise errors.NO_SOCKETS(where="This is Windows.")
     package = importlib.util.find_spec(PACKAGE)
-    folders = (package.submodule_search_locations if package else None) or []
-    for folder in folders:
+    for folder in (package and package.submodule_search_locations) or ():
         binaries = Path(folder) / INSTALLATIONS[major] / "bin"
         if (binaries / "postgres").exists():
             return binaries
-    raise errors.NO_BINARIES(
-        major=major, where=f"The package {PACKAGE.replace('_', '-')} is not installed in {sys.prefix}."
-    )
+    where = f"The package {PACKAGE.replace('_', '-')} is not installed in {sys.prefix}."
+    raise errors.NO_BINARIES(major=major, where=where)
 
 
 def _home(root: Path, major: int) -> Path:
@@ -109,9 +120,7 @@ def _home(root: Path, major: int) -> Path:
     given = os.environ.get(DATA_VARIABLE) or ".postgres"
     try:
         home = (root / Path(given).expanduser()).resolve()
-        if any(path.is_symlink() for path in (home, *home.parents)):  # a circle, at which Python 3.13 no longer raises
-            home.stat()
-    except (RuntimeError, OSError) as error:  # ~ of nobody; links in a circle
+    except (RuntimeError, OSError) as error:  # ~ of nobody; links in a circle, of which Python 3.13 says so later
         raise errors.EMBEDDED_FILES(why=str(error).strip("."), variable=DATA_VARIABLE, where=given) from None
     if os.geteuid() != 0 or (home / str(major)).exists():
         return home
@@ -120,45 +129,54 @@ def _home(root: Path, major: int) -> Path:
     return elsewhere if elsewhere.exists() or not _stranger_can('test -x "$1"', nearest) else home
 
 
-def _socket_folder(place: Path) -> Path:
-    """Return the place itself if a socket's path is short enough there (and no list to libpq), else one in /tmp."""
-    name = f"{place}/.s.PGSQL.{SETTINGS['port']}"
-    if len(os.fsencode(name)) <= LONGEST_SOCKET and "," not in name:
-        return place
-    return Path(f"/tmp/budget-engine-{os.geteuid()}-{_digest(place)}")  # noqa: S108 - owner and mode are checked
-
-
 def _digest(path: Path) -> str:
     return hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
 
 
 def _stranger_can(test: str, path: Path) -> bool:
     """Try really, as a user without any rights: modes alone do not know of ACLs, mounts and missing libraries."""
-    command: list[str | Path] = ["/bin/sh", "-c", test, "sh", path]
-    done = subprocess.run(
-        command,
-        check=False,
-        capture_output=True,
-        cwd="/",
-        env=_environment(),
-        user=STRANGER,
-        group=STRANGER,
-        extra_groups=[],
-    )
-    return done.returncode == 0
+    return _run(["/bin/sh", "-c", test, "sh", path], STRANGER, capture_output=True).returncode == 0
+
+
+def _run(words: Sequence[str | Path], user: str | int | None = None, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program far from our current folder, as that user, in an environment in which every server is the same.
+
+    That is without PG* variables, with messages in English, and times in UTC.
+    """
+    environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"}
+    if user is not None:
+        group = pwd.getpwnam(user).pw_gid if isinstance(user, str) else user
+        how |= {"user": user, "group": group, "extra_groups": []}
+    how |= {"cwd": "/", "env": environment, "stdin": subprocess.DEVNULL, "errors": "replace"}
+    return subprocess.run(words, check=False, **how)
 
 
 # ── start, stop, running ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def start(cluster: Cluster) -> bool:
-    """Start the server; False if it was running."""
+    """Start the server, from whatever state the last one left; False if it was running, or somebody else just did."""
     with _explained(cluster):
         if running(cluster):
             return False
         _create_account(cluster)
-        with _locked(_lock_file(cluster)) as lock:
-            return _bring_up(cluster, lock)
+        with _locked(cluster.data.parent.with_suffix(".lock")) as lock:
+            for folder in (cluster.data.parent, cluster.sockets):
+                _make_private(folder, cluster)
+            # One whose starter was killed, or that is going down, gets its time; one that is ready has lost its socket.
+            _until(lambda: running(cluster) or _pid(cluster) is None, 1.0 if _ready(cluster) else START_SECONDS)
+            if running(cluster):
+                return False
+            _stop(cluster)
+            binaries = _reachable_binaries(cluster)
+            if not cluster.is_made:
+                _initdb(cluster, binaries, lock)
+            # The process they name is not this cluster's server; orphans of a killed one still hold its shared memory.
+            for stale in (cluster.data / "postmaster.pid", *cluster.sockets.glob(".s.PGSQL.*")):
+                stale.unlink(missing_ok=True)
+            if not _until(lambda: _serve(cluster, binaries), ORPHAN_SECONDS):
+                raise _failed("was killed, and processes of it still use its data", cluster)
+            return True
 
 
 def stop(cluster: Cluster) -> bool:
@@ -166,7 +184,7 @@ def stop(cluster: Cluster) -> bool:
     with _explained(cluster):
         if not _is_private(cluster.data.parent, cluster):
             return False
-        with _locked(_lock_file(cluster)):
+        with _locked(cluster.data.parent.with_suffix(".lock")):
             return _stop(cluster)
 
 
@@ -175,27 +193,6 @@ def running(cluster: Cluster) -> bool:
     with _explained(cluster):
         private = _is_private(cluster.data.parent, cluster) and _is_private(cluster.sockets, cluster)
         return private and _ready(cluster) and _listening(cluster)
-
-
-def _bring_up(cluster: Cluster, lock: int) -> bool:
-    """Start the server, under the lock, from whatever state the last one left; False if somebody else just did."""
-    for folder in (cluster.data.parent, cluster.sockets):
-        _make_private(folder, cluster)
-    # One whose starter was killed, or that is going down, gets its time; one that is ready has lost its socket.
-    patience = 1.0 if _ready(cluster) else START_SECONDS
-    _until(lambda: running(cluster) or _pid(cluster) is None, patience)
-    if running(cluster):
-        return False
-    _stop(cluster)
-    binaries = _reachable_binaries(cluster)
-    if not (cluster.data / "PG_VERSION").exists():
-        _initdb(cluster, binaries, lock)
-    # The process they name is not this cluster's server; orphans of a killed one still hold its shared memory.
-    for stale in (cluster.data / "postmaster.pid", *cluster.sockets.glob(".s.PGSQL.*")):
-        stale.unlink(missing_ok=True)
-    if not _until(lambda: _serve(cluster, binaries), ORPHAN_SECONDS):
-        raise _failed("was killed, and processes of it still use its data", cluster)
-    return True
 
 
 def _stop(cluster: Cluster) -> bool:
@@ -215,9 +212,6 @@ def _until(condition: Callable[[], bool], seconds: float) -> bool:
     while not (met := condition()) and time.monotonic() < deadline:
         time.sleep(0.01)
     return met
-
-
-# ── what stands ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _pid_file(cluster: Cluster) -> list[str]:
@@ -277,24 +271,14 @@ def health(cluster: Cluster) -> Health:
     """Look how the cluster stands; raise where its folders are not ours, or could not be made."""
     is_running = running(cluster)
     with _explained(cluster):
-        pid, made = _pid(cluster), (cluster.data / "PG_VERSION").exists()
+        pid, version = _pid(cluster), ""
         nearest = next(folder for folder in cluster.data.parents if folder.exists())
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(nearest))
-        return Health(is_running, pid, made, "" if pid else _complaint(cluster), _version(cluster))
-
-
-def _complaint(cluster: Cluster) -> str:
-    said = _tail(cluster.log.read_text(errors="replace")) if cluster.log.exists() else ""
-    return "" if said.endswith("database system is shut down") else said
-
-
-def _version(cluster: Cluster) -> str:
-    try:
-        done = subprocess.run([cluster.binaries / "postgres", "-V"], capture_output=True, text=True, env=_environment())
-    except OSError:
-        return ""
-    return done.stdout.strip()
+        with contextlib.suppress(OSError):
+            version = _run([cluster.binaries / "postgres", "-V"], capture_output=True).stdout.strip()
+        was_shut_down = cluster.said.endswith("database system is shut down")
+        return Health(is_running, pid, cluster.is_made, "" if pid or was_shut_down else cluster.said, version)
 
 
 # ── folders and the lock ───────────────────────────────────────────────────────────────────────────────────────────
@@ -302,7 +286,7 @@ def _version(cluster: Cluster) -> str:
 
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[int]:
-    """Hold a lock that ends with its holder, however that ends."""
+    """Hold a lock that ends with its holder, however that ends; it lies beside what is made under it."""
     _make_passage(file.parent)
     handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
@@ -310,10 +294,6 @@ def _locked(file: Path) -> Iterator[int]:
         yield handle
     finally:
         os.close(handle)
-
-
-def _lock_file(cluster: Cluster) -> Path:
-    return cluster.data.parent.with_suffix(".lock")  # beside the private folder, which is made under the lock
 
 
 def _make_passage(folder: Path) -> None:
@@ -354,15 +334,11 @@ def _is_private(folder: Path, cluster: Cluster) -> bool:
     )
 
 
-# ── users ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _owner(cluster: Cluster) -> int | None:
     """Return the number of the server's user; None if that is still to be created."""
-    try:
+    with contextlib.suppress(KeyError):
         return pwd.getpwnam(cluster.user).pw_uid if cluster.user else os.geteuid()
-    except KeyError:
-        return None
+    return None
 
 
 def _name(uid: int) -> str:
@@ -387,50 +363,30 @@ def _create_account(cluster: Cluster) -> None:
         raise errors.NO_ACCOUNT(account=ACCOUNT, where=output)
 
 
-def _as_server(cluster: Cluster) -> dict[str, Any]:
-    """Return how to run a program as the server's user, far from our current folder and our environment."""
-    common: dict[str, Any] = {"cwd": "/", "env": _environment(), "stdin": subprocess.DEVNULL, "check": False}
-    if cluster.user is None:
-        return common
-    account = pwd.getpwnam(cluster.user)
-    return {**common, "user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-
-
-def _environment() -> dict[str, str]:
-    """Return an environment in which every server is the same: no PG* variables, messages in English, times in UTC."""
-    return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"}
-
-
 # ── the binaries at work ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _reachable_binaries(cluster: Cluster) -> Path:
-    """Return the binaries, or in root's case a copy of them where the server's user cannot reach the package."""
+    """Return the binaries, or in root's case a copy of them where the server's user cannot reach the package.
+
+    The copy has the libraries, too, that they find by relative path; it is there complete or not at all.
+    """
     readable = " || ".join(f'test -r "$1/../share/{file}"' for file in ("postgresql/postgres.bki", "postgres.bki"))
-    works = f'"$1/postgres" -V && {{ {readable}; }}'
-    if cluster.user is None or _stranger_can(works, cluster.binaries):
+    if cluster.user is None or _stranger_can(f'"$1/postgres" -V && {{ {readable}; }}', cluster.binaries):
         return cluster.binaries
     version = hashlib.sha256((cluster.binaries / "postgres").read_bytes()).hexdigest()[:12]
-    copy = MACHINE / f"binaries-{version}"
-    if not copy.exists():
-        _copy_installation(cluster.binaries.parent, copy)
-    return copy / cluster.binaries.relative_to(cluster.binaries.parents[2])
-
-
-def _copy_installation(installation: Path, target: Path) -> None:
-    """Copy it, with the libraries it finds by relative path, for everybody to run; complete or not at all."""
-    package = installation.parent
-    _make_passage(target.parent)
-    made = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
-    for part in (installation, package / ".dylibs", package.with_name(f"{package.name}.libs")):
-        if part.exists():
-            place = made / part.relative_to(package.parent)
-            shutil.copytree(part, place, ignore=shutil.ignore_patterns("include", "*.a"))
-    for path in (made, *made.rglob("*")):
-        path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
-    with contextlib.suppress(FileExistsError):  # another process was faster
-        made.rename(target)
-    shutil.rmtree(made, ignore_errors=True)
+    copy, package = MACHINE / f"binaries-{version}", cluster.binaries.parents[1]
+    with _locked(copy.with_suffix(".lock")):
+        if not copy.exists():
+            made = Path(tempfile.mkdtemp(prefix=".new-", dir=MACHINE))
+            for part in (cluster.binaries.parent, package / ".dylibs", package.with_name(f"{package.name}.libs")):
+                if part.exists():
+                    place = made / part.relative_to(package.parent)
+                    shutil.copytree(part, place, ignore=shutil.ignore_patterns("include", "*.a"))
+            for path in (made, *made.rglob("*")):
+                path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
+            made.rename(copy)
+    return copy / cluster.binaries.relative_to(package.parent)
 
 
 def _initdb(cluster: Cluster, binaries: Path, lock: int) -> None:
@@ -443,14 +399,8 @@ def _initdb(cluster: Cluster, binaries: Path, lock: int) -> None:
     major = int(cluster.data.parent.name)
     builtin = ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"] if major >= 17 else []
     options = ["--no-sync", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", *builtin]
-    done = subprocess.run(
-        [binaries / "initdb", "-D", unfinished, *options],
-        pass_fds=[lock],
-        errors="replace",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        **_as_server(cluster),
-    )
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = _run([binaries / "initdb", "-D", unfinished, *options], cluster.user, pass_fds=[lock], **output)
     if done.returncode:
         raise errors.INITDB(where=_tail(done.stdout))
     unfinished.rename(cluster.data)
@@ -459,33 +409,19 @@ def _initdb(cluster: Cluster, binaries: Path, lock: int) -> None:
 def _serve(cluster: Cluster, binaries: Path) -> bool:
     """Start the server in a session of its own and wait until it is ready; False: orphans of the last one live on.
 
-    A shell that ends at once stands between, so that it is no child of ours; it holds a pipe open as long as it lives.
+    A shell that ends at once stands between, so that it is no child of ours.
     """
     settings = [word for name, value in SETTINGS.items() for word in ("-c", f"{name}={value}")]
     postgres: list[str | Path] = [binaries / "postgres", "-D", cluster.data, "-k", cluster.sockets, *settings]
-    alive, held = os.pipe()
-    try:
-        subprocess.run(
-            ["/bin/sh", "-c", 'exec >"$0" 2>&1; "$@" &', cluster.log, *postgres],
-            pass_fds=[held],
-            start_new_session=True,
-            **_as_server(cluster),
-        )
-        os.close(held)
-        deadline = time.monotonic() + START_SECONDS
-        while not running(cluster):
-            if select.select([alive], [], [], 0.005)[0]:
-                if "shared memory block" in cluster.log.read_text(errors="replace"):
-                    return False
-                raise _failed("does not start", cluster)
-            if time.monotonic() > deadline:
-                raise _failed("is not ready yet; perhaps it recovers", cluster)
-    finally:
-        os.close(alive)
-    return True
-
-
-# ── messages ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    shell = ["/bin/sh", "-c", '"$@" >"$0" 2>&1 & echo $!', cluster.log, *postgres]
+    pid = int(_run(shell, cluster.user, start_new_session=True, stdout=subprocess.PIPE).stdout)
+    if _until(lambda: running(cluster) or not _command_line(pid), START_SECONDS) and running(cluster):
+        return True
+    if _command_line(pid):
+        raise _failed("is not ready yet; perhaps it recovers", cluster)
+    if "shared memory block" in cluster.log.read_text(errors="replace"):
+        return False
+    raise _failed("does not start", cluster)
 
 
 @contextlib.contextmanager
@@ -501,8 +437,7 @@ def _explained(cluster: Cluster) -> Iterator[None]:
 
 def _failed(does: str, cluster: Cluster) -> errors.RecipeError:
     """Return the error with the end of the server's log, which says why."""
-    said = _tail(cluster.log.read_text(errors="replace")) if cluster.log.exists() else "(no log)"
-    return errors.EMBEDDED_SERVER(does=does, where=f"{cluster.log}:\n{said}")
+    return errors.EMBEDDED_SERVER(does=does, where=f"{cluster.log}:\n{cluster.said or '(no log)'}")
 
 
 def _tail(text: str) -> str:

@@ -70,6 +70,8 @@ _REFUSALS: tuple[tuple[str, errors.Case], ...] = (
     ("SSL|sslmode|certificate", errors.TLS),
     ("resolve host (?!.*Servname)|translate host name|parse network address", errors.NO_SUCH_HOST),
     ("'idna' codec|label empty or too long", errors.NO_SUCH_HOST),  # Python's words, the latter 3.12's
+    # No IPv4 address among those that were tried.
+    (r"(?s)^(?!.*\(\d+(\.\d+){3}\)).*\([0-9a-f:]+\).*(unreachable|assign requested address|expired)", errors.NO_ROUTE),
     ("timeout expired|timed out|No route to host|unreachable", errors.SILENT_HOST),
     ("Connection refused|No such file or directory", errors.NOBODY_THERE),
 )

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib import metadata
 from typing import NamedTuple
 
+import psycopg
 from psycopg import pq
 
 from budget_engine import errors
@@ -101,7 +101,7 @@ def _examine() -> Iterator[Finding]:
     if given and where:
         announce(replace(where, notes=()), replace(given, notes=()))
         CONSOLE.say("")
-    yield from _machine()
+    yield _machine()
     yield from broken
     if given and where:
         for note in (*given.notes, *where.notes):
@@ -116,23 +116,11 @@ def _examine() -> Iterator[Finding]:
 # ── this machine ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _machine() -> Iterator[Finding]:
+def _machine() -> Finding:
     system = f"{platform.system()} {platform.machine()}"
-    yield Finding("python", f"{platform.python_version()} in {sys.prefix} on {system}")
-    locked: dict[str, list[str]] = {}  # several versions: by platform
-    for name, version in re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements.txt").read_text("utf-8"), re.M):
-        locked.setdefault(name, []).append(version)
-    other = []
-    for name, versions in locked.items():
-        with suppress(metadata.PackageNotFoundError):
-            if (installed := metadata.version(name)) not in versions:
-                other.append(f"{name} {installed} (locked: {' or '.join(versions)})")
     libpq = f"libpq {pq.version() // 10000}.{pq.version() % 10000} ({pq.__impl__})"
-    if other:
-        remedy = "Run the task through python3 scripts/inv, or pip install --require-hashes -r requirements.txt."
-        yield Finding("packages", f"not as locked: {', '.join(other)}; {libpq}", remedy)
-    else:
-        yield Finding("packages", f"as locked; psycopg {metadata.version('psycopg')} with {libpq}")
+    driver = f"psycopg {psycopg.__version__} with {libpq}"
+    return Finding("python", f"{platform.python_version()} in {sys.prefix} on {system}; {driver}")
 
 
 def _embedded_server(*, in_use: bool) -> Generator[Finding, None, bool]:
@@ -153,24 +141,25 @@ def health_of(cluster: Cluster, health: Health, *, in_use: bool) -> Finding:
     """Say how the embedded server is; that it does not run is no failure: setup starts it."""
     place = f"data in {cluster.data}" if health.made else "no data yet"
     runs = f"running as process {health.pid}" if health.running else "not running"
-    what, remedy = f"{health.version}, {runs}; {place}", ""
+    remedy = ""
     if not in_use:
-        what = f"not in use, {runs}; {place}"
+        what = f"not in use, {runs}"
     elif not health.version:
         does = "does not run: its binaries cannot be started here"
         return _problem("embedded", errors.EMBEDDED_SERVER(does=does, where=str(cluster.binaries / "postgres")))
     elif health.running:
-        pass
+        what = f"{health.version}, {runs}"
     elif health.pid is not None:
-        what = f"process {health.pid} takes no connections: it starts, stops, or has lost its socket; {place}"
+        what = f"process {health.pid} takes no connections: it starts, stops, or has lost its socket"
         remedy = "Wait a moment; invoke db.stop, then db.start, brings it back."
     elif health.complaint:
+        what = "not running, and was not shut down"
         said = [line for line in health.complaint.splitlines() if "FATAL" in line or "PANIC" in line]
-        what = "\n".join([f"not running, and was not shut down; {place}", *said])
+        place = "\n".join([place, *said])
         remedy = f"setup starts it, and it recovers; its log: {cluster.log}"
     else:
-        what = f"{health.version}, not running: setup starts it (alone: invoke db.start); {place}"
-    return Finding("embedded", what, remedy)
+        what = f"{health.version}, not running: setup starts it (alone: invoke db.start)"
+    return Finding("embedded", f"{what}; {place}", remedy)
 
 
 # ── the session ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -260,12 +249,14 @@ def tls(how: str, *, sslmode: str, is_near: bool) -> Finding:
     """Say whether the connection is encrypted (how), and whether the server had to show whose it is."""
     if is_near:
         return Finding("tls", f"{how or 'no TLS'}; the server is on this machine")
-    if how and sslmode in ("verify-ca", "verify-full"):
+    if how and sslmode.startswith("verify-"):
         return Finding("tls", f"{how}, certificate checked (sslmode={sslmode})")
-    risk = f"{how}, but libpq need not check whose server it is (sslmode={sslmode})"
-    if not how:
-        risk = f"no TLS (sslmode={sslmode}): passwords and rows can be read, and changed, on the way"
-    return Finding("tls", risk, _VERIFY)
+    risk = (
+        "but libpq need not check whose server it is"
+        if how
+        else "so that others on the way can read, and change, passwords and rows"
+    )
+    return Finding("tls", f"{how or 'no TLS'}, {risk} (sslmode={sslmode})", _VERIFY)
 
 
 _VERIFY = """\
@@ -308,8 +299,7 @@ def _chain(found: Survey, todo: Plan) -> Iterator[Finding]:
             hindrance.remedy = "invoke verify shows what, and the commands that clear it."
         yield _problem(_TOPICS.get(hindrance.case, "checks"), hindrance)
     if server.read_only and not todo.to_do:
-        remedy = "Name another server in DATABASE_URL once there is something to do."
-        yield Finding("writes", server.read_only, remedy)
+        yield Finding("writes", server.read_only, "Name another server in DATABASE_URL once there is something to do.")
     if not todo.lacking:
         yield Finding("rights", f"role {server.role} lacks none for that")
 
@@ -317,19 +307,13 @@ def _chain(found: Survey, todo: Plan) -> Iterator[Finding]:
 def limits(server: Server, brought: Sequence[Limit], replication_role: str, lock_timeout_ms: int) -> Iterator[Finding]:
     """Say which time limits, and other settings, that the role or the database bring along will bite."""
     alter = "ALTER ROLE " + ('"' + server.role.replace('"', '""') + '"')
-    biting: dict[str, list[Limit]] = {}
-    for limit in brought:
-        if why := _bite(limit, server, lock_timeout_ms):
-            biting.setdefault(why, []).append(limit)
-    for why, found in biting.items():
+    biting = {limit: why for limit in brought if (why := _bite(limit, server, lock_timeout_ms))}
+    for limit, why in biting.items():
         direct = "Name the server itself in DATABASE_URL (the direct URL), or lift it:" if server.pooled else "Lift it:"
-        lifted = [
-            f"unset {limit.name} in PGOPTIONS, or in DATABASE_URL"
-            if limit.source == "client"
-            else f"{alter} SET {limit.name} = 0;"
-            for limit in found
-        ]
-        yield Finding("limits", f"{', '.join(map(str, found))}: {why}", "\n".join([direct, *lifted]))
+        lifted = f"{alter} SET {limit.name} = 0;"
+        if limit.source == "client":
+            lifted = f"unset {limit.name} in PGOPTIONS, or in DATABASE_URL"
+        yield Finding("limits", f"{limit}: {why}", f"{direct}\n{lifted}")
     if replication_role == "replica":  # local is as origin
         says = f"session_replication_role = replica: no trigger runs for rows that {server.role} writes"
         yield Finding("limits", says, f"{alter} SET session_replication_role = origin;")

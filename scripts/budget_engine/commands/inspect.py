@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,7 +10,6 @@ from budget_engine import errors
 from budget_engine.commands.session import (
     Session,
     hindrances,
-    no_place,
     opened,
     refused_by_rows,
     waits_for,
@@ -70,11 +68,7 @@ def what_setup_would_do(*, form: str, sql: bool, quiet: bool, verbose: bool) -> 
 def _missing(session: Session, view: View, *, listed: bool) -> errors.RecipeError | None:
     """Return what the task ends with; listed: what is missing has been said."""
     orphans = survey.orphans(session.connection, view.plan.missing)
-    ends = [
-        *no_place(view.plan, view.found.server),
-        *what_is_missing(view.plan, view.commands, orphans, listed=listed),
-    ]
-    return next(iter(ends), None)
+    return next(what_is_missing(view.plan, view.found.server, view.commands, orphans, listed=listed), None)
 
 
 def _say_steps(view: View, *, verbose: bool, conflicts: bool) -> None:
@@ -91,7 +85,7 @@ def _say_plan(session: Session, view: View, *, verbose: bool) -> None:
     bystanders = blockers.bystanders(connection, waits_for(todo), building=building)
     kept = [_kept(connection, check) for check in todo.missing if check.replaces]
     unseen = plan.left_to_the_rows(todo)
-    CONSOLE.say(*(text.steps(todo, passed=view.found.checks) if verbose else text.things(todo)))
+    CONSOLE.say(*(text.steps(todo, passed=view.found.checks) if verbose else text.steps(todo, only_due=True)))
     if not todo.conflicts:  # else nothing would run
         CONSOLE.say(*text.locks(todo.actions, sizes), *text.bystanders(bystanders, session.given))
         CONSOLE.say(*text.consequences(todo, kept, unseen))
@@ -145,10 +139,7 @@ def _looking(task: str, form: str, *, quiet: bool, sql: bool = False) -> Iterato
 
 
 def _write(task: str, form: str, error: errors.RecipeError | None, view: View | None) -> None:
-    """Write the document; on the job's page, too, where GitHub Actions says which file that is."""
     if form == "json":
         CONSOLE.emit_json(formats.as_json(task, error, view))
     elif form == "github":
         CONSOLE.emit(formats.as_github(task, error, view))
-        if path := os.environ.get("GITHUB_STEP_SUMMARY"):
-            CONSOLE.append(path, formats.as_summary(error, view))

@@ -175,7 +175,7 @@ class Session:
         label, did = ("left", "") if left.missing else ("done", "" if todo else "nothing to do: ")
         CONSOLE.say(text.line(label, f"{did}{text.summary(own)}; {CONSOLE.target}"))
         orphans = survey.orphans(self.connection, left.missing)
-        for error in what_is_missing(left, self.commands(left), orphans, tried=True):
+        for error in what_is_missing(left, after.server, self.commands(left), orphans, tried=True):
             raise error
 
     def rehearse(self, found: survey.Survey) -> runner.Rehearsed:
@@ -317,7 +317,7 @@ def hindrances(
     todo: plan.Plan, server: survey.Server, commands: Mapping[Check, Sequence[str]]
 ) -> Iterator[errors.RecipeError]:
     """Yield each reason for which a plan cannot be carried out as a whole."""
-    yield from no_place(todo, server)
+    yield from _no_place(todo, server)
     if todo.conflicts:
         yield _conflict(todo, commands)
     if required := [check for check in todo.fixed_elsewhere if check.required]:
@@ -330,8 +330,7 @@ def hindrances(
         yield errors.RIGHT(role=server.role, where="\n".join(todo.lacking))
 
 
-def no_place(todo: plan.Plan, server: survey.Server) -> Iterator[errors.RecipeError]:
-    """Yield why there is no place for tables, if there is none."""
+def _no_place(todo: plan.Plan, server: survey.Server) -> Iterator[errors.RecipeError]:
     hidden = [c.table for c in todo.checks if c.is_temporary or (c in todo.conflicts and "hidden" in c.blocked)]
     if server.schema is None:
         yield errors.NO_SCHEMA(search_path=server.search_path)
@@ -345,6 +344,7 @@ def no_place(todo: plan.Plan, server: survey.Server) -> Iterator[errors.RecipeEr
 
 def what_is_missing(
     left: plan.Plan,
+    server: survey.Server,
     commands: Mapping[Check, Sequence[str]],
     orphans: Sequence[survey.Orphans],
     *,
@@ -355,6 +355,7 @@ def what_is_missing(
 
     orphans: the rows that refuse it; listed: what is missing has been said; tried: setup did what it could.
     """
+    yield from _no_place(left, server)
     if left.conflicts:
         yield _conflict(left, commands)
     elif left.missing:

@@ -62,7 +62,9 @@ def _is_to_be_done(session: Session, found: Survey, *, dry: bool) -> bool:
     """Say what is to be done, where that is all that was wanted; raise where it cannot be."""
     todo = session.todo(found)
     if dry:
-        CONSOLE.say(*text.things(todo), text.line("plan", f"{text.counted(todo)}; nothing was changed (--dry)"))
+        CONSOLE.say(
+            *text.steps(todo, only_due=True), text.line("plan", f"{text.counted(todo)}; nothing was changed (--dry)")
+        )
     session.refuse_what_cannot_be(todo, found)
     return not dry
 

@@ -91,37 +91,14 @@ def actions(planned: Sequence[Action]) -> list[dict[str, object]]:
 def as_github(task: str, error: RecipeError | None, view: View | None) -> str:
     """Return workflow commands of GitHub Actions: an annotation per failing check, at the step's file."""
     if view is None:
-        return f"::error title={task}::{_escaped(_words(error))}"
+        words = text.error(error) if error else []
+        return f"::error title={task}::{_escaped(chr(10).join(words))}"
     lines = [
-        f"::error file={planned.step.file},title={planned.label}::{_escaped(difference)}"
+        f"::error file={planned.step.file},title={planned.label}::{_escaped(text.difference(check))}"
         for planned in view.plan.steps
-        for difference in _differing(view, planned.label)
+        for check in outermost(c for c in view.plan.missing if c.step == planned.label)
     ]
     return "\n".join(lines or [f"::notice title={task}::{_escaped(text.summary(view.found.checks))}"])
-
-
-def as_summary(error: RecipeError | None, view: View | None) -> str:
-    """Return the Markdown of a job's step summary."""
-    if view is None:
-        return f"### Budget Engine & Telemetry: exit {error and error.exit_code}\n\n```\n{_words(error)}\n```\n"
-    rows = ""
-    for step in view.plan.steps:
-        differing = [what.replace("|", "\\|").replace("<", "&lt;") for what in _differing(view, step.label)]
-        rows += f"| {step.label} | {step.state.value} | {'<br>'.join(differing)} |\n"
-    said = f"\n**exit {error.exit_code}**: {error.what}\n" if error else ""
-    return (
-        f"### Budget Engine & Telemetry: {text.summary(view.found.checks)}\n\n`{view.target.display}`\n{said}\n"
-        f"| step | state | what differs |\n| --- | --- | --- |\n{rows}"
-    )
-
-
-def _words(error: RecipeError | None) -> str:
-    return "\n".join(text.error(error)) if error else ""
-
-
-def _differing(view: View, label: str) -> list[str]:
-    """Say what is missing of a step."""
-    return [text.difference(check) for check in outermost(c for c in view.plan.missing if c.step == label)]
 
 
 def _escaped(words: str) -> str:

@@ -138,48 +138,31 @@ def _differs(check: Check, expected: str = "expected") -> str:
     return f"is {check.actual or 'missing'}, {expected} {check.expected}"
 
 
-_Row = tuple[str, str, str]  # a sign, a thing, and what there is to say of it
+def steps(plan: Plan, *, passed: Iterable[Check] = (), conflicts: bool = True, only_due: bool = False) -> list[str]:
+    """Write a line for each step and, below it, one for each thing that it would create or change.
 
-
-def steps(plan: Plan, *, passed: Iterable[Check] = (), conflicts: bool = True) -> list[str]:
-    """Say how each step is, and what it would create or change.
-
-    passed: checks to be named although they pass; conflicts: whether to name those, which nothing else will.
+    passed: checks to be named although they pass; conflicts: whether to name those, which nothing else will; only_due:
+    leave out all else, and steps that have nothing to do. The details begin in one column.
     """
-    named = [check for check in passed if check.passed]
-    told = "documented:"
-    return _listed(
-        (
-            step,
-            [
-                *([("!", c.title, _differs(c)) for c in outermost(step.conflicts)] if conflicts else []),
-                *_due(step),
-                *(("=", c.title, f"{_differs(c, told)}; not required") for c in outermost(step.told)),
-                *((" ", c.title, str(c.actual)) for c in named if c.step == step.label),
-            ],
-        )
-        for step in plan.steps
-    )
-
-
-def things(plan: Plan) -> list[str]:
-    """Say what each step that has anything to do creates or changes, a line each."""
-    rows = [(step, _due(step)) for step in plan.steps]
-    return _listed((step, due) for step, due in rows if due or step.conflicts)
-
-
-def _listed(steps: Iterable[tuple[StepPlan, list[_Row]]]) -> list[str]:
-    """Write a line for each step and, below it, one for each of its things; their details begin in one column."""
     rows = []
-    for step, things in steps:
+    for step in plan.steps:
+        due = _due(step)
+        if only_due and not (due or step.conflicts):
+            continue
+        things = [("!", c.title, _differs(c)) for c in outermost(step.conflicts) if conflicts and not only_due]
+        things += due
+        if not only_due:
+            told = outermost(step.told)
+            things += [("=", c.title, f"{_differs(c, 'documented:')}; not required") for c in told]
+        things += [(" ", c.title, str(c.actual)) for c in passed if c.passed and c.step == step.label]
         rows.append((f"  {step.label}  ", step.state.value))
         rows += [(f"    {sign} {thing}  ", detail) for sign, thing, detail in things]
     width = min(max((len(name) for name, _ in rows), default=0), _DETAIL)
     return [f"{name:<{width}}{detail}".rstrip() for name, detail in rows]
 
 
-def _due(step: StepPlan) -> list[_Row]:
-    """Return what a step creates or changes: one that has a conflict runs nothing."""
+def _due(step: StepPlan) -> list[tuple[str, str, str]]:
+    """Return what a step creates or changes, each with its sign and details: one that has a conflict runs nothing."""
     concurrent = {check.key for action in step.concurrent for check in action.checks}
     defaults = {(c.table, c.name): f" DEFAULT {c.expected}" for c in step.reasons if c.kind is Kind.DEFAULT}
 

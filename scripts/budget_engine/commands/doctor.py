@@ -172,14 +172,6 @@ _SESSION = """
 SELECT current_user, current_database(), current_setting('session_replication_role'),
        (SELECT version || ', ' || cipher FROM pg_stat_ssl WHERE pid = pg_backend_pid() AND ssl)"""
 
-# Supabase's roles have it as "\$user": meant is $user, which need not exist. Names without quotes are folded.
-_ABSENT = r"""
-SELECT DISTINCT name
-FROM regexp_matches(current_setting('search_path'), '"((?:[^"]|"")*)"|([^[:space:],"]+)', 'g') AS part,
-     LATERAL (SELECT coalesce(replace(part[1], '""', '"'), lower(part[2]))) AS plain (name)
-WHERE name::name <> ALL (current_schemas(false)) AND name NOT IN ('$user', '\$user', 'pg_temp', '')
-ORDER BY 1"""
-
 # Those that fire in such a session at a command like ours. Supabase's own do not refuse what a role of the user's does.
 _EVENT_TRIGGERS = """
 SELECT evtname FROM pg_event_trigger
@@ -216,10 +208,9 @@ def _session(where: Target, given: Settings) -> Iterator[Finding]:
 
 def _look_around(session: Session) -> Iterator[Finding]:
     connection = session.connection
-    ours = f"SELECT {connection.transaction_settings}"  # what the role brings along is asked for before they hold
     pinned = f"SELECT pg_catalog.{survey.NOTHING_OF_OTHERS}"
-    _, _, limited, [(role, database, replication_role, cipher)], _, absent, _, triggers, _ = connection.run(
-        [*BEGIN_READ_ONLY, _LIMITS, _SESSION, ours, _ABSENT, pinned, _EVENT_TRIGGERS, "COMMIT"]
+    _, _, _, limited, [(role, database, replication_role, cipher)], triggers, _ = connection.run(
+        [*BEGIN_READ_ONLY, pinned, _LIMITS, _SESSION, _EVENT_TRIGGERS, "COMMIT"]
     )
     yield Finding("login", f"role {role}, database {database}")
     how = (cipher or "TLS") if connection.is_encrypted else ""
@@ -230,9 +221,11 @@ def _look_around(session: Session) -> Iterator[Finding]:
         yield _problem("checks", error)
         return
     todo, server = session.todo(found), found.server
-    via = "through a pooler" if server.pooled else "direct"
-    yield Finding("server", f"PostgreSQL {server.version}, {via}")
-    yield from _schema(found, [str(name) for (name,) in absent])
+    yield Finding("server", f"PostgreSQL {server.version}, {'through a pooler' if server.pooled else 'direct'}")
+    if elsewhere := text.behind(server, found.checks):
+        yield Finding("schema", "\n".join(elsewhere), "Say in DATABASE_URL which schema is meant: ?schema=NAME.")
+    elif server.schema:  # else that is an error of its own
+        yield Finding("schema", f"{server.schema} (search_path {server.search_path})")
     yield from _chain(found, todo)
     brought = [Limit(str(name), int(ms or 0), str(written), str(source)) for name, ms, written, source in limited]
     yield from limits(server, brought, str(replication_role), session.given.lock_timeout_ms)
@@ -251,30 +244,13 @@ def tls(how: str, *, sslmode: str, is_near: bool) -> Finding:
         return Finding("tls", f"{how or 'no TLS'}; the server is on this machine")
     if how and sslmode.startswith("verify-"):
         return Finding("tls", f"{how}, certificate checked (sslmode={sslmode})")
-    risk = (
-        "but libpq need not check whose server it is"
-        if how
-        else "so that others on the way can read, and change, passwords and rows"
-    )
-    return Finding("tls", f"{how or 'no TLS'}, {risk} (sslmode={sslmode})", _VERIFY)
+    risk = f"{how}, but libpq need not check whose server it is" if how else "no TLS: others on the way can read it all"
+    return Finding("tls", f"{risk} (sslmode={sslmode})", _VERIFY)
 
 
 _VERIFY = """\
 Add sslmode=verify-full&sslrootcert=FILE to DATABASE_URL (FILE: your host's CA; system: this machine's).
 Where that cannot be, at least sslmode=require."""
-
-
-def _schema(found: Survey, absent: Sequence[str]) -> Iterator[Finding]:
-    """Say where the chain's names lead, where that may not be what was meant."""
-    server = found.server
-    if server.schema is None:  # an error of its own
-        return
-    path = f"search_path {server.search_path}"
-    says = [f"{path}: {name} does not exist, or is closed to {server.role}" for name in absent]
-    if says := [*says, *text.behind(server, found.checks)]:
-        yield Finding("schema", "\n".join(says), "Say in DATABASE_URL which schema is meant: ?schema=NAME.")
-    else:
-        yield Finding("schema", f"{server.schema} ({path})")
 
 
 _TOPICS = {

@@ -27,7 +27,12 @@ _MOMENT_MS = 100
 def announced(*, dry: bool = False) -> tuple[Settings, Target]:
     """Find the database in use, start it where it is the embedded one, and say first of all which it is."""
     given = load(ROOT, os.environ)
-    started = given.target is None and _started(dry=dry)
+    started = False
+    if given.target is None:
+        cluster = embedded.locate(ROOT)
+        if dry and not embedded.running(cluster):
+            raise errors.NOT_RUNNING(looking="--dry", where=f"its data: {cluster.data}")
+        started = embedded.start(cluster)
     where = target_in_use(given)
     announce(where, given)
     if started:
@@ -42,14 +47,6 @@ def announce(where: Target, given: Settings) -> None:
     plain = {where.conninfo.get("user"), where.conninfo.get("dbname"), "postgres", "postgresql", "public"}
     CONSOLE.mask = partial(mask, secrets=[secret for secret in where.secrets if secret not in plain])
     CONSOLE.first("\n".join([text.target(where, given), *text.notes(where, given)]))
-
-
-def _started(*, dry: bool) -> bool:
-    """Have the embedded server run; return whether it had to be started."""
-    cluster = embedded.locate(ROOT)
-    if dry and not embedded.running(cluster):
-        raise errors.NOT_RUNNING(looking="--dry", where=f"its data: {cluster.data}")
-    return embedded.start(cluster)
 
 
 def target_in_use(given: Settings) -> Target:
@@ -377,7 +374,6 @@ def _conflict(todo: plan.Plan, commands: Mapping[Check, Sequence[str]]) -> error
     """Return the error that says the conflicts of a plan, and what clears them."""
     checks = todo.conflicts
     lines = text.conflicts(checks, commands)
-    count = sum(line.startswith("conflict") for line in lines)
     ways = []
     if not commands:
         ways.append("Run invoke verify when the tables are not locked: it has the commands that help.")
@@ -386,4 +382,5 @@ def _conflict(todo: plan.Plan, commands: Mapping[Check, Sequence[str]]) -> error
     if any(check.on_request for check in checks):
         ways.append("invoke prereqs --recreate moves the old core tables, rows and all, and creates new ones.")
     ways.append("Then run the task again.")
-    return errors.CONFLICT(count=f"{count} conflict{'s' * (count != 1)}", remedy="\n".join(ways), before=lines)
+    count = f"{len(lines)} conflict{'s' * (len(lines) != 1)}"
+    return errors.CONFLICT(count=count, remedy="\n".join(ways), before=lines)

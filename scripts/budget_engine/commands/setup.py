@@ -45,14 +45,14 @@ def prereqs(*, recreate: bool, with_dependants: bool, yes: bool, dry: bool) -> N
         if not moves:
             CONSOLE.say(text.line("note", "no core table has an older form: none is moved"))
         elif dry:
-            CONSOLE.say(*said)
+            CONSOLE.say(said)
         session.moves = moves
         session.wanted = recreating.wanted(session.wanted, session.chain, found.checks, moves)
         if not _is_to_be_done(session, found, dry=dry):
             return
         # Tables without a row, of this machine, move without a question.
         if not yes and any(move.has_rows or not session.connection.is_near for move in moves):
-            CONSOLE.say(*said)
+            CONSOLE.say(said)
             if not CONSOLE.confirms("Move them?"):
                 raise errors.NOT_CONFIRMED()
         session.carry_out(found)

@@ -12,6 +12,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, cast
 
@@ -26,9 +27,10 @@ _WORDS = {"32": "done ok +", "33": "waiting note pending partial ~", "1;31": "co
 _COLOURS = {word: colour for colour, words in _WORDS.items() for word in words.split()}
 _COLOURED = re.compile(rf"( *|  \w+ +)({'|'.join(map(re.escape, _COLOURS))})(?= |$)")
 _TASKS = re.compile(
-    r"\binvoke (?=(?:--dry )?(?:setup|prereqs|fix|verify|status|plan|rehearse|doctor|fleet|db\.[a-z]+"
+    r"\binvoke (?=(?:--dry )?(?:setup|prereqs|fix|verify|status|plan|rehearse|doctor|db\.[a-z]+"
     r"|[a-z]+(?:-[a-z]+)+)\b)"  # the steps' tasks have names of several words
 )
+_write = partial(print, flush=True)
 
 
 class Console:
@@ -61,7 +63,7 @@ class Console:
         """Show on a terminal, and nowhere else, how far something is; the next line takes its place, "" none."""
         if line != self._progress and self._for_people.isatty() and not self.quiet:
             width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be taken back
-            self._write(self._for_people, f"\r\x1b[K{self._spelled(line)[:width]}", end="")
+            _write(f"\r\x1b[K{self._spelled(line)[:width]}", end="", file=self._for_people)
             self._progress = line
 
     def say(self, *lines: str) -> None:
@@ -73,22 +75,21 @@ class Console:
 
     def emit(self, document: str) -> None:
         """Print what was asked for, whole, on stdout."""
-        self._write(sys.stdout, self.mask(document))
+        _write(self.mask(document))
 
     def emit_json(self, document: Mapping[str, object]) -> None:
         """Print a JSON document, its texts masked one by one: null, which is no text, may be somebody's password."""
-        self._write(sys.stdout, json.dumps(_masked(document, self._spelled), indent=2, ensure_ascii=False))
+        _write(json.dumps(_masked(document, self._spelled), indent=2, ensure_ascii=False))
 
     def confirms(self, question: str) -> bool:
         """Ask the person at the terminal, if there is one; no is the default."""
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             return False
-        self._write(sys.stdout, f"{self.mask(question)} [y/N] ", end="")  # input() would write it to stderr
+        _write(f"{self.mask(question)} [y/N] ", end="")  # input() would write it to stderr
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     def aside(self, *lines: str) -> None:
         """Print to stderr."""
-        self.progress("")
         self.say()
         self._print(sys.stderr, *lines)
 
@@ -100,11 +101,7 @@ class Console:
         for line in "\n".join(lines).split("\n") if lines else ():
             spelled = self._spelled(line)
             for part in _fitted(spelled) if stream.isatty() else [spelled]:
-                self._write(stream, part)
-
-    @staticmethod
-    def _write(stream: TextIO, text: str, end: str = "\n") -> None:
-        print(text, end=end, flush=True, file=stream)
+                _write(part, file=stream)
 
 
 def _fitted(line: str) -> list[str]:

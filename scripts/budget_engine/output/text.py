@@ -138,7 +138,7 @@ def _differs(check: Check, expected: str = "expected") -> str:
     return f"is {check.actual or 'missing'}, {expected} {check.expected}"
 
 
-def steps(plan: Plan, *, passed: Iterable[Check] = (), conflicts: bool = True, only_due: bool = False) -> list[str]:
+def steps(plan: Plan, *, passed: Sequence[Check] = (), conflicts: bool = True, only_due: bool = False) -> list[str]:
     """Write a line for each step and, below it, one for each thing that it would create or change.
 
     passed: checks to be named although they pass; conflicts: whether to name those, which nothing else will; only_due:
@@ -197,16 +197,16 @@ def locks(actions: Iterable[Action], sizes: Mapping[str, Size]) -> list[str]:
         for table, lock in action.locks.items():
             of_table = strongest.setdefault(table, {})
             of_table[how] = max(lock, of_table.get(how, lock), key=STRENGTH.index)
-    rows = [
-        (table if place == 0 else "", f"{lock.value} {how}", _size(sizes.get(table)) if place == 0 else "")
-        for table, of_table in strongest.items()
-        for place, (how, lock) in enumerate(of_table.items())
-    ]
+    rows = []
+    for table, of_table in strongest.items():
+        once = [table, _size(sizes.get(table))]
+        for how, lock in of_table.items():
+            name, size = once
+            rows.append((name, f"{lock.value} {how}", size))
+            once = ["", ""]
     first, second = (max([len(row[column]) for row in rows], default=0) + 2 for column in (0, 1))
-    return [
-        line("" if place else "locks", f"{table:<{first}}{lock:<{second}}{size}".rstrip())
-        for place, (table, lock, size) in enumerate(rows)
-    ]
+    aligned = [f"{name:<{first}}{lock:<{second}}{size}".rstrip() for name, lock, size in rows]
+    return [line("locks", "\n".join(aligned))] if rows else []
 
 
 def _size(size: Size | None) -> str:
@@ -225,18 +225,12 @@ def _bytes(count: int | None) -> str:
 
 def bystanders(seen: Sequence[Bystander], settings: Settings) -> list[str]:
     """Say whom setup would wait for at this moment."""
-    if not seen:
-        return []
+    lines = []
+    for one in seen:
+        held = f"{one.mode} on {one.table}" if one.table else one.mode
+        lines.append(line("now", f"{one.session} and {'holds' if one.granted else 'waits for'} {held}"))
     patience = f"{settings.lock_timeout_ms / 1000:g} s at a time, for up to {settings.lock_wait_s:g} s"
-    says = [f"{one.session} and {'holds' if one.granted else 'waits for'} {_held(one)}" for one in seen]
-    return [
-        *(line("now", who) for who in says),
-        line("", f"setup would wait for them, {patience} (LOCK_TIMEOUT, LOCK_WAIT)"),
-    ]
-
-
-def _held(one: Bystander) -> str:
-    return f"{one.mode} on {one.table}" if one.table else one.mode
+    return [*lines, *[line("", f"setup would wait for them, {patience} (LOCK_TIMEOUT, LOCK_WAIT)")] * bool(lines)]
 
 
 def consequences(plan: Plan, kept: Sequence[str], unseen: Sequence[str]) -> list[str]:
@@ -288,23 +282,18 @@ def conflicts(checks: Sequence[Check], commands: Mapping[Check, Sequence[str]]) 
     for check in checks:
         own = commands.get(check, ())
         if check in shown or not helping.issuperset(own):  # else it goes without saying
-            lines.append(line("conflict", difference(check)))
-            lines += [line("", part) for command in own if command not in said for part in command.splitlines()]
+            lines.append(line("conflict", "\n".join([difference(check), *(c for c in own if c not in said)])))
             said.update(own)
     return lines
 
 
 def error(error: RecipeError, target: str = "") -> list[str]:
     """Say what is wrong, what it concerns, where it was (target), and what helps."""
-    return [
-        line("error", error.what),
-        *(line("", part) for part in error.where.splitlines()),
-        *([line("", target)] if target else []),
-        *([line("help", error.remedy)] if error.remedy else []),
-    ]
+    says = line("error", "\n".join(filter(None, [error.what, error.where, target])))
+    return [says, line("help", error.remedy)] if error.remedy else [says]
 
 
-def moves(target: Target, server: Server, moving: Sequence[Move]) -> list[str]:
+def moves(target: Target, server: Server, moving: Sequence[Move]) -> str:
     """Say what would move, and about how many rows each table has."""
     from budget_engine.migration.recreate import ARCHIVE  # here: it needs psycopg, and this module must load without
 
@@ -315,7 +304,7 @@ def moves(target: Target, server: Server, moving: Sequence[Move]) -> list[str]:
         f"out of schema {server.schema} on {target.display} to a new one, {ARCHIVE} (or {ARCHIVE}_2, …); new and "
         "empty tables take the place of the chain's own:"
     )
-    return [line("moves", says), *(line("", f"{move.found} ({held(move)})") for move in moving)]
+    return line("moves", "\n".join([says, *(f"{move.found} ({held(move)})" for move in moving)]))
 
 
 def around(seen: Surroundings, server: Server) -> list[str]:

@@ -260,7 +260,7 @@ def shared_tree() -> Iterator[Path]:
     made.chmod(0o755)
     for folder in ("scripts", "db"):
         shutil.copytree(chain.ROOT / folder, made / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("tasks.py", "pyproject.toml", "requirements.txt"):
+    for file in ("tasks.py", "pyproject.toml"):
         shutil.copy(chain.ROOT / file, made)
     yield made
     shutil.rmtree(made)

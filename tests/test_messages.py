@@ -603,16 +603,6 @@ def test_what_cannot_be_written_is_no_success(db: Db, streams: str) -> None:
     assert db.differing() == {}
 
 
-def test_summary_that_cannot_be_written_is_no_success(db: Db, tmp_path: Path) -> None:
-    for code in (5, 1):
-        seen = db.invoke("verify", "--format", "github")
-        done = db.invoke("verify", "--format", "github", env={"GITHUB_STEP_SUMMARY": str(tmp_path)})
-        assert (done.code, done.out) == (code, seen.out), done
-        assert done.err.startswith(seen.err), done
-        assert f"error    {tmp_path} could not be written: " in done.err, done
-        assert db.invoke("setup").code == 0
-
-
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("command", ["invoke", "python3 scripts/inv"])
 def test_listing_that_nobody_reads_to_its_end_is_silent(command: str, unbuffered: str) -> None:

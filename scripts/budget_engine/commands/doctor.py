@@ -1,44 +1,55 @@
-"""The doctor: gathers what can be known of this machine, the URL, the server and the role, and changes nothing.
+"""The doctor: what is wrong with this machine, this URL, this server and this role, and what to do; changes nothing.
 
-Each thing is asked for by itself, so that what fails does not hide the rest; what the facts mean is said in findings.
+Each thing is looked at by itself, so that what fails does not hide the rest. What setup would end with is found out as
+setup does; what is missing, verify, status and plan say.
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import platform
 import re
-import socket
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from functools import partial
-from importlib import metadata
-from itertools import zip_longest
-from queue import Empty, SimpleQueue
-from threading import Thread
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from psycopg import pq, sql
+import psycopg
+from psycopg import pq
 
 from budget_engine import errors
-from budget_engine.commands import findings
-from budget_engine.commands.findings import EventTrigger, Facts, Finding, Host, Limit, Place, Way
-from budget_engine.commands.session import Session, announce, target_of
-from budget_engine.migration import chain, plan, survey
+from budget_engine.commands.session import Session, announce, hindrances, refused_by_rows, target_in_use
+from budget_engine.migration import survey
 from budget_engine.migration.chain import ROOT
-from budget_engine.migration.runner import HISTORY
-from budget_engine.migration.survey import Survey
+from budget_engine.migration.plan import Plan
+from budget_engine.migration.survey import Server, Survey
+from budget_engine.output import text
 from budget_engine.output.console import CONSOLE
 from budget_engine.output.ending import as_message
 from budget_engine.postgres import embedded
-from budget_engine.postgres.connection import BEGIN_READ_ONLY, Connection
-from budget_engine.settings import Settings, Target, completed, load
+from budget_engine.postgres.connection import BEGIN_READ_ONLY
+from budget_engine.postgres.embedded import Cluster, Health
+from budget_engine.postgres.patience import LONGEST_PAUSE_S
+from budget_engine.settings import Settings, Target, load
 
-_T = TypeVar("_T")
+OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"  # the bad one stands out on any terminal
+_STATE, _TOPIC = 10, 13  # widths: as wide as the labels above the page, and as the longest topic
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; remedy: what helps, unless all is well; exit_code: what setup would end with."""
+
+    topic: str
+    what: str
+    remedy: str = ""
+    exit_code: int = 0
+
+    @property
+    def state(self) -> str:
+        """What it means for setup."""
+        return PROBLEM if self.exit_code else NOTE if self.remedy else OK
 
 
 def run() -> None:
@@ -46,189 +57,111 @@ def run() -> None:
     found = []
     for finding in _examine():
         found.append(finding)
-        CONSOLE.say(*findings.lines(finding))
-    verdict, code = findings.verdict(found)
-    CONSOLE.say("", verdict)
+        CONSOLE.say(*lines(finding))
+    last, code = verdict(found)
+    CONSOLE.say("", last)
     if code:
         raise SystemExit(code)
 
 
+def lines(finding: Finding) -> list[str]:
+    """Return the finding as it is printed."""
+    prose = re.sub(r"(?<![.:;])\n", " ", finding.remedy)  # broken for wider lines; commands follow a : or a ;
+    remedy = [f"what to do: {prose}"] if prose else []
+    said = "\n".join([finding.what, *remedy]).replace("\n", "\n" + " " * (_STATE + _TOPIC))
+    return f"{finding.state:<{_STATE}}{finding.topic:<{_TOPIC}}{said}".splitlines()
+
+
+def verdict(findings: Sequence[Finding]) -> tuple[str, int]:
+    """Return the last line, and the exit code: that of the first problem, which setup would meet first."""
+    code = next((finding.exit_code for finding in findings if finding.exit_code), 0)
+    counts = {state.lower(): sum(finding.state == state for finding in findings) for state in (PROBLEM, NOTE)}
+    counted = ", ".join(f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items() if count)
+    end = f"would end with exit {code}" if code else "could run"
+    return f"setup {end}" + (f": {counted}" if counted else ""), code
+
+
+def _problem(topic: str, error: errors.RecipeError, *, known: str = "") -> Finding:
+    """Say what setup would end with; known: what the page has said already, and no line need say again."""
+    says = [error.what, *error.where.splitlines()]
+    new = [line for line in says if not known or known not in line]
+    return Finding(topic, "\n".join(new or says), error.remedy, error.exit_code)
+
+
 def _examine() -> Iterator[Finding]:
     """Look at one thing after the other; which database this is about comes before all else."""
-    given, where, broken = _settings()
+    given, where, broken = None, None, []
+    try:
+        given = load(ROOT, os.environ)
+        with suppress(errors.UnreachableError):  # which is a finding of its own
+            where = target_in_use(given)
+    except errors.SettingsError as error:
+        broken = [_problem("settings", error)]
     if given and where:
         announce(replace(where, notes=()), replace(given, notes=()))
         CONSOLE.say("")
-    yield from _machine()
+    yield _machine()
     yield from broken
     if given and where:
-        yield from findings.notes(given.source, [*given.notes, *where.notes])
-    yield from _embedded_server(in_use=given is not None and given.target is None)
-    if given and where and (given.target or _is_running()):
-        yield from _far_end(where, given)
+        for note in (*given.notes, *where.notes):
+            place = f" ({given.source})" if " in DATABASE_URL: " in note else ""
+            yield Finding("settings", note, f"Correct it there{place}, if it matters.")
+    in_use = given is not None and given.target is None
+    runs = yield from _embedded_server(in_use=in_use)
+    if given and where and (given.target or runs):
+        yield from _session(where, given)
 
 
 # ── this machine ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _settings() -> tuple[Settings | None, Target | None, list[Finding]]:
-    try:
-        given = load(ROOT, os.environ)
-        return given, _target(given), []
-    except errors.SettingsError as error:
-        return None, None, [findings.problem("settings", error)]
-
-
-def _target(given: Settings) -> Target | None:
-    with suppress(errors.UnreachableError):  # which is a finding of its own
-        return completed(given.target, given.source) if given.target else target_of(embedded.locate(ROOT))
-    return None
-
-
-def _machine() -> Iterator[Finding]:
+def _machine() -> Finding:
     system = f"{platform.system()} {platform.machine()}"
-    yield findings.ok("python", f"{platform.python_version()} in {sys.prefix} on {system}")
-    locked: dict[str, list[str]] = {}
-    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
-    for name, version in re.findall(r"^([\w.-]+)==(\S+)", requirements, re.M):
-        locked.setdefault(name, []).append(version)
-    installed = {}
-    for name in locked:
-        with suppress(metadata.PackageNotFoundError):
-            installed[name] = metadata.version(name)
     libpq = f"libpq {pq.version() // 10000}.{pq.version() % 10000} ({pq.__impl__})"
-    yield findings.packages(locked, installed, libpq)
+    driver = f"psycopg {psycopg.__version__} with {libpq}"
+    return Finding("python", f"{platform.python_version()} in {sys.prefix} on {system}; {driver}")
 
 
-def _embedded_server(*, in_use: bool) -> Iterator[Finding]:
-    """Look at the embedded server, where it is what is meant, or where there is one."""
+def _embedded_server(*, in_use: bool) -> Generator[Finding, None, bool]:
+    """Look at the embedded server, where it is what is meant, or where there is one; return whether it runs."""
     try:
         cluster = embedded.locate(ROOT)
         if in_use or cluster.data.parent.exists():  # what is inside, others may not even ask
-            yield findings.embedded_server(cluster, embedded.health(cluster), in_use=in_use)
+            health = embedded.health(cluster)
+            yield health_of(cluster, health, in_use=in_use)
+            return health.running
     except errors.UnreachableError as error:
         if in_use:
-            yield findings.problem("embedded", error)
-
-
-def _is_running() -> bool:
-    with suppress(errors.UnreachableError):
-        return embedded.running(embedded.locate(ROOT))
+            yield _problem("embedded", error)
     return False
 
 
-# ── the way to the server ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _far_end(where: Target, given: Settings) -> Iterator[Finding]:
-    """Look up and try the hosts; where anybody answers, log in and look around."""
-    typed = where.conninfo.get("connect_timeout", "")
-    timeout_s = float(typed) if typed.isdecimal() and int(typed) else float(given.connect_timeout_s)
-    hosts = list(_hosts(where.conninfo, timeout_s))
-    yield from findings.network(hosts)
-    if not hosts or any(host.answers for host in hosts):
-        yield from _session(where, given, [host.port for host in hosts])
-
-
-def _hosts(parameters: Mapping[str, str], timeout_s: float) -> Iterator[Host]:
-    """Try each host as libpq would: hostaddr before host, and for each its port."""
-    names, addresses, ports = (parameters.get(name, "").split(",") for name in ("host", "hostaddr", "port"))
-    for name, address, port in zip_longest(names, addresses, ports if len(ports) > 1 else ports * len(names)):
-        if host := address or name:
-            yield _host(host, port or "5432", timeout_s)
-
-
-def _host(name: str, port: str, timeout_s: float) -> Host:
-    if name.startswith(("/", "@")):
-        file = f"{name}/.s.PGSQL.{port}"
-        path = file.replace("@", "\0", 1) if name[0] == "@" else file  # an abstract socket
-        return Host(file, port, (Way(file, _failure(socket.AF_UNIX, path, timeout_s)),))
-    try:
-        look_up = partial(socket.getaddrinfo, name, port, type=socket.SOCK_STREAM)
-        found = dict.fromkeys((family, address) for family, *_, address in _within(timeout_s, look_up))
-    except (OSError, UnicodeError) as error:
-        return Host(name, port, unresolved=getattr(error, "strerror", None) or str(error))
-    return Host(name, port, tuple(Way(str(at[0]), _failure(family, at, timeout_s)) for family, at in found))
-
-
-def _within(timeout_s: float, ask: Callable[[], _T]) -> _T:
-    """Wait no longer than that for what has no timeout of its own: the resolver."""
-    answers: SimpleQueue[_T | Exception] = SimpleQueue()
-
-    def work() -> None:
-        try:
-            answers.put(ask())
-        except Exception as error:  # raised below
-            answers.put(error)
-
-    Thread(target=work, daemon=True).start()
-    try:
-        answer = answers.get(timeout=timeout_s)
-    except Empty:
-        raise TimeoutError(errno.ETIMEDOUT, "the name server does not answer") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
-def _failure(family: socket.AddressFamily, address: object, timeout_s: float) -> int | None:
-    """Try whether somebody answers there; return what the operating system says otherwise."""
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.settimeout(timeout_s)
-        try:
-            probe.connect(address)  # type: ignore[arg-type]
-        except OSError as error:
-            # Neither Python's own timeout nor a socket's path that is too long bears a number.
-            return error.errno or (errno.ETIMEDOUT if isinstance(error, TimeoutError) else errno.ENAMETOOLONG)
-    return None
+def health_of(cluster: Cluster, health: Health, *, in_use: bool) -> Finding:
+    """Say how the embedded server is; that it does not run is no failure: setup starts it."""
+    place = f"data in {cluster.data}" if health.made else "no data yet"
+    runs = f"running as process {health.pid}" if health.running else "not running"
+    remedy = ""
+    if not in_use:
+        what = f"not in use, {runs}"
+    elif not health.version:
+        does = "does not run: its binaries cannot be started here"
+        return _problem("embedded", errors.EMBEDDED_SERVER(does=does, where=str(cluster.binaries / "postgres")))
+    elif health.running:
+        what = f"{health.version}, {runs}"
+    elif health.pid is not None:
+        what = f"process {health.pid} takes no connections: it starts, stops, or has lost its socket"
+        remedy = "Wait a moment; invoke db.stop, then db.start, brings it back."
+    elif health.complaint:
+        what = "not running, and was not shut down"
+        said = [line for line in health.complaint.splitlines() if "FATAL" in line or "PANIC" in line]
+        place = "\n".join([place, *said])
+        remedy = f"setup starts it, and it recovers; its log: {cluster.log}"
+    else:
+        what = f"{health.version}, not running: setup starts it (alone: invoke db.start)"
+    return Finding("embedded", f"{what}; {place}", remedy)
 
 
 # ── the session ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _session(where: Target, given: Settings, ports: list[str]) -> Iterator[Finding]:
-    """Log in, and look around once: what is locked now, setup would wait for, and we do not."""
-    everything = chain.load()
-    impatient = replace(given, lock_wait_s=0)
-    connect = partial(Connection, where, impatient)
-    try:
-        with Session(connect, impatient, where, everything, everything.steps) as session:
-            found, unreadable = _look(session)
-            facts = _ask(session.connection, {check.table for check in found.checks} if found else set())
-            yield findings.ok("login", f"role {facts.role}, database {facts.database}")
-            yield findings.tls(facts)
-            yield from unreadable
-            if found:
-                todo, server = session.todo(found), found.server
-                yield findings.server(server, ports)
-                yield from findings.schemas(server, facts)
-                yield from findings.chain(server, found.checks, todo)
-                yield from findings.limits(server, facts, given.lock_timeout_ms)
-                yield from findings.event_triggers(facts, todo, _commands(todo))
-                yield from () if todo.conflicts else _rows(session, todo)
-    except errors.RecipeError as error:
-        yield findings.problem("login", error, known=where.display)
-    except errors.StatementError as error:
-        yield findings.problem("session", as_message(error))
-
-
-def _commands(todo: plan.Plan) -> str:
-    """Return the SQL of what is due: a command that is not in there is not sent."""
-    return "\n".join([*(sql for action in todo.actions for sql in action.sql), HISTORY])
-
-
-def _rows(session: Session, todo: plan.Plan) -> Iterator[Finding]:
-    """Count the rows that would refuse what is done concurrently, as far as that can be known before."""
-    orphans = survey.orphans(session.connection, todo.missing, timeout=survey.BRIEFLY)
-    return findings.rows(orphans, plan.left_to_the_rows(todo))
-
-
-def _look(session: Session) -> tuple[Survey | None, list[Finding]]:
-    try:
-        return session.look(), []
-    except errors.RecipeError as error:
-        return None, [findings.problem("checks", error)]
-
 
 _LIMITS = """
 SELECT name, setting, current_setting(name), source FROM pg_settings
@@ -238,56 +171,137 @@ _SESSION = """
 SELECT current_user, current_database(), current_setting('session_replication_role'),
        (SELECT version || ', ' || cipher FROM pg_stat_ssl WHERE pid = pg_backend_pid() AND ssl)"""
 
-# Supabase's roles have it as "\$user": meant is $user, which need not exist. Names without quotes are folded.
-_ABSENT = r"""
-SELECT DISTINCT name
-FROM regexp_matches(current_setting('search_path'), '"((?:[^"]|"")*)"|([^[:space:],"]+)', 'g') AS part,
-     LATERAL (SELECT coalesce(replace(part[1], '""', '"'), lower(part[2]))) AS plain (name)
-WHERE name::name <> ALL (current_schemas(false)) AND name NOT IN ('$user', '\$user', 'pg_temp', '')
-ORDER BY 1"""
-
-_PLACES = """
-SELECT relname, nspname, array_position(current_schemas(false), nspname)
-FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
-WHERE relname = ANY ({tables}) AND relkind IN ('r', 'p', 'v', 'm', 'f') AND nspname !~ '^pg_'
-ORDER BY relname, nspname"""
-
-# Those that fire in such a session. Supabase's own do not refuse what a role of the user's does.
+# Those that fire in such a session at a command like ours. Supabase's own do not refuse what a role of the user's does.
 _EVENT_TRIGGERS = """
-SELECT evtname, evtevent, array_to_json(evttags) FROM pg_event_trigger
+SELECT evtname FROM pg_event_trigger
 WHERE evtenabled::text IN ('A', CASE current_setting('session_replication_role') WHEN 'replica' THEN 'R' ELSE 'O' END)
   AND current_setting('event_triggers', true) IS DISTINCT FROM 'off'  -- new in 17
+  AND evtevent::text IN ('ddl_command_start', 'ddl_command_end', 'sql_drop')
+  AND (evttags IS NULL OR array_to_string(evttags, ',')
+       ~ '(CREATE|ALTER|DROP) (TABLE|INDEX|FUNCTION|TRIGGER|POLICY|SCHEMA)|COMMENT|GRANT|REVOKE')
   AND evtowner::regrole::text <> 'supabase_admin' ORDER BY 1"""
 
 
-def _ask(connection: Connection, tables: Collection[str]) -> Facts:
-    """Ask in one message, its first queries before our own settings hold."""
-    names = sql.Literal(sorted(tables)).as_string()
-    _, _, limits, [(role, name, replication_role, tls)], _, absent, places, event_triggers, _ = connection.run(
-        [
-            *BEGIN_READ_ONLY,
-            _LIMITS,
-            _SESSION,
-            f"SELECT {connection.transaction_settings}",
-            _ABSENT,
-            _PLACES.format(tables=f"{names}::name[]"),
-            _EVENT_TRIGGERS,
-            "COMMIT",
-        ]
+class Limit(NamedTuple):
+    """A time limit that a session begins with: in ms, as people write it, and who set it (pg_settings.source)."""
+
+    name: str
+    ms: int
+    written: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.name} = {self.written} ({self.source})"
+
+
+def _session(where: Target, given: Settings) -> Iterator[Finding]:
+    """Log in, and look around once: what is locked now, setup would wait for, and we do not."""
+    try:
+        with Session(replace(given, lock_wait_s=0), where) as session:
+            yield from _look_around(session)
+    except errors.RecipeError as error:
+        yield _problem("login", error, known=where.display)
+    except errors.StatementError as error:
+        yield _problem("session", as_message(error))
+
+
+def _look_around(session: Session) -> Iterator[Finding]:
+    connection = session.connection
+    pinned = f"SELECT pg_catalog.{survey.NOTHING_OF_OTHERS}"
+    _, _, _, limited, [(role, database, replication_role, cipher)], triggers, _ = connection.run(
+        [*BEGIN_READ_ONLY, pinned, _LIMITS, _SESSION, _EVENT_TRIGGERS, "COMMIT"]
     )
-    return Facts(
-        role=str(role),
-        database=str(name),
-        is_near=connection.is_near,
-        is_encrypted=connection.is_encrypted,
-        sslmode=connection.sslmode,
-        tls=tls,
-        limits=tuple(Limit(str(limit), int(ms or 0), str(text), str(by)) for limit, ms, text, by in limits),
-        replication_role=str(replication_role),
-        absent_schemas=tuple(str(schema) for (schema,) in absent),
-        places=tuple(Place(str(table), str(schema), int(rank) if rank else None) for table, schema, rank in places),
-        event_triggers=tuple(
-            EventTrigger(str(trigger), str(event), tuple(json.loads(tags or "[]")))
-            for trigger, event, tags in event_triggers
-        ),
-    )
+    yield Finding("login", f"role {role}, database {database}")
+    how = (cipher or "TLS") if connection.is_encrypted else ""
+    yield tls(how, sslmode=connection.sslmode, is_near=connection.is_near)
+    try:
+        found = session.look()
+    except errors.RecipeError as error:
+        yield _problem("checks", error)
+        return
+    todo, server = session.todo(found), found.server
+    yield Finding("server", f"PostgreSQL {server.version}, {'through a pooler' if server.pooled else 'direct'}")
+    if elsewhere := text.behind(server, found.checks):
+        yield Finding("schema", "\n".join(elsewhere), "Say in DATABASE_URL which schema is meant: ?schema=NAME.")
+    elif server.schema:  # else that is an error of its own
+        yield Finding("schema", f"{server.schema} (search_path {server.search_path})")
+    yield from _chain(found, todo)
+    brought = [Limit(str(name), int(ms or 0), str(written), str(source)) for name, ms, written, source in limited]
+    yield from limits(server, brought, str(replication_role), session.given.lock_timeout_ms)
+    if triggers and todo.to_do:
+        says = f"run at DDL commands, and may refuse them: {', '.join(str(name) for (name,) in triggers)}"
+        yield Finding("triggers", says, "Where one does: ALTER EVENT TRIGGER NAME DISABLE; and ENABLE; after setup.")
+    orphans = [] if todo.conflicts else survey.orphans(connection, todo.missing, timeout=survey.BRIEFLY)
+    if counted := [rows for rows in orphans if rows.count]:
+        yield _problem("rows", refused_by_rows(counted))
+
+
+def tls(how: str, *, sslmode: str, is_near: bool) -> Finding:
+    """Say whether the connection is encrypted (how), and whether the server had to show whose it is."""
+    if is_near:
+        return Finding("tls", f"{how or 'no TLS'}; the server is on this machine")
+    if how and sslmode.startswith("verify-"):
+        return Finding("tls", f"{how}, certificate checked (sslmode={sslmode})")
+    risk = f"{how}, but libpq need not check whose server it is" if how else "no TLS: others on the way can read it all"
+    return Finding("tls", f"{risk} (sslmode={sslmode})", _VERIFY)
+
+
+_VERIFY = """\
+Add sslmode=verify-full&sslrootcert=FILE to DATABASE_URL (FILE: your host's CA; system: this machine's).
+Where that cannot be, at least sslmode=require."""
+
+
+_TOPICS = {
+    errors.NO_SCHEMA: "schema",
+    errors.SYSTEM_SCHEMA: "schema",
+    errors.READ_ONLY: "writes",
+    errors.RIGHT: "rights",
+}
+
+
+def _chain(found: Survey, todo: Plan) -> Iterator[Finding]:
+    """Say what setup would do, and what keeps it from that, in the order in which it would find out."""
+    server = found.server
+    if not todo.conflicts:
+        steps = [step.label for step in todo.steps if step.transaction or step.concurrent]
+        does = f"setup would run {', '.join(steps)}" if steps else "setup has nothing to do"
+        yield Finding("checks", f"{text.summary(found.checks)}; {does}")
+    for hindrance in hindrances(todo, server, {}):
+        if hindrance.case is errors.CONFLICT:
+            tables = ", ".join(sorted({check.table for check in todo.conflicts}))
+            hindrance.where = f"it concerns {tables}"
+            hindrance.remedy = "invoke verify shows what, and the commands that clear it."
+        yield _problem(_TOPICS.get(hindrance.case, "checks"), hindrance)
+    if server.read_only and not todo.to_do:
+        yield Finding("writes", server.read_only, "Name another server in DATABASE_URL once there is something to do.")
+    if not todo.lacking:
+        yield Finding("rights", f"role {server.role} lacks none for that")
+
+
+def limits(server: Server, brought: Sequence[Limit], replication_role: str, lock_timeout_ms: int) -> Iterator[Finding]:
+    """Say which time limits, and other settings, that the role or the database bring along will bite."""
+    alter = "ALTER ROLE " + ('"' + server.role.replace('"', '""') + '"')
+    biting = {limit: why for limit in brought if (why := _bite(limit, server, lock_timeout_ms))}
+    for limit, why in biting.items():
+        direct = "Name the server itself in DATABASE_URL (the direct URL), or lift it:" if server.pooled else "Lift it:"
+        lifted = f"{alter} SET {limit.name} = 0;"
+        if limit.source == "client":
+            lifted = f"unset {limit.name} in PGOPTIONS, or in DATABASE_URL"
+        yield Finding("limits", f"{limit}: {why}", f"{direct}\n{lifted}")
+    if replication_role == "replica":  # local is as origin
+        says = f"session_replication_role = replica: no trigger runs for rows that {server.role} writes"
+        yield Finding("limits", says, f"{alter} SET session_replication_role = origin;")
+    elif not biting:
+        listed = ", ".join(map(str, brought))
+        yield Finding("limits", f"{listed}: setup works with its own" if listed else "none that the role brings along")
+
+
+def _bite(limit: Limit, server: Server, lock_timeout_ms: int) -> str:
+    if server.pooled:
+        endless = limit.name in ("statement_timeout", "lock_timeout", "transaction_timeout")
+        return "ends concurrent work that takes longer, and cannot be lifted through a pooler" if endless else ""
+    if limit.name == "transaction_timeout" and limit.ms <= lock_timeout_ms:
+        return "ends a step that queues for a lock as long as LOCK_TIMEOUT allows"
+    if limit.name == "idle_session_timeout" and limit.ms <= LONGEST_PAUSE_S * 1000:
+        return "ends the session while setup pauses before it asks for a lock again"
+    return ""

@@ -2,129 +2,104 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict
 
 from budget_engine import errors
 from budget_engine.commands.session import (
     Session,
-    announced,
     hindrances,
-    no_place,
-    refuse_what_is_missing,
+    opened,
+    refused_by_rows,
     waits_for,
+    what_is_missing,
 )
-from budget_engine.migration import chain, conflicts, plan, runner, surroundings, survey
+from budget_engine.migration import conflicts, plan, runner, surroundings, survey
 from budget_engine.migration.checks import Check
 from budget_engine.output import formats, text
 from budget_engine.output.console import CONSOLE, PEOPLE
 from budget_engine.output.ending import as_message
+from budget_engine.output.formats import View
 from budget_engine.postgres import blockers
 from budget_engine.postgres.connection import Connection, transaction_settings
-from budget_engine.settings import Settings, Target
 
-_MOMENT_MS = 100
-FORMATS = {"verify": (PEOPLE, "json", "github"), "status": (PEOPLE, "json"), "plan": (PEOPLE, "json")}
+_FORMATS = {"verify": (PEOPLE, "json", "github"), "status": (PEOPLE, "json"), "plan": (PEOPLE, "json")}
 
 
 def verify(*, form: str, quiet: bool, verbose: bool, remedies: bool) -> None:
     """Compare every check of the chain with what exists; remedies: print only what clears the conflicts."""
-    with _looking("verify", form, quiet=quiet, sql=remedies) as look:
-        rows = list(map(str, survey.orphans(look.connection, look.plan.missing)))
-        if form == PEOPLE and not remedies:
-            _say_steps(look, verbose=verbose, conflicts=False)
-        _refuse(look, rows, listed=form == PEOPLE)
+    with _looking("verify", form, quiet=quiet, sql=remedies) as (session, view):
         if remedies:
-            CONSOLE.emit("\n".join(conflicts.sql(look.plan.conflicts, look.commands)))
-        elif form == "json":
-            CONSOLE.emit_json(formats.as_json(look.view()))
-        elif form == "github":
-            CONSOLE.emit(formats.as_github(look.view()))
-            _append_summary(formats.as_summary(look.view()))
+            CONSOLE.emit("\n".join(conflicts.sql(view.plan.conflicts, view.commands)))
+        elif form == PEOPLE:
+            _say_steps(view, verbose=verbose, conflicts=False)
+        view.error = _missing(session, view, listed=form == PEOPLE)
 
 
 def status(*, form: str, check: bool, quiet: bool, verbose: bool) -> None:
     """Say how each step is, and what is worth knowing around it; check: end as what is missing demands."""
-    with _looking("status", form, quiet=quiet) as look:
-        around = surroundings.read(look.connection, look.session.chain, look.found)
-        _say_steps(look, verbose=verbose, conflicts=not check)
-        CONSOLE.say(*text.around(around, look.found.server))
+    with _looking("status", form, quiet=quiet) as (session, view):
+        around = surroundings.read(session.connection, session.chain, view.found)
+        _say_steps(view, verbose=verbose, conflicts=not check)
+        CONSOLE.say(*text.around(around, view.found.server))
+        view.more["surroundings"] = asdict(around)
         if check:
-            _refuse(look, list(map(str, survey.orphans(look.connection, look.plan.missing))), listed=True)
-        if form == "json":
-            CONSOLE.emit_json(formats.as_json(look.view({"surroundings": asdict(around)})))
-
-
-def _refuse(look: _Look, rows: list[str], *, listed: bool) -> None:
-    """End the task as what is missing demands; rows: those that refuse it; listed: what is missing has been said."""
-    with _ending_of(look):
-        for hindrance in no_place(look.plan, look.found.server):
-            raise hindrance
-        refuse_what_is_missing(look.session, look.plan, look.found, rows=rows, listed=listed)
+            view.error = _missing(session, view, listed=True)
 
 
 def what_setup_would_do(*, form: str, sql: bool, quiet: bool, verbose: bool) -> None:
     """Say what setup would do now, and what that means for whoever uses the tables; sql: print its SQL instead."""
-    with _looking("plan", form, quiet=quiet, sql=sql) as look:
-        orphans = survey.orphans(look.connection, look.plan.missing, timeout=survey.BRIEFLY)
+    with _looking("plan", form, quiet=quiet, sql=sql) as (session, view):
+        orphans = survey.orphans(session.connection, view.plan.missing, timeout=survey.BRIEFLY)
+        view.error = next(hindrances(view.plan, view.found.server, view.commands), None)
         if not sql:
-            _say_plan(look, form, verbose=verbose)
-        with _ending_of(look):
-            for hindrance in hindrances(look.plan, look.found.server, look.commands):
-                raise hindrance
-            if orphans:
-                raise refused_by_rows(orphans)
-        if sql and (look.error is None or orphans):
-            ours = transaction_settings(look.where, look.given.lock_timeout_ms)
-            CONSOLE.emit(runner.Script(look.session.chain, look.plan, look.found, ours).as_sql())
-        elif not sql:
-            _sum_up_plan(look, form)
+            _say_plan(session, view, verbose=verbose)
+        elif view.error is None:
+            ours = transaction_settings(session.where, session.given.lock_timeout_ms)
+            CONSOLE.emit(runner.Script(session.chain, view.plan, view.found, ours).as_sql())
+        if orphans and view.error is None:
+            view.error = refused_by_rows(orphans)
+        if not sql and view.error is None:
+            passing = f"{text.summary(view.found.checks)} now; nothing was changed; {CONSOLE.target}"
+            CONSOLE.say(text.line("plan", f"{text.counted(view.plan)}; {passing}"))
 
 
-def _say_plan(look: _Look, form: str, *, verbose: bool) -> None:
+def _missing(session: Session, view: View, *, listed: bool) -> errors.RecipeError | None:
+    """Return what the task ends with; listed: what is missing has been said."""
+    orphans = survey.orphans(session.connection, view.plan.missing)
+    return next(what_is_missing(view.plan, view.found.server, view.commands, orphans, listed=listed), None)
+
+
+def _say_steps(view: View, *, verbose: bool, conflicts: bool) -> None:
+    checks = view.found.checks
+    CONSOLE.say(*text.steps(view.plan, passed=checks if verbose else (), conflicts=conflicts))
+    CONSOLE.say(*text.without_admins(checks), text.line("checks", f"{text.summary(checks)}; {CONSOLE.target}"))
+
+
+def _say_plan(session: Session, view: View, *, verbose: bool) -> None:
     """Gather what is known of the tables that the plan touches, and say it."""
-    actions = look.plan.actions
-    look.sizes = blockers.sizes(look.connection, [table for action in actions for table in action.locks])
-    building = any(action.effect is plan.Effect.BUILD for action in actions)
-    look.bystanders = blockers.bystanders(look.connection, waits_for(look.plan), building=building)
-    look.kept = [_kept(look, check) for check in look.plan.missing if check.replaces]
-    CONSOLE.say(*(text.steps(look.plan, passed=look.found.checks) if verbose else text.things(look.plan)))
-    if not look.plan.conflicts:  # else nothing would run
-        CONSOLE.say(*text.locks(actions, look.sizes), *text.bystanders(look.bystanders, look.given))
-        CONSOLE.say(*text.consequences(look.plan, look.kept, plan.left_to_the_rows(look.plan)))
+    todo, connection = view.plan, session.connection
+    sizes = blockers.sizes(connection, [table for action in todo.actions for table in action.locks])
+    building = any(action.effect is plan.Effect.BUILD for action in todo.actions)
+    bystanders = blockers.bystanders(connection, waits_for(todo), building=building)
+    kept = [_kept(connection, check) for check in todo.missing if check.replaces]
+    unseen = plan.left_to_the_rows(todo)
+    CONSOLE.say(*(text.steps(todo, passed=view.found.checks) if verbose else text.steps(todo, only_due=True)))
+    if not todo.conflicts:  # else nothing would run
+        CONSOLE.say(*text.locks(todo.actions, sizes), *text.bystanders(bystanders, session.given))
+        CONSOLE.say(*text.consequences(todo, kept, unseen))
+    view.more |= {
+        "actions": formats.actions(todo.actions),
+        "tables": {name: asdict(size) for name, size in sizes.items()},
+        "waiting_for": [asdict(bystander) for bystander in bystanders],
+        "kept": kept,
+        "prepared_statements_fail_once": todo.reshaped,
+        "left_to_the_rows": unseen,
+    }
 
 
-def _sum_up_plan(look: _Look, form: str) -> None:
-    passing = text.summary(look.found.checks)
-    if look.error is None:
-        CONSOLE.say(
-            text.line("plan", f"{text.counted(look.plan)}; {passing} now; nothing was changed; {CONSOLE.target}")
-        )
-    if form == "json":
-        more = {
-            "actions": formats.actions(look.plan.actions),
-            "tables": {name: asdict(size) for name, size in look.sizes.items()},
-            "waiting_for": [asdict(bystander) for bystander in look.bystanders],
-            "kept": look.kept,
-            "prepared_statements_fail_once": look.plan.reshaped,
-            "left_to_the_rows": plan.left_to_the_rows(look.plan),
-        }
-        CONSOLE.emit_json(formats.as_json(look.view(more)))
-
-
-def refused_by_rows(orphans: list[survey.Orphans]) -> errors.RecipeError:
-    """Return what setup would end with because of them, once all else is done."""
-    return errors.MISSING(
-        what="rows refuse what is expected: setup would do the rest, and end with exit 5",
-        where="\n".join(map(str, orphans)),
-        remedy=errors.CORRECT_THE_ROWS,
-    )
-
-
-def _kept(look: _Look, column: Check) -> str:
+def _kept(connection: Connection, column: Check) -> str:
     """Say how many values of a column are kept, and where; they are counted in moments, or not at all."""
     limits = {"lock_timeout": "1ms", "statement_timeout": "5s", "row_security": "off"}
     settings = [f"set_config('{name}', '{value}', true)" for name, value in limits.items()]
@@ -135,105 +110,36 @@ def _kept(look: _Look, column: Check) -> str:
         f"SELECT count({column.name}) FROM {column.found}",
     ]
     try:
-        taken, [(count,)] = look.connection.ask(queries, survey.NOTHING_OF_OTHERS, *settings)
+        taken, [(count,)] = connection.ask(queries, survey.NOTHING_OF_OTHERS, *settings)
     except errors.StatementError:
         return f"the {kind} values of {column.title}, which could not be counted, under another name"
     into = next((name for name in names if (name,) not in taken), "another column")
     return f"{int(count or 0):,} {kind} values of {column.title} in {into}"
 
 
-# ── a look ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass
-class _Look:
-    """One look of one task: what it saw, and the error that the task ends with once all is said."""
-
-    task: str
-    given: Settings
-    where: Target
-    session: Session
-    found: survey.Survey
-    plan: plan.Plan
-    commands: dict[Check, tuple[str, ...]]  # what clears the conflicts
-    error: errors.RecipeError | None = None
-    sizes: Mapping[str, blockers.Size] = field(default_factory=dict)
-    bystanders: tuple[blockers.Bystander, ...] = ()
-    kept: list[str] = field(default_factory=list)
-
-    @property
-    def connection(self) -> Connection:
-        """The connection."""
-        return self.session.connection
-
-    def view(self, more: Mapping[str, object] | None = None) -> formats.View:
-        """Return what a document is made of."""
-        return formats.View(
-            self.task,
-            self.where,
-            self.given,
-            self.found.server,
-            self.found.checks,
-            self.plan,
-            self.commands,
-            self.error,
-            more or {},
-        )
-
-
 @contextmanager
-def _looking(task: str, form: str, *, quiet: bool, sql: bool = False) -> Iterator[_Look]:
-    """Look at what exists; once all is said, raise what the task ends with. A document has stdout for itself."""
-    formats_ = (PEOPLE,) if sql else FORMATS[task]
-    if form not in formats_:
-        raise errors.FORMAT(task=f"{task} that prints SQL" if sql else task, form=form, formats=", ".join(formats_))
+def _looking(task: str, form: str, *, quiet: bool, sql: bool = False) -> Iterator[tuple[Session, View]]:
+    """Look at what exists; once all is said, end as the view does. A document has stdout for itself."""
+    choice = (PEOPLE,) if sql else _FORMATS[task]
+    if form not in choice:
+        raise errors.FORMAT(task=f"{task} that prints SQL" if sql else task, form=form, formats=", ".join(choice))
     CONSOLE.format, CONSOLE.quiet = "sql" if sql else form, quiet
-    look = None
     try:
-        given, where = announced()
-        everything = chain.load()
-        # Reading a definition waits for whoever has the table locked against readers: for moments at a time only.
-        brief = replace(given, lock_timeout_ms=min(_MOMENT_MS, given.lock_timeout_ms))
-        connect = partial(Connection, where, brief)
-        with Session(connect, brief, where, everything, everything.steps, early=False) as session:
-            found = session.look(believes=lambda todo: not todo.missing)
-            CONSOLE.first(text.opening(where, given, found))
+        with opened(looks=True) as (session, found):
             todo = session.todo(found)
-            look = _Look(task, given, where, session, found, todo, session.commands(todo))
-            yield look
+            view = View(session.where, session.given, found, todo, session.commands(todo))
+            yield session, view
             CONSOLE.say()
     except (Exception, KeyboardInterrupt) as error:
-        _write_failure(task, form, as_message(error))
+        _write(task, form, as_message(error), None)  # whoever reads the document should find out there, too
         raise
-    if look.error:
-        raise look.error
+    _write(task, form, view.error, view)
+    if view.error:
+        raise view.error
 
 
-@contextmanager
-def _ending_of(look: _Look) -> Iterator[None]:
-    """Keep how the task is to end until all is said."""
-    try:
-        yield
-    except errors.RecipeError as error:
-        look.error = error
-
-
-def _say_steps(look: _Look, *, verbose: bool, conflicts: bool) -> None:
-    CONSOLE.say(*text.steps(look.plan, passed=look.found.checks if verbose else (), conflicts=conflicts))
-    CONSOLE.say(*text.without_admins(look.found.checks))
-    CONSOLE.say(text.line("checks", f"{text.summary(look.found.checks)}; {CONSOLE.target}"))
-
-
-def _write_failure(task: str, form: str, error: errors.RecipeError) -> None:
-    """Write the document all the same: whoever reads it should find out there, too, what happened."""
+def _write(task: str, form: str, error: errors.RecipeError | None, view: View | None) -> None:
     if form == "json":
-        CONSOLE.emit_json(formats.failure(task, error))
+        CONSOLE.emit_json(formats.as_json(task, error, view))
     elif form == "github":
-        CONSOLE.emit(formats.failure_as_github(task, error))
-        _append_summary(formats.failure_as_summary(error))
-
-
-def _append_summary(markdown: str) -> None:
-    """Add to the job's page, where GitHub Actions says which file that is."""
-    if path := os.environ.get("GITHUB_STEP_SUMMARY"):
-        CONSOLE.append(path, markdown)
+        CONSOLE.emit(formats.as_github(task, error, view))

@@ -9,12 +9,12 @@ import sys
 from psycopg.conninfo import make_conninfo
 
 from budget_engine import libpq
-from budget_engine.commands.session import announced, target_of
+from budget_engine.commands.session import announced, target_in_use, target_of
 from budget_engine.migration.chain import ROOT
 from budget_engine.output import text
 from budget_engine.output.console import CONSOLE
 from budget_engine.postgres import embedded
-from budget_engine.settings import completed, load
+from budget_engine.settings import load
 
 
 def start() -> None:
@@ -33,7 +33,7 @@ def stop() -> None:
 def url() -> None:
     """Print the URL in use (its password masked) on stdout, all else on stderr."""
     given = load(ROOT, os.environ)
-    where = completed(given.target, given.source) if given.target else target_of(embedded.locate(ROOT))
+    where = target_in_use(given)
     CONSOLE.say(where.display)
     CONSOLE.aside(f"from {text.sources(where, given)}")
 

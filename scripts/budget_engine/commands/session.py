@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 
 from budget_engine import errors, libpq
-from budget_engine.migration import conflicts, plan, recreate, runner, survey
-from budget_engine.migration.chain import ROOT, Chain, Step
+from budget_engine.migration import chain, conflicts, plan, recreate, runner, survey
+from budget_engine.migration.chain import ROOT, Step
 from budget_engine.migration.checks import Check, Kind, outermost
 from budget_engine.output import text
 from budget_engine.output.console import CONSOLE
@@ -20,13 +20,20 @@ from budget_engine.postgres.connection import Connection, Rows
 from budget_engine.postgres.patience import Patience
 from budget_engine.settings import Settings, Target, completed, load, mask, parse_target
 
-POLL_S = 0.1  # first pause between two looks while another run is at work
+_POLL_S = 0.1  # first pause between two looks while another run is at work
+_MOMENT_MS = 100
 
 
 def announced(*, dry: bool = False) -> tuple[Settings, Target]:
     """Find the database in use, start it where it is the embedded one, and say first of all which it is."""
     given = load(ROOT, os.environ)
-    where, started = (completed(given.target, given.source), False) if given.target else _embedded_target(dry=dry)
+    started = False
+    if given.target is None:
+        cluster = embedded.locate(ROOT)
+        if dry and not embedded.running(cluster):
+            raise errors.NOT_RUNNING(looking="--dry", where=f"its data: {cluster.data}")
+        started = embedded.start(cluster)
+    where = target_in_use(given)
     announce(where, given)
     if started:
         CONSOLE.say(text.STARTED)
@@ -42,13 +49,9 @@ def announce(where: Target, given: Settings) -> None:
     CONSOLE.first("\n".join([text.target(where, given), *text.notes(where, given)]))
 
 
-def _embedded_target(*, dry: bool) -> tuple[Target, bool]:
-    """Have the embedded server run; return it, and whether it had to be started."""
-    cluster = embedded.locate(ROOT)
-    if dry and not embedded.running(cluster):
-        raise errors.NOT_RUNNING(looking="--dry", where=f"its data: {cluster.data}")
-    started = embedded.start(cluster)
-    return target_of(cluster), started
+def target_in_use(given: Settings) -> Target:
+    """Return what the settings name, or the embedded server, whether it runs or not."""
+    return completed(given.target, given.source) if given.target else target_of(embedded.locate(ROOT))
 
 
 def target_of(cluster: embedded.Cluster) -> Target:
@@ -57,33 +60,57 @@ def target_of(cluster: embedded.Cluster) -> Target:
     return parse_target(cluster.url)
 
 
-@dataclass
-class Session:
-    """One task against one database: looking, and carrying out plans until the checks of its steps pass.
+@contextmanager
+def opened(
+    task: str | None = None,
+    *,
+    dry: bool = False,
+    looks: bool = False,
+    with_recreate: bool = False,
+    kind: type[Connection] = Connection,
+) -> Iterator[tuple[Session, survey.Survey]]:
+    """Begin a task (None: of the whole chain) on the database in use, and look at it."""
+    given, where = announced(dry=dry)
+    with Session(given, where, task, looks=looks, with_recreate=with_recreate, kind=kind) as session:
+        found = session.look()
+        CONSOLE.first(text.opening(where, given, found))
+        yield session, found
 
-    early: whether the first look at who holds a lock comes before the wait for it is given up (see blockers.Watch).
+
+class Session:
+    """One task (None: the whole chain) against one database: looking, and carrying out plans until the checks pass.
+
+    looks: it changes nothing; kind: of its connections.
     """
 
-    connect: Callable[..., Connection]
-    given: Settings
-    where: Target
-    chain: Chain
-    wanted: Sequence[Step]
-    early: bool = True
-    with_recreate: bool = False
-    moves: Sequence[recreate.Move] = ()
-    connection: Connection = field(init=False)
-    _stack: ExitStack = field(default_factory=ExitStack)
-    _builder: runner.Builder | None = None
-    _at_work: str = ""
+    connection: Connection
 
-    def __post_init__(self) -> None:
-        self.patience = Patience(self.given.lock_wait_s)
+    def __init__(
+        self,
+        given: Settings,
+        where: Target,
+        task: str | None = None,
+        *,
+        looks: bool = False,
+        with_recreate: bool = False,
+        kind: type[Connection] = Connection,
+    ) -> None:
+        self.given, self.where, self.looks, self.with_recreate = given, where, looks, with_recreate
+        self.chain = chain.load()
+        self.wanted: Sequence[Step] = self.chain.of(task)
+        self.moves: Sequence[recreate.Move] = ()  # the tables that are to move first
+        self.patience = Patience(given.lock_wait_s)
+        # Reading a definition waits for whoever has the table locked against readers: for moments where we only look.
+        moment_ms = min(_MOMENT_MS, given.lock_timeout_ms)
+        self._connect = partial(kind, where, replace(given, lock_timeout_ms=moment_ms) if looks else given)
+        self._stack = ExitStack()
+        self._builder: runner.Builder | None = None
+        self._at_work = ""
 
     def __enter__(self) -> Session:
-        self.connection = self._stack.enter_context(self.connect())
-        second = partial(self.connect, answer_s=self.given.connect_timeout_s)  # all that it is asked takes moments
-        watch = blockers.Watch(self.connection, second, _tell, early=self.early)
+        self.connection = self._stack.enter_context(self._connect())
+        second = partial(self._connect, answer_s=self.given.connect_timeout_s)  # all that it is asked takes moments
+        watch = blockers.Watch(self.connection, second, _tell, early=not self.looks)
         self.connection.watch = self._stack.enter_context(closing(watch))
         return self
 
@@ -96,24 +123,25 @@ class Session:
             return recreate.make(self.chain, self.chain.recreate, self.wanted, found.checks, self.moves)
         return plan.make(self.chain, self.wanted, found.checks)
 
-    def look(
-        self, believes: Callable[[plan.Plan], bool] = lambda todo: not (todo.conflicts or todo.lacking or todo.drops)
-    ) -> survey.Survey:
-        """Survey; look again, until two looks agree, before believing what they say.
+    def look(self) -> survey.Survey:
+        """Survey; look again, until two looks agree, before believing that something is wrong.
 
         While another run commits, a survey may be torn: some functions see the newest catalogs, the joins beside them
         see those of the moment at which the query began. So an index may seem left unfinished when its build has just
         ended.
         """
         found = self._survey()
-        while not believes(self.todo(found)):
+        while self._is_doubtful(self.todo(found)):
             again = self._survey()
             if again.checks == found.checks:
                 break
             found = again
         return found
 
-    def commands(self, todo: plan.Plan) -> dict[Check, tuple[str, ...]]:
+    def _is_doubtful(self, todo: plan.Plan) -> bool:
+        return bool(todo.missing if self.looks else todo.conflicts or todo.lacking or todo.drops)
+
+    def commands(self, todo: plan.Plan) -> Mapping[Check, Sequence[str]]:
         """Return the commands that clear the conflicts, where the plan has any: those of its other steps, too."""
         if not todo.conflicts:
             return {}
@@ -125,10 +153,10 @@ class Session:
             return {}
         return conflicts.commands(todo.checks, conflicts.facts(rows))
 
-    def recreating(self, moves: Sequence[recreate.Move], found: survey.Survey) -> None:
-        """Have these tables moved, and whatever creates something of them completed."""
-        self.moves = moves
-        self.wanted = recreate.wanted(self.wanted, self.chain, found.checks, moves)
+    def refuse_what_cannot_be(self, todo: plan.Plan, found: survey.Survey) -> None:
+        """Raise, before anything is changed, where the plan cannot be carried out as a whole."""
+        for hindrance in hindrances(todo, found.server, self.commands(todo)):
+            raise hindrance
 
     def carry_out(self, before: survey.Survey) -> None:
         """Do what is to be done, and say what passes then; raise where that is not all that is required."""
@@ -138,10 +166,11 @@ class Session:
         CONSOLE.say(*(text.line("refused", f"by the rows: {sql}\n{why}") for sql, why in refused.items()))
         left = self.todo(after)
         own = plan.checks_of(self.wanted, after.checks)
-        failing = bool(left.missing)
-        label, did = ("left", "") if failing else ("done", "" if todo else "nothing to do: ")
+        label, did = ("left", "") if left.missing else ("done", "" if todo else "nothing to do: ")
         CONSOLE.say(text.line(label, f"{did}{text.summary(own)}; {CONSOLE.target}"))
-        refuse_what_is_missing(self, left, after, rows=self._refusing_rows(left), tried=True)
+        orphans = survey.orphans(self.connection, left.missing)
+        for error in what_is_missing(left, after.server, self.commands(left), orphans, tried=True):
+            raise error
 
     def rehearse(self, found: survey.Survey) -> runner.Rehearsed:
         """Run all transactions that are due, and roll them back; ask again as often as LOCK_WAIT allows."""
@@ -149,19 +178,15 @@ class Session:
         while True:
             todo = self.todo(found)
             try:
-                return runner.rehearse(self.connection, self.script(todo, found), _Progress(), _notice)
+                return runner.rehearse(self.connection, self._script(todo, found), _Progress(), _notice)
             except errors.LockTimeoutError as hindrance:
                 _name(hindrance, blockers.bystanders(self.connection, waits_for(todo), building=False))
                 self._pause(hindrance, found)
             if self.todo(again := self._survey()).transactions:
                 found = again
 
-    def script(self, todo: plan.Plan, found: survey.Survey) -> runner.Script:
-        """Return what writes the messages of a plan."""
+    def _script(self, todo: plan.Plan, found: survey.Survey) -> runner.Script:
         return runner.Script(self.chain, todo, found, self.connection.transaction_settings)
-
-    def _refusing_rows(self, left: plan.Plan) -> list[str]:
-        return list(map(str, survey.orphans(self.connection, left.missing)))
 
     def _go_on(self, found: survey.Survey) -> survey.Survey:
         """Run all transactions, then the concurrent part, as often as it takes and LOCK_WAIT allows."""
@@ -178,29 +203,11 @@ class Session:
             found = after
         return found
 
-    def _survey(self) -> survey.Survey:
-        while True:
-            try:
-                found = survey.read(self.connection, self.chain, with_recreate=self.with_recreate)
-            except errors.LockTimeoutError as error:
-                _name(error, blockers.locking_readers_out(self.connection))
-                self._pause(error)
-            else:
-                host = self.connection.host if self.given.target else "the embedded server"
-                CONSOLE.target = text.place(found.server, host)
-                return found
-
-    def _who_is_at_work(self, found: survey.Survey) -> str:
-        if self.patience.tries == 0:  # asked once, at the first of many short pauses
-            tables = sorted({check.found for check in found.checks if check.found})
-            self._at_work = "\n".join(blockers.at_work(self.connection, found.turn.refused(), tables))
-        return self._at_work
-
     def _one_round(self, todo: plan.Plan, found: survey.Survey) -> errors.RecipeError | None:
         """Do what can be done now; return what kept the rest from being done, if waiting may help."""
         try:
             if todo.transactions:
-                runner.run_transactions(self.connection, self.script(todo, found), _Progress(), _notice)
+                runner.run_transactions(self.connection, self._script(todo, found), _Progress(), _notice)
                 self.moves = ()
             else:
                 self._build(found).run(todo)
@@ -214,19 +221,35 @@ class Session:
             self._builder = runner.Builder(self.connection, found, patience_s, _Progress())
         return self._builder
 
+    def _survey(self) -> survey.Survey:
+        while True:
+            try:
+                found = survey.read(self.connection, self.chain, with_recreate=self.with_recreate)
+            except errors.LockTimeoutError as error:
+                _name(error, blockers.locking_readers_out(self.connection))
+                self._pause(error)
+            else:
+                host = self.connection.host if self.given.target else "the embedded server"
+                CONSOLE.target = text.place(found.server, host)
+                return found
+
     def _pause(self, hindrance: errors.RecipeError, found: survey.Survey | None = None) -> None:
         """Wait a while, and say so: each time where we stood in a queue, once where others are simply at work."""
         queued = hindrance.case in (errors.LOCK_TIMEOUT, errors.DEADLOCK)
         if hindrance.case is errors.BUSY and found:
-            hindrance.where = self._who_is_at_work(found)
+            if self.patience.tries == 0:  # asked once, at the first of many short pauses
+                tables = sorted({check.found for check in found.checks if check.found})
+                self._at_work = "\n".join(blockers.at_work(self.connection, found.turn.refused(), tables))
+            hindrance.where = self._at_work
 
         def announce(pause_s: float, left_s: float) -> None:
             if queued:
-                CONSOLE.say(text.retry(hindrance, pause_s, left_s))
+                next_try = f"next try in {pause_s:.1f} s, for up to {left_s:.0f} s"
+                CONSOLE.say(text.line("waiting", f"{hindrance.what}; {next_try}"))
             elif self.patience.tries == 1:
-                CONSOLE.say(*text.wait(hindrance, left_s))
+                CONSOLE.say(text.line("waiting", f"{hindrance.what}; up to {left_s:.0f} s\n{hindrance.where}".strip()))
 
-        self.patience.pause(hindrance, self.given.lock_timeout_ms / 1000 if queued else POLL_S, announce)
+        self.patience.pause(hindrance, self.given.lock_timeout_ms / 1000 if queued else _POLL_S, announce)
 
 
 class _Progress:
@@ -278,54 +301,73 @@ def waits_for(todo: plan.Plan) -> dict[str, set[str]]:
     return wanted
 
 
-# ── the verdict ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def refuse_what_cannot_be(session: Session, todo: plan.Plan, found: survey.Survey) -> None:
-    """Raise, before anything is changed, where the plan cannot be carried out as a whole."""
-    for hindrance in hindrances(todo, found.server, session.commands(todo)):
-        raise hindrance
+# ── the verdict: why a task does not end well, the reason that it ends with first ──────────────────────────────────
 
 
 def hindrances(
-    todo: plan.Plan, server: survey.Server, commands: dict[Check, tuple[str, ...]]
-) -> list[errors.RecipeError]:
-    """Return each reason for which a plan cannot be carried out as a whole; the first one is what a task ends with."""
-    found: list[errors.RecipeError] = []
-    found += no_place(todo, server)
+    todo: plan.Plan, server: survey.Server, commands: Mapping[Check, Sequence[str]]
+) -> Iterator[errors.RecipeError]:
+    """Yield each reason for which a plan cannot be carried out as a whole."""
+    yield from _no_place(todo, server)
     if todo.conflicts:
-        found.append(conflict(todo, commands))
-    if absent := todo.fixed_elsewhere:
-        required = [check for check in absent if check.required]
-        if required:
-            where = "\n".join(text.difference(check) for check in outermost(required))
-            found.append(errors.PREREQUISITE(step=required[0].step, where=where))
+        yield _conflict(todo, commands)
+    if required := [check for check in todo.fixed_elsewhere if check.required]:
+        where = "\n".join(text.difference(check) for check in outermost(required))
+        yield errors.PREREQUISITE(step=required[0].step, where=where)
     if todo.to_do and server.read_only:
         pending = ", ".join(step.label for step in todo.steps if step.transaction or step.concurrent)
-        found.append(errors.READ_ONLY(why=server.read_only, where=f"pending: {pending}"))
+        yield errors.READ_ONLY(why=server.read_only, where=f"pending: {pending}")
     if todo.lacking:
-        found.append(errors.RIGHT(role=server.role, where="\n".join(todo.lacking)))
-    return found
+        yield errors.RIGHT(role=server.role, where="\n".join(todo.lacking))
 
 
-def no_place(todo: plan.Plan, server: survey.Server) -> list[errors.RecipeError]:
-    """Return why there is no place for tables, if there is none."""
+def _no_place(todo: plan.Plan, server: survey.Server) -> Iterator[errors.RecipeError]:
+    hidden = [c.table for c in todo.checks if c.is_temporary or (c in todo.conflicts and "hidden" in c.blocked)]
     if server.schema is None:
-        return [errors.NO_SCHEMA(search_path=server.search_path)]
-    if hidden := [check.table for check in todo.checks if check.is_temporary]:
-        return [errors.HIDDEN_TABLE(tables=", ".join(hidden))]
-    new = any(check.kind is Kind.TABLE and check.actual is None for check in todo.missing)
-    if new and re.match("pg_|information_schema$", server.schema):
-        return [errors.SYSTEM_SCHEMA(schema=server.schema, search_path=server.search_path)]
-    hidden = [check.table for check in todo.conflicts if "hidden" in check.blocked]
-    return [errors.HIDDEN_TABLE(tables=", ".join(hidden))] if hidden else []
+        yield errors.NO_SCHEMA(search_path=server.search_path)
+    elif hidden:
+        yield errors.HIDDEN_TABLE(tables=", ".join(hidden))
+    elif re.match("pg_|information_schema$", server.schema) and any(
+        check.kind is Kind.TABLE and check.actual is None for check in todo.missing
+    ):
+        yield errors.SYSTEM_SCHEMA(schema=server.schema, search_path=server.search_path)
 
 
-def conflict(todo: plan.Plan, commands: dict[Check, tuple[str, ...]]) -> errors.RecipeError:
+def what_is_missing(
+    left: plan.Plan,
+    server: survey.Server,
+    commands: Mapping[Check, Sequence[str]],
+    orphans: Sequence[survey.Orphans],
+    *,
+    listed: bool = False,
+    tried: bool = False,
+) -> Iterator[errors.RecipeError]:
+    """Yield why a required check of the plan's steps does not pass, if one does not.
+
+    orphans: the rows that refuse it; listed: what is missing has been said; tried: setup did what it could.
+    """
+    yield from _no_place(left, server)
+    if left.conflicts:
+        yield _conflict(left, commands)
+    elif left.missing:
+        differences = [] if listed else [text.difference(check) for check in outermost(left.missing)]
+        remedy = errors.CORRECT_THE_ROWS if orphans or tried else ""
+        yield errors.MISSING(where="\n".join([*differences, *map(str, orphans)]), remedy=remedy)
+
+
+def refused_by_rows(orphans: Sequence[survey.Orphans]) -> errors.RecipeError:
+    """Return what setup would end with because of them, once all else is done."""
+    return errors.MISSING(
+        what="rows refuse what is expected: setup would do the rest, and end with exit 5",
+        where="\n".join(map(str, orphans)),
+        remedy=errors.CORRECT_THE_ROWS,
+    )
+
+
+def _conflict(todo: plan.Plan, commands: Mapping[Check, Sequence[str]]) -> errors.RecipeError:
     """Return the error that says the conflicts of a plan, and what clears them."""
     checks = todo.conflicts
     lines = text.conflicts(checks, commands)
-    count = sum(line.startswith("conflict") for line in lines)
     ways = []
     if not commands:
         ways.append("Run invoke verify when the tables are not locked: it has the commands that help.")
@@ -334,25 +376,5 @@ def conflict(todo: plan.Plan, commands: dict[Check, tuple[str, ...]]) -> errors.
     if any(check.on_request for check in checks):
         ways.append("invoke prereqs --recreate moves the old core tables, rows and all, and creates new ones.")
     ways.append("Then run the task again.")
-    return errors.CONFLICT(count=f"{count} conflict{'s' * (count != 1)}", remedy="\n".join(ways), before=lines)
-
-
-def refuse_what_is_missing(
-    session: Session,
-    left: plan.Plan,
-    found: survey.Survey,
-    *,
-    rows: Sequence[str] = (),
-    listed: bool = False,
-    tried: bool = False,
-) -> None:
-    """Raise where a required check of the plan's steps does not pass.
-
-    rows: those that refuse it, in words; listed: what is missing has been said; tried: setup did what it could.
-    """
-    if left.conflicts:
-        raise conflict(left, session.commands(left))
-    if left.missing:
-        differences = [] if listed else [text.difference(check) for check in outermost(left.missing)]
-        remedy = errors.CORRECT_THE_ROWS if rows or tried else ""
-        raise errors.MISSING(where="\n".join([*differences, *rows]), remedy=remedy)
+    count = f"{len(lines)} conflict{'s' * (len(lines) != 1)}"
+    return errors.CONFLICT(count=count, remedy="\n".join(ways), before=lines)

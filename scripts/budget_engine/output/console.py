@@ -12,6 +12,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, cast
 
@@ -22,25 +23,14 @@ if TYPE_CHECKING:
 
 PEOPLE = "table"  # the format that people read; the others are for machines
 LABEL = 9  # columns: the label that begins a line, and the air behind it
-_COLOURS = {
-    "done": "32",
-    "ok": "32",
-    "conflict": "1;31",
-    "error": "1;31",
-    "PROBLEM": "1;31",
-    "waiting": "33",
-    "note": "33",
-    "pending": "33",
-    "partial": "33",
-    "+": "32",
-    "~": "33",
-    "!": "1;31",
-}
+_WORDS = {"32": "done ok +", "33": "waiting note pending partial ~", "1;31": "conflict error PROBLEM !"}
+_COLOURS = {word: colour for colour, words in _WORDS.items() for word in words.split()}
 _COLOURED = re.compile(rf"( *|  \w+ +)({'|'.join(map(re.escape, _COLOURS))})(?= |$)")
 _TASKS = re.compile(
-    r"\binvoke (?=(?:--dry )?(?:setup|prereqs|fix|verify|status|plan|rehearse|doctor|fleet|db\.[a-z]+"
+    r"\binvoke (?=(?:--dry )?(?:setup|prereqs|fix|verify|status|plan|rehearse|doctor|db\.[a-z]+"
     r"|[a-z]+(?:-[a-z]+)+)\b)"  # the steps' tasks have names of several words
 )
+_write = partial(print, flush=True)
 
 
 class Console:
@@ -73,7 +63,7 @@ class Console:
         """Show on a terminal, and nowhere else, how far something is; the next line takes its place, "" none."""
         if line != self._progress and self._for_people.isatty() and not self.quiet:
             width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be taken back
-            self._write(self._for_people, f"\r\x1b[K{self._spelled(line)[:width]}", end="")
+            _write(f"\r\x1b[K{self._spelled(line)[:width]}", end="", file=self._for_people)
             self._progress = line
 
     def say(self, *lines: str) -> None:
@@ -85,30 +75,21 @@ class Console:
 
     def emit(self, document: str) -> None:
         """Print what was asked for, whole, on stdout."""
-        self._write(sys.stdout, self.mask(document))
+        _write(self.mask(document))
 
     def emit_json(self, document: Mapping[str, object]) -> None:
         """Print a JSON document, its texts masked one by one: null, which is no text, may be somebody's password."""
-        self._write(sys.stdout, json.dumps(_masked(document, self._spelled), indent=2, ensure_ascii=False))
+        _write(json.dumps(_masked(document, self._spelled), indent=2, ensure_ascii=False))
 
-    def append(self, file: str, document: str) -> None:
-        """Add what was asked for to a file; where that fails, the end of the task says so."""
-        try:
-            with Path(file).open("a", encoding="utf-8") as opened:
-                opened.write(self.mask(document))
-        except OSError as error:
-            self.lost.append(errors.LOST_OUTPUT(place=file, why=error.strerror))
-
-    def confirms(self, question: str) -> bool | None:
-        """Ask the person at the terminal, where no is the default; None: there is no terminal."""
+    def confirms(self, question: str) -> bool:
+        """Ask the person at the terminal, if there is one; no is the default."""
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
-            return None
-        self._write(sys.stdout, f"{self.mask(question)} [y/N] ", end="")  # input() would write it to stderr
+            return False
+        _write(f"{self.mask(question)} [y/N] ", end="")  # input() would write it to stderr
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     def aside(self, *lines: str) -> None:
         """Print to stderr."""
-        self.progress("")
         self.say()
         self._print(sys.stderr, *lines)
 
@@ -118,28 +99,21 @@ class Console:
 
     def _print(self, stream: TextIO, *lines: str) -> None:
         for line in "\n".join(lines).split("\n") if lines else ():
-            for part in self._fitted(self._spelled(line), stream):
-                self._write(stream, part)
-
-    @staticmethod
-    def _write(stream: TextIO, text: str, end: str = "\n") -> None:
-        print(text, end=end, flush=True, file=stream)
-
-    def _fitted(self, line: str, stream: TextIO) -> list[str]:
-        """Break a line where a terminal would break it within words, and colour its label. Commands stay whole."""
-        if not stream.isatty():
-            return [line]
-        width = shutil.get_terminal_size().columns
-        parts = [line] if line.endswith(";") else _wrapped(line, width)
-        return [_coloured(parts[0]), *parts[1:]]
+            spelled = self._spelled(line)
+            for part in _fitted(spelled) if stream.isatty() else [spelled]:
+                _write(part, file=stream)
 
 
-def _wrapped(line: str, width: int) -> list[str]:
-    margin = _margin(line, width * 3 // 5)
-    if len(line) <= width:
-        return [line]
-    wrapper = textwrap.TextWrapper(width, line[:margin], " " * margin, break_long_words=False, break_on_hyphens=False)
-    return wrapper.wrap(line[margin:]) or [line]
+def _fitted(line: str) -> list[str]:
+    """Break a line where a terminal would break it within words, and colour its label. Commands stay whole."""
+    width = shutil.get_terminal_size().columns
+    parts = [line]
+    if len(line) > width and not line.endswith(";"):
+        margin = _margin(line, width * 3 // 5)
+        start, rest = line[:margin], line[margin:]
+        wrapper = textwrap.TextWrapper(width, start, " " * margin, break_long_words=False, break_on_hyphens=False)
+        parts = wrapper.wrap(rest) or parts
+    return [_coloured(parts[0]), *parts[1:]]
 
 
 def _margin(line: str, most: int) -> int:

@@ -74,6 +74,8 @@ _REFUSALS: tuple[tuple[str, errors.Case], ...] = (
     ("SSL|sslmode|certificate", errors.TLS),
     ("resolve host (?!.*Servname)|translate host name|parse network address", errors.NO_SUCH_HOST),
     ("'idna' codec|label empty or too long", errors.NO_SUCH_HOST),  # Python's words, the latter 3.12's
+    # No IPv4 address among those that were tried.
+    (r"(?s)^(?!.*\(\d+(\.\d+){3}\)).*\([0-9a-f:]+\).*(unreachable|assign requested address|expired)", errors.NO_ROUTE),
     ("timeout expired|timed out|No route to host|unreachable", errors.SILENT_HOST),
     ("Connection refused|No such file or directory", errors.NOBODY_THERE),
 )
@@ -97,9 +99,8 @@ class Connection:
             self._connection = psycopg.connect(make_conninfo(**conninfo), autocommit=True, prepare_threshold=None)
         except (psycopg.Error, UnicodeError) as error:  # UnicodeError: of what can be no host's name
             words = str(error)
-            cause = next((kind for phrases, kind in _REFUSALS if re.search(phrases, words)), errors.NO_CONNECTION)
             where = mask(words.strip(), target.secrets)
-            raise errors.NO_CONNECTION(target=target.display, where=where, remedy=cause.remedy) from None
+            raise errors.NO_CONNECTION(target=target.display, where=where, remedy=_cause(words).remedy) from None
         if self._connection.info.server_version < OLDEST_VERSION:
             version = self._connection.info.parameter_status("server_version")
             self.close()
@@ -265,6 +266,11 @@ def _rows(result: pq.abc.PGresult) -> Rows:
         return None if value is None else value.decode(errors="replace")  # of SQL_ASCII, where text is bytes
 
     return [tuple(text(row, column) for column in range(result.nfields)) for row in range(result.ntuples)]
+
+
+def _cause(words: str) -> errors.Case:
+    """Return what a login that failed with these words stands for."""
+    return next((case for phrases, case in _REFUSALS if re.search(phrases, words)), errors.NO_CONNECTION)
 
 
 def _refused(index: int, error: psycopg.Error) -> StatementError:

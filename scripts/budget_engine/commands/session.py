@@ -27,16 +27,14 @@ _MOMENT_MS = 100
 def announced(*, dry: bool = False) -> tuple[Settings, Target]:
     """Find the database in use, start it where it is the embedded one, and say first of all which it is."""
     given = load(ROOT, os.environ)
-    started = False
     if given.target is None:
         cluster = embedded.locate(ROOT)
         if dry and not embedded.running(cluster):
             raise errors.NOT_RUNNING(looking="--dry", where=f"its data: {cluster.data}")
-        started = embedded.start(cluster)
+        if embedded.start(cluster):
+            given = replace(given, notes=(*given.notes, text.STARTED))
     where = target_in_use(given)
     announce(where, given)
-    if started:
-        CONSOLE.say(text.STARTED)
     return given, where
 
 

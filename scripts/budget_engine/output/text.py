@@ -34,6 +34,10 @@ def line(label: str, text: str) -> str:
 
 def target(target: Target, settings: Settings, server: Server | None = None) -> str:
     """Which database this is about, where its URL came from, and who answers."""
+    if settings.target is None:  # its source names it
+        there = f"the {settings.source}"
+        known = there if server is None else f"{place(server)} on {there}, PostgreSQL {server.version}"
+        return line("target", known)
     whence = f"({sources(target, settings)})"
     if server is None:
         return line("target", f"{target.display} {whence}")
@@ -67,9 +71,7 @@ def behind(server: Server, checks: Iterable[Check]) -> list[str]:
 
 
 _WITHOUT_PROFILES = "Supabase without profiles"
-STARTED = line(
-    "note", "the embedded server was started and keeps running; invoke db.psql opens it, invoke db.stop stops it"
-)
+STARTED = "the embedded server was started and keeps running; invoke db.psql opens it, invoke db.stop stops it"
 
 
 def sources(target: Target, settings: Settings) -> str:

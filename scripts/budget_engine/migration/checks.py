@@ -82,13 +82,13 @@ _WITH_ITS_COLUMN = {Kind.DEFAULT: "", Kind.FOREIGN_KEY: "[^;,]*REFERENCES "}  # 
 class Check:
     """One thing that a step creates: what is expected, and what the database has.
 
-    step, fixed_by: labels of steps (fixed_by None: it passes, or is a conflict); table: the one that it belongs to, by
-    its bare name; name: its own ("" of a table; the columns of a key); actual: None where there is nothing; required:
-    whether it must pass; found: the table as SQL writes it, or None; home: the schema where it is, or will be; lacking:
-    the right that this role lacks to fix it; rows_hidden: whether row-level security hides rows of the table from it;
-    being_built: whether another session builds on the table; on_request: the step that would fix it, but runs only
-    where it is asked for; blocked: what around the table keeps it from being created, as the commands that clear that
-    are called in db/conflicts.sql ("full": no column is left, no command helps but to move the table).
+    step, fixed_by: labels of steps (fixed_by None: it passes, or is a conflict); table: the one that it belongs to,
+    by its bare name; name: its own ("" of a table; the columns of a key); actual: None where there is nothing;
+    required: whether it must pass; found: the table as SQL writes it, or None; lacking: the right that this role
+    lacks to fix it; rows_hidden: whether row-level security hides rows of the table from it; being_built: whether
+    another session builds on the table; on_request: the step that would fix it, but runs only where it is asked for;
+    blocked: what around the table keeps it from being created, as the commands that clear that are called in
+    db/conflicts.sql ("full": no column is left, no command helps but to move the table).
     """
 
     step: str
@@ -100,7 +100,6 @@ class Check:
     fixed_by: str | None
     required: bool
     found: str | None
-    home: str | None = None
     lacking: str | None = None
     rows_hidden: bool = False
     being_built: bool = False
@@ -111,6 +110,12 @@ class Check:
     def key(self) -> tuple[Kind, str, str]:
         """What tells it from every other check."""
         return self.kind, self.table, self.name
+
+    @property
+    def home(self) -> str | None:
+        """The schema in which its table was found."""
+        schema = re.match(r'"((?:[^"]|"")+)"\.|(\w+)\.', self.found or "")
+        return (schema[1] or "").replace('""', '"') or schema[2] if schema else None
 
     @property
     def passed(self) -> bool:

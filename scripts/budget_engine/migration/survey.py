@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from psycopg import sql
@@ -71,13 +71,10 @@ SELECT pg_catalog.set_config('budget_engine.path',
                                'pg_catalog'::pg_catalog.name))::pg_catalog.text, true),
        pg_catalog.{NOTHING_OF_OTHERS}"""
 
-# What it takes to fix a check: CREATE where a table is missing or the kind has a name of its own, else ownership.
+# What it takes to fix these checks: CREATE where a table is missing or the kind has a name of its own, else ownership.
 _RIGHTS = """
-SELECT c.step, c.kind, c."table", c.name, c.expected,
-       CASE WHEN blocked.how IS NULL THEN c.actual ELSE concat_ws(', and ', coalesce(c.actual, 'missing'), says) END,
-       CASE WHEN blocked.how IS NULL THEN c.fixed_by END, c.required, c.found,
-       CASE WHEN c.fixed_by IS NULL THEN NULL
-            WHEN (c.found IS NULL OR c.kind IN ('index', 'function', 'key'))
+SELECT c.position,
+       CASE WHEN (c.found IS NULL OR c.kind IN ('index', 'function', 'key'))
                  AND NOT has_schema_privilege(home.oid, 'CREATE')
               THEN 'CREATE on schema ' || home.nspname
             WHEN NOT pg_has_role(relation.relowner, 'USAGE')
@@ -94,21 +91,20 @@ SELECT c.step, c.kind, c."table", c.name, c.expected,
             WHEN c.kind = 'policy' AND c.expected LIKE '%(admin)%' AND NOT has_schema_privilege(auth.oid, 'USAGE')
               THEN 'USAGE on schema auth'
             ELSE led_to.lacking END AS lacking,
-       home.nspname, c.fixed_by IS NOT NULL AND row_security_active(relation.oid) AS rows_hidden,
+       row_security_active(relation.oid) AS rows_hidden,
        c.actual LIKE '% INVALID' AND EXISTS (
          SELECT FROM pg_locks
          WHERE locktype = 'relation' AND pg_locks.relation = relation.oid AND mode = 'ShareUpdateExclusiveLock'
            AND granted AND pid <> pg_backend_pid()
            AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
            AND pid NOT IN (SELECT pid FROM pg_stat_progress_vacuum UNION ALL SELECT pid FROM pg_stat_progress_analyze)
-       ) AS being_built, blocked.how
+       ) AS being_built, blocked.how, blocked.says
 FROM (
-SELECT *, count(*) FILTER (WHERE is_added) OVER (PARTITION BY "table") AS wanted FROM (
-SELECT row_number() OVER () AS position, checks.*, kind = 'column' AND fixed_by = step AND found IS NOT NULL AS is_added
-FROM (
-{verification}
-) AS checks
-) AS placed
+SELECT *, count(*) FILTER (WHERE is_added) OVER (PARTITION BY "table") AS wanted
+FROM json_to_recordset({checks}) AS checks
+  (position int, kind text, "table" text, name text, expected text, actual text, is_own boolean, fixed_by text,
+   found text)
+CROSS JOIN LATERAL (SELECT kind = 'column' AND is_own AND found IS NOT NULL) AS its (is_added)
 ) AS c
 LEFT JOIN pg_class AS relation ON relation.oid = c.found::regclass
 LEFT JOIN pg_namespace AS home ON home.oid = coalesce(relation.relnamespace, (
@@ -117,7 +113,7 @@ LEFT JOIN pg_namespace AS auth ON auth.nspname = 'auth'
 LEFT JOIN pg_proc AS routine ON c.kind = 'function' AND proname = c.name AND pronargs = 0 AND pronamespace = home.oid
 LEFT JOIN LATERAL (  -- a foreign key: the table that it leads to
   SELECT target.relpersistence = 'u' AND relation.relpersistence IS DISTINCT FROM 'u'
-           AND c.actual IS NULL AND c.fixed_by IS NOT NULL, array_to_string(led.name, '.'),
+           AND c.actual IS NULL, array_to_string(led.name, '.'),
          nullif(concat_ws(E'\\n',
            CASE WHEN NOT has_schema_privilege(target.relnamespace, 'USAGE')
                 THEN format('USAGE on schema %s', target.relnamespace::regnamespace) END,
@@ -138,7 +134,7 @@ LEFT JOIN LATERAL (  -- a foreign key: the table that it leads to
   ORDER BY place.position LIMIT 1
 ) AS led_to (unlogged, name, lacking) ON true
 LEFT JOIN LATERAL (  -- a column that is added, or a default: to the tables that inherit, too
-  SELECT CASE WHEN c.is_added OR c.kind = 'default' AND c.fixed_by = c.step AND c.found IS NOT NULL THEN (
+  SELECT CASE WHEN c.is_added OR c.kind = 'default' AND c.is_own AND c.found IS NOT NULL THEN (
     WITH RECURSIVE family (oid) AS (
       SELECT relation.oid UNION SELECT inhrelid FROM family JOIN pg_inherits ON inhparent = family.oid)
     SELECT ARRAY[
@@ -173,26 +169,31 @@ LEFT JOIN LATERAL (
                                      'hidden by temporary table ' || hiding.name,
                                      told[1], told[3], told[4])),
          told[5]
-) AS blocked (how, says, of_others) ON true
-ORDER BY c.position"""
+) AS blocked (how, says, of_others) ON true"""
 
 
 def statements(chain: Chain) -> list[str]:
     """Return what asks for the checks, to be sent in any transaction: the last one's rows are theirs."""
-    updated = [f"{step.label} {table}" for step in chain.steps for table in step.updates]
-    return [PIN, _RIGHTS.replace("{updated}", literal(updated)).replace("{verification}", chain.verification)]
+    return [PIN, chain.verification]
 
 
 def read(connection: Connection, chain: Chain, *, with_recreate: bool = False) -> Survey:
-    """Ask once for every check: one message, no lock but ACCESS SHARE. with_recreate: that step is at hand."""
+    """Ask for every check and, where something is to be done, for what that takes; no lock but ACCESS SHARE.
+
+    with_recreate: that step is at hand.
+    """
     try:
         [server], *_, rows = connection.ask([_SERVER, *statements(chain)])
+        checks = checks_of(rows, chain, with_recreate=with_recreate)
+        if to_fix := {place: check for place, check in enumerate(checks) if check.fixed_by}:
+            _, rows = connection.ask([PIN, _rights(to_fix, chain)])
+            able = {int(str(place)): _with_rights(to_fix[int(str(place))], *rest) for place, *rest in rows}
+            checks = tuple(able.get(place, check) for place, check in enumerate(checks))
     except StatementError as error:
         if errors.for_sqlstate(error.sqlstate).exit_code != 7:
             raise
         # Printing some definitions takes ACCESS SHARE on their tables: it waits behind ACCESS EXCLUSIVE.
         raise errors.UNREADABLE_CATALOGS(why=error.message, where="\n".join(error.holders)) from error
-    checks = checks_of(rows, chain, with_recreate=with_recreate)
     return Survey(_server(server, checks, connection), checks)
 
 
@@ -203,24 +204,31 @@ def checks_of(rows: Rows, chain: Chain, *, with_recreate: bool = False) -> tuple
 
 
 def _check(row: Sequence[str | None], on_request: str) -> Check:
-    step, kind, table, name, expected, actual, fixed_by, required, found, lacking, home, hidden, built, blocked = row
-    check = Check(
-        str(step),
-        Kind(kind),
-        str(table),
-        str(name),
-        str(expected),
-        actual,
-        fixed_by,
-        required == "t",
-        found,
-        home,
-        lacking,
-        rows_hidden=hidden == "t",
-        being_built=built == "t",
-        blocked=tuple((blocked or "").split()),
-    )
-    return replace(check, fixed_by=None, lacking=None, on_request=fixed_by) if fixed_by == on_request else check
+    step, kind, table, name, expected, actual, fixed_by, required, found, _verdict = row
+    check = Check(str(step), Kind(kind), str(table), str(name), str(expected), actual, fixed_by, required == "t", found)
+    return replace(check, fixed_by=None, on_request=fixed_by) if fixed_by == on_request else check
+
+
+def _rights(to_fix: Mapping[int, Check], chain: Chain) -> str:
+    """Write the query for what it takes to fix these checks."""
+    names = ("position", "kind", "table", "name", "expected", "actual", "is_own", "fixed_by", "found")
+    listed = [
+        (place, c.kind.value, c.table, c.name, c.expected, c.actual, c.fixed_by == c.step, c.fixed_by, c.found)
+        for place, c in to_fix.items()
+    ]
+    updated = [f"{step.label} {table}" for step in chain.steps for table in step.updates]
+    checks = literal(json.dumps([dict(zip(names, row, strict=True)) for row in listed]))
+    return _RIGHTS.replace("{updated}", literal(updated)).replace("{checks}", checks)
+
+
+def _with_rights(
+    check: Check, lacking: str | None, hidden: str | None, built: str | None, blocked: str | None, says: str | None
+) -> Check:
+    """Return the check with what keeps it from being fixed; blocked: what is around its table makes it a conflict."""
+    if blocked:
+        actual = ", and ".join(filter(None, [check.actual or "missing", says]))
+        return replace(check, actual=actual, fixed_by=None, blocked=tuple(blocked.split()))
+    return replace(check, lacking=lacking, rows_hidden=hidden == "t", being_built=built == "t")
 
 
 def _server(row: Sequence[str | None], checks: Sequence[Check], connection: Connection) -> Server:

@@ -321,7 +321,11 @@ def hindrances(
 
 
 def _no_place(todo: plan.Plan, server: survey.Server) -> Iterator[errors.RecipeError]:
-    hidden = [c.table for c in todo.checks if c.is_temporary or (c in todo.conflicts and "hidden" in c.blocked)]
+    hidden = [
+        check.table
+        for check in todo.checks
+        if check.actual == "temporary table" or (check in todo.conflicts and "hidden" in check.blocked)
+    ]
     if server.schema is None:
         yield errors.NO_SCHEMA(search_path=server.search_path)
     elif hidden:

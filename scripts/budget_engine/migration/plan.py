@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from budget_engine.migration.chain import Chain, Statement, Step
-from budget_engine.migration.checks import STRENGTH, WRITERS, Check, Kind, Lock
+from budget_engine.migration.checks import STRENGTH, WAITS_FOR, WRITERS, Check, Kind, Lock
 
 
 class State(Enum):
@@ -53,7 +53,7 @@ class Action:
     def waits_for(self) -> dict[str, set[str]]:
         """The lock modes of others that hold it up, by the table: a build also waits for whoever writes it."""
         build = self.effect is Effect.BUILD
-        return {table: {*lock.conflicts_with, *(WRITERS if build else ())} for table, lock in self.locks.items()}
+        return {table: {*WAITS_FOR[lock], *(WRITERS if build else ())} for table, lock in self.locks.items()}
 
 
 @dataclass(frozen=True)

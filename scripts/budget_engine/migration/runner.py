@@ -402,17 +402,12 @@ class Builder:
         self._has_turn = not self._pooled
 
     def _run_alone(self, step: Step, action: Action, sql: str) -> None:
-        skipped: list[Diagnostic] = []
-
-        def on_notice(notice: Diagnostic) -> None:
-            if notice.sqlstate == _DUPLICATE_TABLE:  # IF NOT EXISTS found that another session was faster
-                skipped.append(notice)
-
+        noticed: list[str | None] = []
         sent = Sent(step, Part.CONCURRENT, sql, action)
         frame = f"SELECT {self.connection.transaction_settings}, {pinned(self.found.server)}, {self._patience}"
         message = [*BEGIN, frame, sql, "COMMIT"] if action.effect is Effect.SCAN else [sql]
         try:
-            with self.connection.notices(on_notice):
+            with self.connection.notices(lambda notice: noticed.append(notice.sqlstate)):
                 self.connection.run(message)
         except StatementError as error:
             if error.sqlstate == _DEADLOCK:  # two builds on one table waited for each other; the other one goes on
@@ -421,7 +416,7 @@ class Builder:
                 raise _failure([sent], error, pooled=self._pooled) from error
             self.refused[sql] = "\n".join(filter(None, [error.message, error.detail]))
         else:
-            if skipped:
+            if _DUPLICATE_TABLE in noticed:  # IF NOT EXISTS found that another session was faster
                 raise errors.BUSY(who="session is building the same index")
             self.say(sent, [])
 
@@ -465,5 +460,5 @@ def _place(failed: Sent, context: str) -> str:
     inside = re.search(r"inline_code_block line (\d+)", context)
     line = statement.line + (int(inside[1]) - 1 if inside else 0)
     nested = re.search(r'SQL statement "(.*?)"\s*\n?PL/pgSQL', context, re.S)
-    words = " ".join(nested[1].split()) if nested else "" if inside else " ".join(failed.sql.split())
-    return f"{failed.step.file}, line {line}" + (f": {words[:200]}" if words else "")
+    words = nested[1] if nested else "" if inside else failed.sql
+    return f"{failed.step.file}, line {line}: {' '.join(words.split())[:200]}".removesuffix(": ")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from psycopg import sql
@@ -71,7 +71,19 @@ SELECT pg_catalog.set_config('budget_engine.path',
                                'pg_catalog'::pg_catalog.name))::pg_catalog.text, true),
        pg_catalog.{NOTHING_OF_OTHERS}"""
 
-# What it takes to fix these checks: CREATE where a table is missing or the kind has a name of its own, else ownership.
+# The checks, noted, so that what follows need not ask again; what it takes to fix some is asked where there are any.
+_CHECKS = """SELECT pg_catalog.set_config('budget_engine.checks', json_agg(checks)::pg_catalog.text, true)
+FROM (SELECT row_number() OVER () - 1 AS position, checks.* FROM ({verification}) AS checks) AS checks"""
+_IF_NEEDED = """DO $rights$
+#variable_conflict use_column
+BEGIN
+IF EXISTS (SELECT FROM json_to_recordset(current_setting('budget_engine.checks')::json) AS c (fixed_by text)
+           WHERE fixed_by IS NOT NULL) THEN
+PERFORM set_config('budget_engine.rights', (SELECT json_agg(rights) FROM ({rights}) AS rights)::text, true);
+END IF;
+END $rights$"""
+_NOTED = "SELECT current_setting('budget_engine.rights', true)"
+# CREATE where a table is missing or the kind has a name of its own, else ownership.
 _RIGHTS = """
 SELECT c.position,
        CASE WHEN (c.found IS NULL OR c.kind IN ('index', 'function', 'key'))
@@ -101,10 +113,11 @@ SELECT c.position,
        ) AS being_built, blocked.how, blocked.says
 FROM (
 SELECT *, count(*) FILTER (WHERE is_added) OVER (PARTITION BY "table") AS wanted
-FROM json_to_recordset({checks}) AS checks
-  (position int, kind text, "table" text, name text, expected text, actual text, is_own boolean, fixed_by text,
-   found text)
-CROSS JOIN LATERAL (SELECT kind = 'column' AND is_own AND found IS NOT NULL) AS its (is_added)
+FROM json_to_recordset(current_setting('budget_engine.checks')::json) AS checks
+  (position int, step text, kind text, "table" text, name text, expected text, actual text, fixed_by text, found text)
+CROSS JOIN LATERAL (SELECT step = fixed_by AS is_own) AS its
+CROSS JOIN LATERAL (SELECT kind = 'column' AND is_own AND found IS NOT NULL AS is_added) AS also
+WHERE fixed_by IS NOT NULL
 ) AS c
 LEFT JOIN pg_class AS relation ON relation.oid = c.found::regclass
 LEFT JOIN pg_namespace AS home ON home.oid = coalesce(relation.relnamespace, (
@@ -178,23 +191,27 @@ def statements(chain: Chain) -> list[str]:
 
 
 def read(connection: Connection, chain: Chain, *, with_recreate: bool = False) -> Survey:
-    """Ask for every check and, where something is to be done, for what that takes; no lock but ACCESS SHARE.
+    """Ask once for every check, and for what it takes to fix some: one message, no lock but ACCESS SHARE.
 
     with_recreate: that step is at hand.
     """
+    rights = _RIGHTS.replace(
+        "{updated}", literal([f"{step.label} {table}" for step in chain.steps for table in step.updates])
+    )
+    asked = [_CHECKS.replace("{verification}", chain.verification), _IF_NEEDED.replace("{rights}", rights), _NOTED]
     try:
-        [server], *_, rows = connection.ask([_SERVER, *statements(chain)])
-        checks = checks_of(rows, chain, with_recreate=with_recreate)
-        if to_fix := {place: check for place, check in enumerate(checks) if check.fixed_by}:
-            _, rows = connection.ask([PIN, _rights(to_fix, chain)])
-            able = {int(str(place)): _with_rights(to_fix[int(str(place))], *rest) for place, *rest in rows}
-            checks = tuple(able.get(place, check) for place, check in enumerate(checks))
+        [server], _, [[noted]], _, [[able]] = connection.ask([_SERVER, PIN, *asked])
     except StatementError as error:
         if errors.for_sqlstate(error.sqlstate).exit_code != 7:
             raise
         # Printing some definitions takes ACCESS SHARE on their tables: it waits behind ACCESS EXCLUSIVE.
         raise errors.UNREADABLE_CATALOGS(why=error.message, where="\n".join(error.holders)) from error
-    return Survey(_server(server, checks, connection), checks)
+    rows = [tuple("t" if value is True else value for value in row.values())[1:] for row in json.loads(noted or "[]")]
+    checks = list(checks_of(rows, chain, with_recreate=with_recreate))
+    for place, *rest in (row.values() for row in json.loads(able or "[]")):
+        if checks[place].fixed_by:
+            checks[place] = _with_rights(checks[place], *rest)
+    return Survey(_server(server, checks, connection), tuple(checks))
 
 
 def checks_of(rows: Rows, chain: Chain, *, with_recreate: bool = False) -> tuple[Check, ...]:
@@ -209,26 +226,14 @@ def _check(row: Sequence[str | None], on_request: str) -> Check:
     return replace(check, fixed_by=None, on_request=fixed_by) if fixed_by == on_request else check
 
 
-def _rights(to_fix: Mapping[int, Check], chain: Chain) -> str:
-    """Write the query for what it takes to fix these checks."""
-    names = ("position", "kind", "table", "name", "expected", "actual", "is_own", "fixed_by", "found")
-    listed = [
-        (place, c.kind.value, c.table, c.name, c.expected, c.actual, c.fixed_by == c.step, c.fixed_by, c.found)
-        for place, c in to_fix.items()
-    ]
-    updated = [f"{step.label} {table}" for step in chain.steps for table in step.updates]
-    checks = literal(json.dumps([dict(zip(names, row, strict=True)) for row in listed]))
-    return _RIGHTS.replace("{updated}", literal(updated)).replace("{checks}", checks)
-
-
 def _with_rights(
-    check: Check, lacking: str | None, hidden: str | None, built: str | None, blocked: str | None, says: str | None
+    check: Check, lacking: str | None, hidden: bool | None, built: bool | None, blocked: str | None, says: str | None
 ) -> Check:
     """Return the check with what keeps it from being fixed; blocked: what is around its table makes it a conflict."""
     if blocked:
         actual = ", and ".join(filter(None, [check.actual or "missing", says]))
         return replace(check, actual=actual, fixed_by=None, blocked=tuple(blocked.split()))
-    return replace(check, lacking=lacking, rows_hidden=hidden == "t", being_built=built == "t")
+    return replace(check, lacking=lacking, rows_hidden=hidden is True, being_built=built is True)
 
 
 def _server(row: Sequence[str | None], checks: Sequence[Check], connection: Connection) -> Server:

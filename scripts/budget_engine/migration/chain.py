@@ -125,7 +125,7 @@ class Chain:
 
 
 def load(db: Path = DB) -> Chain:
-    """Read the chain. Raises CheckoutError where a file cannot be read."""
+    """Read the chain. Raises CHECKOUT where a file cannot be read."""
     steps = {path.stem: _read(path) for path in sorted((db / "migrations").glob("*.sql"))}
     order: list[Step] = []
     for step in steps.values():
@@ -133,9 +133,7 @@ def load(db: Path = DB) -> Chain:
             later = [place for place, other in enumerate(order) if other.label == step.before]
             order.insert(later[0] if later else len(order), step)
     recreate = next((step for step in steps.values() if step.instead_of), None)
-    verify = text_of(db / "verify.sql")
-    query = verify[verify.index("\nWITH ") : verify.rindex(";", 0, verify.rindex("COMMIT"))]
-    return Chain(tuple(order), recreate, _without_comments(query))
+    return Chain(tuple(order), recreate, _without_comments(query_of(db / "verify.sql")))
 
 
 def _read(path: Path) -> Step:
@@ -187,6 +185,12 @@ def text_of(file: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise errors.CHECKOUT(file=os.path.relpath(file, ROOT), why=why, where=str(file)) from None
+
+
+def query_of(file: Path) -> str:
+    """Read the query of a file, without its semicolon and what frames it for psql."""
+    text = text_of(file)
+    return text[text.index("\nWITH ") : text.rindex(";", 0, text.rfind("\nCOMMIT"))]
 
 
 def version() -> str:

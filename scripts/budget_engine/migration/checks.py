@@ -130,11 +130,6 @@ class Check:
         return self.kind is Kind.COLUMN and self.actual is not None and self.fixed_by is not None
 
     @property
-    def has_its_type(self) -> bool:
-        """Whether it is a column that exists and has the expected type, filled or not."""
-        return (self.actual or "").partition(" NOT NULL")[0] == self.expected.partition(" NOT NULL")[0]
-
-    @property
     def unfinished(self) -> bool:
         """Whether it exists, and only its concurrent part is missing: an INVALID index, a key that is NOT VALID."""
         return self.fixed_by is not None and self.actual in (f"{self.expected} INVALID", f"{self.expected} NOT VALID")
@@ -195,7 +190,7 @@ def outermost(checks: Iterable[Check]) -> list[Check]:
     """
     checks = list(checks)
     tables = {check.table for check in checks if check.kind is Kind.TABLE}
-    columns = [check for check in checks if check.kind is Kind.COLUMN and not check.has_its_type]
+    columns = [c for c in checks if c.kind is Kind.COLUMN and _type(c.actual or "") != _type(c.expected)]
     triggered = {check.table for check in checks if check.kind is Kind.TRIGGER and check.actual is None}
 
     def is_part(check: Check) -> bool:
@@ -205,6 +200,10 @@ def outermost(checks: Iterable[Check]) -> list[Check]:
         return any(column.conflict or check.kind in (Kind.DEFAULT, Kind.COMMENT) for column in on)
 
     return [c for c in checks if c.kind is Kind.TABLE or (c.table not in tables and not is_part(c))]
+
+
+def _type(form: str) -> str:
+    return form.partition(" NOT NULL")[0]
 
 
 def that_count(checks: Iterable[Check]) -> list[Check]:

@@ -11,15 +11,15 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from budget_engine.migration.chain import DB, query_of
 from budget_engine.migration.checks import Check, Kind
 
-_QUERY = Path(__file__).parents[3] / "db" / "conflicts.sql"
 _TARGET = re.compile(r"(?<=^REFERENCES )[^(]+")  # of a foreign key
 _ESCAPES = {"\\": r"\\", "'": "''", "$": r"\u0024", "\n": r"\n"}
 _NAMED = (Kind.TABLE, Kind.KEY, Kind.FOREIGN_KEY, Kind.INDEX, Kind.TRIGGER)  # a name of theirs may be borne on a column
+_PRIMARY = "PRIMARY KEY"
 _ALONE = ("CREATE UNIQUE INDEX CONCURRENTLY ", "DROP INDEX CONCURRENTLY ")  # refused within DO
 
 
@@ -52,8 +52,7 @@ def query(checks: Sequence[Check]) -> str:
         rest = (expected, taken or _bears(check), taken != "", check.found, check.conflict)
         listed.append(dict(zip(words, (check.kind.value, check.table, check.name, *rest), strict=True)))
     literal = json.dumps(listed).replace("\\", "\\\\").replace("'", "''")
-    _, first, text = _QUERY.read_text(encoding="utf-8").rstrip(";\n").partition("WITH RECURSIVE ")
-    return first + text.replace(":'checks'", f"E'{literal}'")
+    return query_of(DB / "conflicts.sql").replace(":'checks'", f"E'{literal}'")
 
 
 def _bears(check: Check) -> str:
@@ -61,12 +60,10 @@ def _bears(check: Check) -> str:
     if check.kind is Kind.FOREIGN_KEY:
         return f"{check.table}_{check.name}_fkey"
     if check.kind is Kind.KEY:
-        return f"{check.table}_pkey" if _is_primary(check) else f"uk_{check.table}_{check.name.replace(', ', '_')}"
+        return (
+            f"{check.table}_pkey" if check.expected == _PRIMARY else f"uk_{check.table}_{check.name.replace(', ', '_')}"
+        )
     return check.name or check.table
-
-
-def _is_primary(check: Check) -> bool:
-    return check.expected == "PRIMARY KEY"
 
 
 def commands(checks: Sequence[Check], rows: Iterable[Sequence[str | None]]) -> dict[Check, tuple[str, ...]]:
@@ -226,7 +223,7 @@ class _Clearing:
         yield _safe(f"CREATE UNIQUE INDEX CONCURRENTLY {name} ON {table} ({columns});")
         if kept:  # what the other primary key keeps unique stays so
             yield _safe(f"CREATE UNIQUE INDEX CONCURRENTLY {given.more['kept_name']} ON {table} ({kept});")
-        if _is_primary(check):
+        if check.expected == _PRIMARY:
             yield from self.run(check, "drop")
             yield _safe(f"ALTER TABLE {table} ADD PRIMARY KEY USING INDEX {name};")
 

@@ -68,8 +68,8 @@ ORDER BY anew DESC, moving.oid"""
 def read(connection: Connection, chain: Chain, found: Survey, *, with_dependants: bool) -> tuple[Move, ...]:
     """Return what would move; nothing where the core schema need not be made anew.
 
-    Raises DependantsError where tables of others would have to, and are not to (with_dependants), RightError where the
-    role may not move them.
+    Raises DEPENDANTS where tables of others would have to, and are not to (with_dependants), RIGHT where the role may
+    not move them.
     """
     recreate = chain.recreate
     if recreate is None or not any(check.fixed_by == recreate.label for check in found.checks):

@@ -77,11 +77,11 @@ BEGIN
   END LOOP;
 END
 $locks$"""
-_ONE_LOCK = """      LOCK TABLE {table} IN {mode} MODE;
-      PERFORM pg_catalog.set_config('lock_timeout', '{moment_ms}ms', true);"""
-_ONE_LOCK_IF = """      -- without the right to LOCK it, the statement itself has to wait
-      IF pg_catalog.has_table_privilege('{table}', 'UPDATE, DELETE, TRUNCATE') THEN
-  {lock}
+_ONE_LOCK = """\
+      -- without the right to LOCK it, the statement itself has to wait
+      IF pg_catalog.has_table_privilege('{name}', 'UPDATE, DELETE, TRUNCATE') THEN
+        LOCK TABLE {table} IN {mode} MODE;
+        PERFORM pg_catalog.set_config('lock_timeout', '{moment_ms}ms', true);
       END IF;"""
 
 _VERIFICATION = """\
@@ -246,15 +246,13 @@ class Script:
         wanted: dict[str, Lock] = {}
         for action in actions:
             for table, lock in action.locks.items():
-                wanted[table] = max(lock, wanted.get(table, lock), key=STRENGTH.index)
-        lines = []
-        for table, lock in sorted(wanted.items(), key=lambda item: -STRENGTH.index(item[1])):
-            name = found.get(table, table)
-            one = _ONE_LOCK.format(table=name, mode=lock.value, moment_ms=_MOMENT_MS)
-            if lock is not Lock.ACCESS_EXCLUSIVE:
-                one = _ONE_LOCK_IF.format(table=name.replace("'", "''"), lock=one.replace("\n", "\n  "))
-            lines.append(one)
-        return _LOCKS.format(locks="\n".join(lines)) if lines else ""
+                name = found.get(table, table)
+                wanted[name] = max(lock, wanted.get(name, lock), key=STRENGTH.index)
+        locks = [
+            _ONE_LOCK.format(table=name, name=name.replace("'", "''"), mode=lock.value, moment_ms=_MOMENT_MS)
+            for name, lock in sorted(wanted.items(), key=lambda item: -STRENGTH.index(item[1]))
+        ]
+        return _LOCKS.format(locks="\n".join(locks)) if locks else ""
 
     def _verification(self, planned: StepPlan) -> str:
         """Write what raises unless the step's checks pass, those excepted that come later or concurrently."""
@@ -283,11 +281,8 @@ class Script:
 def pinned(server: Server, *, local: bool = True) -> str:
     """Write what pins the search_path to the schemas that it leads to, and notes them for the verification."""
     path = ", ".join(['"' + schema.replace('"', '""') + '"' for schema in server.path] + ["pg_temp"])
-    noted, scope = literal(json.dumps(server.path)), str(local).lower()
-    return (
-        f"pg_catalog.set_config('search_path', {literal(path)}, {scope}), "
-        f"pg_catalog.set_config('budget_engine.path', {noted}, {scope})"
-    )
+    values = {"search_path": path, "budget_engine.path": json.dumps(server.path)}
+    return ", ".join(f"pg_catalog.set_config('{name}', {literal(value)}, {local})" for name, value in values.items())
 
 
 def _keys(keys: Iterable[tuple[Kind, str, str]]) -> str:
@@ -306,8 +301,7 @@ def run_transactions(
 ) -> list[tuple[Sent, Rows]]:
     """Run the plan's transactions in one message; return what was sent, and the rows that came back.
 
-    Raises BusyError where another run holds the lock or was faster, else the RecipeError that the server's error stands
-    for.
+    Raises BUSY where another run holds the lock or was faster, else what the server's error stands for.
     """
     message = script.transactions(rehearsed=rehearsed)
     done = 0
@@ -366,8 +360,8 @@ class Builder:
         """Run what is missing.
 
         A statement that the rows themselves refuse (a key that is not unique, a reference to nothing) is noted in
-        `refused`, and passed over from then on: its check goes on failing. Raises BusyError where another run, or
-        another session, is building; else the RecipeError that the server's error stands for.
+        `refused`, and passed over from then on: its check goes on failing. Raises BUSY where another run, or
+        another session, is building; else what the server's error stands for.
         """
         self._take_turn()
         if any(check.being_built for action in plan.concurrent for check in action.checks):

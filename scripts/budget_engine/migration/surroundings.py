@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from budget_engine.migration.chain import DB, Chain, text_of
+from budget_engine.migration.chain import DB, Chain, query_of
 from budget_engine.migration.survey import PIN, Survey, literal
 from budget_engine.postgres.connection import Connection
 
@@ -65,10 +65,8 @@ WHERE {ours} ORDER BY step, id DESC"""
 def read(connection: Connection, chain: Chain, found: Survey) -> Surroundings:
     """Look around the chain's tables; two messages at most, no lock but ACCESS SHARE on the history."""
     tables = sorted({check.table for check in found.checks})
-    unusual = text_of(DB / "unusual.sql")
-    query = unusual[unusual.index("WITH ") : unusual.rindex(";", 0, unusual.rindex("COMMIT"))]
     names = f"SELECT set_config('budget_engine.tables', {literal(json.dumps(tables))}, true)"
-    _, _, rows, has_history = connection.ask([PIN, names, query, _HAS_HISTORY])
+    _, _, rows, has_history = connection.ask([PIN, names, query_of(DB / "unusual.sql"), _HAS_HISTORY])
     ours = f"schema_name = ANY ({literal(list(found.turn.own))})"
     about_us = [PIN, _HISTORY.format(ours=ours), _APPLIED.format(ours=ours)]
     _, history, applied = connection.ask(about_us) if has_history else ([], [], [])

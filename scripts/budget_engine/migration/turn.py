@@ -25,14 +25,6 @@ class Turn:
     path: tuple[str, ...]
     own: tuple[str, ...]
 
-    @property
-    def _schemas(self) -> str:
-        return f"pg_namespace WHERE nspname = ANY ({_names(self.path)})"
-
-    @property
-    def _is_own(self) -> str:
-        return f"nspname = ANY ({_names(self.own)})"
-
     def taken(self, what: int, *, session: bool = False) -> str:
         """Expression that takes the turn, without waiting, if it is free, and tells whether it was.
 
@@ -40,14 +32,15 @@ class Turn:
         """
         lock = f"pg_try_advisory_{'' if session else 'xact_'}lock"
         return f"""coalesce((
-    SELECT bool_and(CASE WHEN {self._is_own} THEN {lock}({what}, oid::int4) ELSE {lock}_shared({what}, oid::int4) END)
-    FROM {self._schemas}), {lock}({what}, 0))"""
+    SELECT bool_and(CASE WHEN {_among(self.own)} THEN {lock}({what}, oid::int4)
+                         ELSE {lock}_shared({what}, oid::int4) END)
+    FROM pg_namespace WHERE {_among(self.path)}), {lock}({what}, 0))"""
 
     def refused(self) -> str:
         """Condition on a lock of pg_locks: it keeps a run through this search_path from a turn."""
         return f"""locktype = 'advisory' AND objsubid = 2 AND classid = ANY ('{{{RUN},{BUILD}}}'::oid[]) AND objid IN (
-    SELECT oid FROM {self._schemas} AND (mode = 'ExclusiveLock' OR {self._is_own}))"""
+    SELECT oid FROM pg_namespace WHERE {_among(self.path)} AND (mode = 'ExclusiveLock' OR {_among(self.own)}))"""
 
 
-def _names(names: tuple[str, ...]) -> str:
-    return f"{sql.Literal(list(names)).as_string()}::name[]"
+def _among(names: tuple[str, ...]) -> str:
+    return f"nspname = ANY ({sql.Literal(list(names)).as_string()}::name[])"

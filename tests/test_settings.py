@@ -194,7 +194,7 @@ def test_env_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.
 
 # Durations
 
-DURATIONS = {
+DURATIONS: dict[str, dict[str, float]] = {
     "lock_timeout_ms": {"2s": 2000, "500ms": 500, "0.75s": 750, " 1.5 s ": 1500, "1min": 60000, "'3s'": 3000, "": 2000},
     "lock_wait_s": {"60s": 60, "2min": 120, "0": 0, "0.0": 0, "250ms": 0.25},
     "connect_timeout_s": {"5": 5, "1500ms": 2, "1min": 60},
@@ -260,37 +260,19 @@ def test_raw_password_is_taken_as_meant(password: str) -> None:
 
 GUESSES = [
     "postgresql://app:QX@ZJ/XQ@db",  # the database XQ@db on the host ZJ, or the host db?
-    "postgresql://app:QXZJ",
-    "postgresql://app:QX%00ZJ@db/game",
     "postgresql://app:QX%abZJ@db/game",  # not UTF-8
-    "postgresql://app:QXZJ@[::1/game",
-    "postgresql://app:QXZJ@db:port/game",
-    "postgresql://app:QXZJ@db/game?QXZJ",
-    "postgresql://app:QX\nZJ@db/game",
-    "postgresql://app:QXZJ\udcff@db/game",
-    "postgresql:/app:QXZJ@db/game",
-    "app:QXZJ@db/game",
-    "host=db password='QXZJ",
-    "host=db password=QX QXZJ=1",
-    "host=db password=QX QXZJ",
-    "psql -h db -W QXZJ",
-    "QXZJ",
+    "postgresql://app:QXZJ", "postgresql://app:QX%00ZJ@db/game", "postgresql://app:QXZJ@[::1/game",
+    "postgresql://app:QXZJ@db:port/game", "postgresql://app:QXZJ@db/game?QXZJ", "postgresql://app:QX\nZJ@db/game",
+    "postgresql://app:QXZJ\udcff@db/game", "postgresql:/app:QXZJ@db/game", "app:QXZJ@db/game", "QXZJ",
+    "host=db password='QXZJ", "host=db password=QX QXZJ=1", "host=db password=QX QXZJ", "psql -h db -W QXZJ",
     # A whole login, or its end, in the wrong place, or with another character for a colon.
-    "postgresql://app%3AQXZJ%40db/game",
-    "postgresql://app%3AQX%2CZJ%40db/game",
-    "postgresql:///app:QXZJ@db/game",
-    "postgresql://app/QXZJ@db/game",
-    "postgresql://app QXZJ@db/game",
-    "postgresql://app@QXZJ@db/game",
-    "postgresql://app@QX:ZJ@db/game",
-    "postgresql://app@server:QXZJ@server.postgres.database.azure.com/game",
-    "postgresql://db/game password=QXZJ",
-    "postgresql://db/game?sslmode=require password=QXZJ",
-    "postgresql://db/app%3AQXZJ%40db",
-    "host=app:QXZJ@db",
-    "host=db,app:QXZJ@db dbname=game",
+    "postgresql://app%3AQXZJ%40db/game", "postgresql://app%3AQX%2CZJ%40db/game", "postgresql:///app:QXZJ@db/game",
+    "postgresql://app/QXZJ@db/game", "postgresql://app QXZJ@db/game", "postgresql://app@QXZJ@db/game",
+    "postgresql://app@QX:ZJ@db/game", "postgresql://db/game password=QXZJ", "postgresql://db/app%3AQXZJ%40db",
+    "postgresql://app@server:QXZJ@server.postgres.database.azure.com/game", "host=app:QXZJ@db",
+    "postgresql://db/game?sslmode=require password=QXZJ", "host=db,app:QXZJ@db dbname=game",
     "dbname=postgresql://app:QXZJ@db/game",
-]
+]  # fmt: skip
 OTHER_SCHEMES = [
     ("mysql://app:QXZJ@db/game", "begins with mysql:"),
     ("https://example.com/QXZJ", "begins with https:"),
@@ -426,47 +408,30 @@ def variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyP
     return monkeypatch
 
 
+# The URL, variables, what is shown, where the rest came from.
 COMPLETED: dict[str, tuple[str, dict[str, str], str, tuple[str, ...]]] = {
     "nothing": (URL, {}, "postgresql://app:***@db.example.com:5432/game", ()),
     "the port, and the user's name for the database": ("postgresql://app@db", {}, "postgresql://app@db:5432/app", ()),
     "variables": (
-        "postgresql://",
-        {"PGHOST": "db", "PGPORT": "1", "PGUSER": "app", "PGPASSWORD": "QXZJ", "PGDATABASE": "game"},
-        "postgresql://app:***@db:1/game",
-        ("PGUSER", "PGPASSWORD", "PGDATABASE", "PGHOST", "PGPORT"),
-    ),
+        "postgresql://", {"PGHOST": "db", "PGPORT": "1", "PGUSER": "app", "PGPASSWORD": "QXZJ", "PGDATABASE": "game"},
+        "postgresql://app:***@db:1/game", ("PGUSER", "PGPASSWORD", "PGDATABASE", "PGHOST", "PGPORT")),
     "variables that the URL overrides": (
-        URL,
-        {"PGHOST": "other", "PGPASSWORD": "QXZJ", "PGSSLMODE": "require"},
-        "postgresql://app:***@db.example.com:5432/game?sslmode=require",
-        ("PGSSLMODE",),
-    ),
+        URL, {"PGHOST": "other", "PGPASSWORD": "QXZJ", "PGSSLMODE": "require"},
+        "postgresql://app:***@db.example.com:5432/game?sslmode=require", ("PGSSLMODE",)),
     "another address for the host": (
-        URL,
-        {"PGHOSTADDR": "10.0.0.1"},
-        "postgresql://app:***@db.example.com:5432/game?hostaddr=10.0.0.1",
-        ("PGHOSTADDR",),
-    ),
+        URL, {"PGHOSTADDR": "10.0.0.1"},
+        "postgresql://app:***@db.example.com:5432/game?hostaddr=10.0.0.1", ("PGHOSTADDR",)),
     "a service": (
-        "postgresql:///other?service=mine",
-        {"PGUSER": "app", "PGHOST": "other"},
-        "postgresql://app:***@db:5432/other?service=mine",
-        ("PGUSER", "service mine"),
-    ),
+        "postgresql:///other?service=mine", {"PGUSER": "app", "PGHOST": "other"},
+        "postgresql://app:***@db:5432/other?service=mine", ("PGUSER", "service mine")),
     "the password file": ("postgresql://ada@db/game", {}, "postgresql://ada@db:5432/game", ("the password file",)),
     "bytes that are not UTF-8": (URL, {"PGAPPNAME": "\udcff"}, "postgresql://app:***@db.example.com:5432/game", ()),
-}
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("url", "environ", "display", "sources"), COMPLETED.values(), ids=COMPLETED)
-def test_display_says_where_it_really_leads(
-    variables: pytest.MonkeyPatch,
-    tmp_path: Path,
-    url: str,
-    environ: dict[str, str],
-    display: str,
-    sources: tuple[str, ...],
-) -> None:
+@pytest.mark.parametrize("case", COMPLETED)
+def test_display_says_where_it_really_leads(variables: pytest.MonkeyPatch, tmp_path: Path, case: str) -> None:
+    url, environ, display, sources = COMPLETED[case]
     (tmp_path / ".pg_service.conf").write_text("[mine]\nhost=db\npassword=QXZJ\ndbname=game\n")
     (tmp_path / ".pgpass").write_text("db:*:*:ada:QXZJ\n")
     (tmp_path / ".pgpass").chmod(0o600)

@@ -264,7 +264,8 @@ def private_server(
     """Run a server of our own, which is gone with its data afterwards.
 
     major: its version; binaries: a packaged server's, instead; durable: whether it is to survive a power cut; settings:
-    of the embedded server's own, which come with its start.
+    of the embedded server's own, which come with each of its starts. While it runs, others are started so, too: a
+    fixture that asks for some has cluster started before.
     """
     home = Path(tempfile.mkdtemp(prefix="budget-engine-tests-", dir=None if durable else DATA))
     home.chmod(0o755)  # as root the server runs as another user, who must be able to reach its data

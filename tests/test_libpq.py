@@ -80,7 +80,7 @@ def execute(cluster: Cluster, *statements: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def place() -> Iterator[Place]:
+def place(cluster: Cluster) -> Iterator[Place]:
     with ExitStack() as stack:
         first = stack.enter_context(private_server(cluster_name="first"))
         second = stack.enter_context(private_server(major=NEWEST, cluster_name="second"))
@@ -92,8 +92,8 @@ def place() -> Iterator[Place]:
         (first.data / "pg_hba.conf").write_text("local all postgres trust\nlocal all all scram-sha-256\n")
         execute(first, "SELECT pg_reload_conf()")
         ports = {
-            name: str(stack.enter_context(Proxy(socket_of(cluster.sockets))).port)
-            for name, cluster in (("P1", first), ("P2", second))
+            name: str(stack.enter_context(Proxy(socket_of(server.sockets))).port)
+            for name, server in (("P1", first), ("P2", second))
         }
         sockets = {"S1": str(first.sockets), "S2": str(second.sockets)}
         yield Place(first, second, {**ports, **sockets, "CLOSED": str(closed_port()), "PW": PASSWORD})

@@ -16,6 +16,7 @@ import psycopg
 import pytest
 import warm
 from budget_engine.migration import chain, survey, turn
+from budget_engine.postgres.embedded import Cluster
 from conftest import (
     BUILDING,
     FINISHED_PACKAGED_TOO,
@@ -362,10 +363,10 @@ def test_deadlock_is_tried_again(finished: Db) -> None:
 
 
 @pytest.fixture(scope="module")
-def preparing() -> Iterator[Db]:
+def preparing(cluster: Cluster) -> Iterator[Db]:
     """A server that takes prepared transactions."""
-    with private_server(max_prepared_transactions="5") as cluster:
-        yield Db(cluster, "postgres")
+    with private_server(max_prepared_transactions="5") as server:
+        yield Db(server, "postgres")
 
 
 @pytest.mark.parametrize(("missing", "lock"), [(REPORT_MISSING, READER), (INDEX_MISSING, WRITER)])

@@ -27,6 +27,7 @@ from budget_engine import errors
 from budget_engine.migration import chain
 from budget_engine.output.console import LABEL
 from budget_engine.output.ending import reported
+from budget_engine.postgres.embedded import Cluster
 from conftest import (
     MIGRATIONS,
     THE_TURN,
@@ -305,7 +306,7 @@ def test_line_that_is_cut(finished: Db) -> None:
     assert_ends(done, errors.for_sqlstate("08006"), 4)
 
 
-def test_servers_table_of_locks_is_full() -> None:
+def test_servers_table_of_locks_is_full(cluster: Cluster) -> None:
     """Another session's transaction has taken all but a few, which are enough for a login."""
     with private_server(max_locks_per_transaction="10", max_connections="10") as server, database(server) as db:
         db.migrate(*STEMS)
@@ -352,7 +353,7 @@ local all postgres,nologin,limited,guest,ghost trust
 
 
 @pytest.fixture(scope="module")
-def guarded() -> Iterator[Db]:
+def guarded(cluster: Cluster) -> Iterator[Db]:
     """A database on a server that lets not everybody in, and not many."""
     with private_server(max_connections="6") as server, database(server) as db:
         db.execute(ROLES)

@@ -50,7 +50,7 @@ ALTER TABLE prompt_snapshots ADD CONSTRAINT prompt_snapshots_turn_id_fkey
 
 
 @pytest.fixture(scope="module")
-def small_server() -> Iterator[embedded.Cluster]:
+def small_server(cluster: embedded.Cluster) -> Iterator[embedded.Cluster]:
     """A server of this module's own: it has few connections, and may be stopped."""
     with private_server(max_connections=str(MAX_CONNECTIONS)) as server:
         yield server

@@ -81,7 +81,7 @@ def commands(db: Db) -> dict[Check, tuple[str, ...]]:
             connection.execute(statement.encode())
         cursor = connection.execute(conflicts.query(checks).encode())
         rows = [[as_text(value) for value in row] for row in cursor.fetchall()]
-    return conflicts.commands(checks, conflicts.facts(rows))
+    return conflicts.commands(checks, rows)
 
 
 def as_text(value: Any) -> str | None:
@@ -91,8 +91,8 @@ def as_text(value: Any) -> str | None:
 def script(cleared: dict[Check, tuple[str, ...]]) -> tuple[str, list[str]]:
     """Return what `verify --remedies` prints: each command once, in order; and the tasks."""
     every = dict.fromkeys(command for way in cleared.values() for command in way)
-    tasks = [command for command in every if isinstance(command, conflicts.Task)]
-    return "\n".join(command for command in every if command not in tasks) + "\n", list(map(str, tasks))
+    tasks = [command for command in every if command == conflicts.RECREATE]
+    return "\n".join(command for command in every if command not in tasks) + "\n", tasks
 
 
 def run(db: Db, folder: Path, text: str) -> None:

@@ -149,7 +149,7 @@ class Session:
             if errors.for_sqlstate(error.sqlstate).exit_code != 7:
                 raise
             return {}
-        return conflicts.commands(todo.checks, conflicts.facts(rows))
+        return conflicts.commands(todo.checks, rows)
 
     def refuse_what_cannot_be(self, todo: plan.Plan, found: survey.Survey) -> None:
         """Raise, before anything is changed, where the plan cannot be carried out as a whole."""
@@ -163,7 +163,8 @@ class Session:
         refused = self._builder.refused if self._builder else {}
         CONSOLE.say(*(text.line("refused", f"by the rows: {sql}\n{why}") for sql, why in refused.items()))
         left = self.todo(after)
-        own = plan.checks_of(self.wanted, after.checks)
+        labels = {step.label for step in self.wanted}
+        own = [check for check in after.checks if check.step in labels]
         label, did = ("left", "") if left.missing else ("done", "" if todo else "nothing to do: ")
         CONSOLE.say(text.line(label, f"{did}{text.summary(own)}; {CONSOLE.target}"))
         orphans = survey.orphans(self.connection, left.missing)
@@ -320,7 +321,11 @@ def hindrances(
 
 
 def _no_place(todo: plan.Plan, server: survey.Server) -> Iterator[errors.RecipeError]:
-    hidden = [c.table for c in todo.checks if c.is_temporary or (c in todo.conflicts and "hidden" in c.blocked)]
+    hidden = [
+        check.table
+        for check in todo.checks
+        if check.actual == "temporary table" or (check in todo.conflicts and "hidden" in check.blocked)
+    ]
     if server.schema is None:
         yield errors.NO_SCHEMA(search_path=server.search_path)
     elif hidden:

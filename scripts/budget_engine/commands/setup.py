@@ -51,7 +51,7 @@ def prereqs(*, recreate: bool, with_dependants: bool, yes: bool, dry: bool) -> N
         if not _is_to_be_done(session, found, dry=dry):
             return
         # Tables without a row, of this machine, move without a question.
-        if not yes and any(move.has_rows or not session.connection.is_near for move in moves):
+        if not yes and any(move.rows is not None or not session.connection.is_near for move in moves):
             CONSOLE.say(said)
             if not CONSOLE.confirms("Move them?"):
                 raise errors.NOT_CONFIRMED()

@@ -123,10 +123,6 @@ class Chain:
         """Return the steps that a task runs; None: all of them."""
         return tuple(step for step in self.steps if task in (None, step.task))
 
-    def step(self, label: str) -> Step:
-        """Return the step of this label."""
-        return next(step for step in (*self.steps, *([self.recreate] if self.recreate else [])) if step.label == label)
-
 
 def load(db: Path = DB) -> Chain:
     """Read the chain. Raises CheckoutError where a file cannot be read."""

@@ -19,15 +19,11 @@ class Lock(Enum):
     SHARE_ROW_EXCLUSIVE = "SHARE ROW EXCLUSIVE"
     ACCESS_EXCLUSIVE = "ACCESS EXCLUSIVE"
 
-    @property
-    def conflicts_with(self) -> tuple[str, ...]:
-        """The modes of others that it waits for, as pg_locks names them (manual, table 13.2)."""
-        return _CONFLICTS[self]
-
 
 _STRONG = ("ShareLock", "ShareRowExclusiveLock", "ExclusiveLock", "AccessExclusiveLock")
 WRITERS = ("RowExclusiveLock", "ShareUpdateExclusiveLock", *_STRONG)  # who a build waits for, too
-_CONFLICTS = {
+# The modes of others that each waits for, as pg_locks names them (manual, table 13.2).
+WAITS_FOR = {
     Lock.ROW_SHARE: _STRONG[2:],
     Lock.SHARE_UPDATE_EXCLUSIVE: WRITERS[1:],
     Lock.SHARE_ROW_EXCLUSIVE: WRITERS,
@@ -60,13 +56,14 @@ _CREATED_BY: dict[Kind, tuple[str, Lock | None]] = {
     Kind.TABLE: (r"CREATE TABLE (?:IF NOT EXISTS )?{table} \(", None),
     Kind.COLUMN: (_ADDS, Lock.ACCESS_EXCLUSIVE),
     Kind.DEFAULT: ("ALTER TABLE {table} ALTER COLUMN {name} SET DEFAULT", Lock.ACCESS_EXCLUSIVE),
+    Kind.DEPENDANTS: ("(?!)", None),  # nothing creates it
     Kind.KEY: (
         r"CREATE UNIQUE INDEX (?:CONCURRENTLY )?IF NOT EXISTS \w+ ON {table} \({name}\)",
         Lock.SHARE_UPDATE_EXCLUSIVE,
     ),
     Kind.FOREIGN_KEY: (r"ALTER TABLE {table} ADD CONSTRAINT \w+ FOREIGN KEY \({name}\)", Lock.SHARE_ROW_EXCLUSIVE),
     Kind.INDEX: (r"CREATE INDEX (?:CONCURRENTLY )?IF NOT EXISTS {name} ON {table}\b", Lock.SHARE_UPDATE_EXCLUSIVE),
-    Kind.COMMENT: (r"COMMENT ON (?:COLUMN {table}\.{name}|TABLE {table}) IS", Lock.SHARE_UPDATE_EXCLUSIVE),
+    Kind.COMMENT: ("COMMENT ON (?:COLUMN|TABLE) {whole} IS", Lock.SHARE_UPDATE_EXCLUSIVE),
     Kind.TRIGGER: (
         r"CREATE (?:OR REPLACE )?TRIGGER {name} [^;]*?ON {table}\b|ALTER TABLE {table} ENABLE TRIGGER {name}\b",
         Lock.SHARE_ROW_EXCLUSIVE,
@@ -128,11 +125,6 @@ class Check:
         return self.required and not self.passed and self.fixed_by is None
 
     @property
-    def is_temporary(self) -> bool:
-        """Whether it is a table of which only the session has one, a temporary one."""
-        return self.kind is Kind.TABLE and self.actual == "temporary table"
-
-    @property
     def replaces(self) -> bool:
         """Whether it is a column of another type, whose values its step keeps under another name."""
         return self.kind is Kind.COLUMN and self.actual is not None and self.fixed_by is not None
@@ -158,33 +150,30 @@ class Check:
         return _CREATED_BY[self.kind][1]
 
     @property
+    def _whole(self) -> str:
+        return f"{self.table}.{self.name}" if self.name else self.table
+
+    @property
     def title(self) -> str:
         """What people call it: table.column, index idx_of_it, key table (one, two)."""
         match self.kind:
-            case Kind.TABLE:
-                return self.table
-            case Kind.COLUMN:
-                return f"{self.table}.{self.name}"
+            case Kind.TABLE | Kind.COLUMN:
+                return self._whole
             case Kind.KEY | Kind.FOREIGN_KEY:
                 return f"{self.kind.value} {self.table} ({self.name})"
-            case Kind.DEFAULT | Kind.DEPENDANTS | Kind.COMMENT:
-                return f"{self.kind.value} of {'.'.join(filter(None, [self.table, self.name]))}"
-            case Kind.ROW_SECURITY:
-                return f"{self.kind.value} of {self.table}"
+            case Kind.DEFAULT | Kind.DEPENDANTS | Kind.COMMENT | Kind.ROW_SECURITY:
+                return f"{self.kind.value} of {self._whole}"
             case Kind.FUNCTION:
                 return f"function {self.name}()"
         return f"{self.kind.value} {self.name}"
 
     def is_created_by(self, flat: str, *, with_column: bool) -> bool:
         """Whether a statement, its white space folded, creates it; with_column: its column is missing, too."""
-        if self.kind is Kind.DEPENDANTS:
-            return False
         pattern = _CREATED_BY[self.kind][0]
-        if self.kind is Kind.COMMENT:
-            pattern = r"COMMENT ON COLUMN {table}\.{name} IS" if self.name else "COMMENT ON TABLE {table} IS"
         if with_column and self.kind in _WITH_ITS_COLUMN:
             pattern = f"{pattern}|{_ADDS}{_WITH_ITS_COLUMN[self.kind]}"
-        return re.search(pattern.format(table=re.escape(self.table), name=re.escape(self.name)), flat) is not None
+        table, name, whole = map(re.escape, (self.table, self.name, self._whole))
+        return re.search(pattern.format(table=table, name=name, whole=whole), flat) is not None
 
     def is_validated_by(self, flat: str) -> bool:
         """Whether a statement validates it, a foreign key."""

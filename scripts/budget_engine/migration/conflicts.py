@@ -23,13 +23,7 @@ _NAMED = (Kind.TABLE, Kind.KEY, Kind.FOREIGN_KEY, Kind.INDEX, Kind.TRIGGER)  # a
 _ALONE = ("CREATE UNIQUE INDEX CONCURRENTLY ", "DROP INDEX CONCURRENTLY ")  # refused within DO
 
 
-class Task(str):
-    """How a task is invoked, where no SQL clears a conflict."""
-
-    __slots__ = ()
-
-
-_RECREATE = Task("invoke prereqs --recreate")
+RECREATE = "invoke prereqs --recreate"  # the task to run where no SQL clears a conflict
 
 
 @dataclass(frozen=True)
@@ -45,14 +39,6 @@ class Fact:
     command: str
     restore: str
     more: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the database says around the conflicts, by kind, table and name; archives: names for new schemas."""
-
-    rows: Mapping[tuple[str, str, str], Sequence[Fact]]
-    archives: Sequence[str]
 
 
 def query(checks: Sequence[Check]) -> str:
@@ -83,27 +69,23 @@ def _is_primary(check: Check) -> bool:
     return check.expected == "PRIMARY KEY"
 
 
-def facts(rows: Iterable[Sequence[str | None]]) -> Facts:
-    """Read the rows of the query."""
-    found: dict[tuple[str, str, str], list[Fact]] = {}
+def commands(checks: Sequence[Check], rows: Iterable[Sequence[str | None]]) -> dict[Check, tuple[str, ...]]:
+    """Return, for each conflict, what clears it: SQL, comments, or RECREATE.
+
+    checks: all of the survey; rows: what the query found. Several conflicts may have the same commands: each is to be
+    run once, in the order of the checks.
+    """
+    facts: dict[tuple[str, ...], list[Fact]] = {}
     for kind, table, name, what, command, restore, more in rows:
         fact = Fact(str(what), command or "", restore or "", json.loads(more or "{}"))
-        found.setdefault((str(kind), str(table), str(name)), []).append(fact)
-    return Facts(found, [fact.command for fact in found.pop(("", "", ""), [])])
-
-
-def commands(checks: Sequence[Check], found: Facts) -> dict[Check, tuple[str, ...]]:
-    """Return, for each conflict, what clears it: SQL, comments, or a task; checks: all of the survey.
-
-    Several conflicts may have the same ones: each is to be run once, in the order of the checks.
-    """
-    return _Clearing(checks, found).all()
+        facts.setdefault((str(kind), str(table), str(name)), []).append(fact)
+    return _Clearing(checks, facts).all()
 
 
 def sql(checks: Iterable[Check], cleared: Mapping[Check, Sequence[str]]) -> list[str]:
     """Return what psql is to run for these conflicts, each command once."""
     every = dict.fromkeys(command for check in checks for command in cleared.get(check, ()))
-    return [command for command in every if not isinstance(command, Task)]
+    return [command for command in every if command != RECREATE]
 
 
 @dataclass
@@ -111,7 +93,7 @@ class _Clearing:
     """The rules; moves: the commands for each table that has to move; recreated: what moves with the task."""
 
     checks: Sequence[Check]
-    facts: Facts
+    facts: Mapping[tuple[str, ...], Sequence[Fact]]
     moves: dict[str, tuple[str, ...]] = field(default_factory=dict)
     recreated: set[str] = field(default_factory=set)
 
@@ -125,10 +107,13 @@ class _Clearing:
         leaving = self.recreated.union(check.table for check in gone)
         return {check: tuple(self.away(check) if check.table in leaving else way or ()) for check, way in ways.items()}
 
-    def of(self, check: Check, *whats: str, kind: Kind | None = None) -> list[Fact]:
-        """Return facts in the order in which their commands are to be run; kind TABLE: those about the table."""
-        key = (kind.value, check.table, "") if kind else (check.kind.value, check.table, check.name)
-        return [fact for fact in self.facts.rows.get(key, ()) if fact.what in whats]
+    def of(self, check: Check, *whats: str) -> list[Fact]:
+        """Return facts in the order in which their commands are to be run."""
+        return [fact for fact in self.facts.get((check.kind.value, check.table, check.name), ()) if fact.what in whats]
+
+    def of_table(self, check: Check, what: str) -> list[Fact]:
+        """Return facts about the check's table."""
+        return [fact for fact in self.facts.get((Kind.TABLE.value, check.table, ""), ()) if fact.what == what]
 
     def named(self, other: Check, *kinds: Kind) -> list[Check]:
         """Return the checks of these kinds that are about the same column."""
@@ -136,7 +121,7 @@ class _Clearing:
 
     def in_place(self, check: Check) -> list[str] | None:
         """Return the commands that leave the check's table where it is; None: it has to go."""
-        if any(not table.more["alterable"] for table in self.of(check, "table", kind=Kind.TABLE)):
+        if any(not table.more["alterable"] for table in self.of_table(check, "table")):
             return None
         if check.blocked:
             return [*_run(self.of(check, *check.blocked))] or None
@@ -166,18 +151,18 @@ class _Clearing:
 
     def away(self, check: Check) -> Iterable[str]:
         """Return the commands for a check whose table has to go."""
-        if own := self.of(check, "elsewhere") or self.of(check, "elsewhere", kind=Kind.TABLE):
+        if own := self.of(check, "elsewhere") or self.of_table(check, "elsewhere"):
             return _run(own)
         if check.table in self.recreated:
-            return [_RECREATE]
+            return [RECREATE]
         if check.table not in self.moves:
-            self.moves[check.table] = tuple(self.move(check, self.facts.archives[len(self.moves)]))
+            self.moves[check.table] = tuple(self.move(check, self.facts["", "", ""][len(self.moves)].command))
         return self.moves[check.table]
 
     def move(self, check: Check, archive: str) -> Iterator[str]:
         """Yield the commands that move a table, with its rows, indexes, keys and sequences, to a new schema."""
-        yield from _run(self.of(check, "led to", kind=Kind.TABLE), "to restore it when the new table has the rows")
-        for table in self.of(check, "table", kind=Kind.TABLE):
+        yield from _run(self.of_table(check, "led to"), "to restore it when the new table has the rows")
+        for table in self.of_table(check, "table"):
             if others := table.more["namesakes"]:
                 yield _comment(
                     f"{check.table} means {others} then: take its schema off the search_path if it is a copy"

@@ -6,12 +6,12 @@ What `invoke plan` shows, `plan --sql` prints, `rehearse` runs and setup sends i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from budget_engine.migration.chain import Chain, Statement, Step
-from budget_engine.migration.checks import STRENGTH, WRITERS, Check, Kind, Lock
+from budget_engine.migration.checks import STRENGTH, WAITS_FOR, WRITERS, Check, Kind, Lock
 
 
 class State(Enum):
@@ -44,20 +44,16 @@ class Action:
     step: str
     sql: tuple[str, ...]
     statement: Statement
-    checks: tuple[Check, ...]
-    locks: Mapping[str, Lock]
-    effect: Effect
-    concurrent: bool
+    checks: tuple[Check, ...] = ()
+    locks: Mapping[str, Lock] = field(default_factory=dict)
+    effect: Effect = Effect.CATALOG
+    concurrent: bool = False
 
     @property
     def waits_for(self) -> dict[str, set[str]]:
         """The lock modes of others that hold it up, by the table: a build also waits for whoever writes it."""
         build = self.effect is Effect.BUILD
-        return {table: {*lock.conflicts_with, *(WRITERS if build else ())} for table, lock in self.locks.items()}
-
-    def updates(self, table: str) -> bool:
-        """Whether it gives rows of this table other values."""
-        return re.search(rf"\bUPDATE {table}\b", self.statement.flat) is not None
+        return {table: {*WAITS_FOR[lock], *(WRITERS if build else ())} for table, lock in self.locks.items()}
 
 
 @dataclass(frozen=True)
@@ -121,15 +117,12 @@ class Plan:
     @property
     def lacking(self) -> tuple[str, ...]:
         """The rights that the role lacks for what is to be done, each once."""
-        rights = [
-            right for step in self.steps for check in step.reasons for right in (check.lacking or "").splitlines()
-        ]
+        reasons = [(step.step, check) for step in self.steps for check in step.reasons]
+        rights = [right for _, check in reasons for right in (check.lacking or "").splitlines()]
         unseen = [
-            _unseen(check.table)
-            for step in self.steps
-            for check in step.reasons  # rows are given the values of a column that is new
-            if check.rows_hidden and check.kind is Kind.COLUMN and check.actual is None
-            if any(action.updates(check.table) for action in step.transaction)
+            f"BYPASSRLS (or ALTER TABLE {check.table} NO FORCE ROW LEVEL SECURITY meanwhile: it may hide rows)"
+            for step, check in reasons  # rows are given the values of a column that is new
+            if check.rows_hidden and check.kind is Kind.COLUMN and check.actual is None and check.table in step.updates
         ]
         return tuple(dict.fromkeys([*rights, *unseen]))
 
@@ -148,7 +141,7 @@ class Plan:
     @property
     def to_do(self) -> bool:
         """Whether there is anything to send."""
-        return any(step.transaction or step.concurrent for step in self.steps)
+        return bool(self.actions)
 
     @property
     def reshaped(self) -> list[str]:
@@ -157,27 +150,16 @@ class Plan:
         return list(dict.fromkeys(check.table for check in adding))
 
 
-def _unseen(table: str) -> str:
-    """Say what the role lacks to see the rows that are updated."""
-    return f"BYPASSRLS (or ALTER TABLE {table} NO FORCE ROW LEVEL SECURITY meanwhile: it may hide rows)"
-
-
 def make(chain: Chain, wanted: Sequence[Step], checks: Sequence[Check]) -> Plan:
     """Plan these steps, in their order, given every check of the chain."""
     seen = _with_what_goes_along(checks)
     labels = {step.label for step in wanted}
-    to_fix = [
-        check
-        for check in seen
-        if not check.passed and check.fixed_by in labels and (check.required or not check.lacking)
-    ]
+    due_here = (check for check in seen if not check.passed and check.fixed_by in labels)
+    to_fix = [check for check in due_here if check.required or not check.lacking]
     new_tables = {check.table for check in to_fix if check.kind is Kind.TABLE and check.actual is None}
     due = _due(chain, to_fix, seen, new_tables)
     blocked = {check.step for check in seen if check.conflict}
-    return Plan(
-        tuple(_plan_step(step, seen, due, new_tables, blocked) for step in wanted),
-        tuple(seen),
-    )
+    return Plan(tuple(_plan_step(step, seen, due, new_tables, blocked) for step in wanted), tuple(seen))
 
 
 def _with_what_goes_along(checks: Sequence[Check]) -> list[Check]:
@@ -228,70 +210,48 @@ def _creating(
 
 
 def _plan_step(step: Step, checks: Sequence[Check], due: _Due, new_tables: set[str], blocked: set[str]) -> StepPlan:
-    own = [check for check in checks if check.step == step.label and not check.passed]
-    conflicts = tuple(check for check in own if check.conflict)
-    actions = [_action(st, due.get(st, []), new_tables, checks) for st in step.statements if st in due]
-    transaction = [action for action in actions if not action.concurrent]
-    if transaction:  # what creates nothing by itself, a guard, runs with its step
-        others = {st for st in step.statements if not st.concurrent and not any(st.creates(c) for c in checks)}
-        placed = {action.statement: action for action in transaction}
-        inside = [st for st in step.statements if st in placed or st in others]
-        transaction = [
-            placed.get(st) or Action(step.label, (st.text,), st, (), {}, Effect.CATALOG, False) for st in inside
-        ]
-    by_itself = [
-        check for check in checks if not check.passed and check.fixed_by == step.label and check.step == step.label
-    ]
-    reasons = [*(check for action in actions for check in action.checks), *by_itself]
-    fixed_here = tuple(dict.fromkeys(reasons))
-    elsewhere = tuple(check for check in own if check not in conflicts and check not in fixed_here and check.fixed_by)
-    concurrent = tuple(action for action in actions if action.concurrent)
+    own = [check for check in checks if check.step == step.label]
+    open_ = [check for check in own if not check.passed]
+    conflicts = tuple(check for check in open_ if check.conflict)
+    told = tuple(check for check in open_ if not check.required and check.fixed_by is None)
+    actions = [_action(st, due[st], new_tables, checks) for st in step.statements if st in due]
+    fixed = [check for check in open_ if check.fixed_by == step.label]
+    reasons = tuple(dict.fromkeys([*(check for action in actions for check in action.checks), *fixed]))
+    elsewhere = tuple(check for check in open_ if check.fixed_by and check not in reasons)
     if step.label in blocked:
-        transaction, concurrent = [], ()
-    begun = any(
-        check.step == step.label and check.passed and check.kind in (Kind.TABLE, Kind.COLUMN) for check in checks
-    )
-    state = (
-        State.CONFLICT
-        if conflicts
-        else (State.PARTIAL if begun else State.PENDING)
-        if transaction or concurrent or any(check.required for check in fixed_here)
-        else State.NOT_NEEDED
-        if any(check.required for check in elsewhere) and not begun
-        else State.DONE
-    )
-    told = tuple(check for check in own if not check.required and check.fixed_by is None)
-    return StepPlan(step, state, tuple(transaction), concurrent, conflicts, fixed_here, elsewhere, told)
+        actions = []
+    inside = {action.statement: action for action in actions if not action.concurrent}
+    if inside:  # what creates nothing by itself, a guard, runs with its step
+        guards = (st for st in step.statements if not st.concurrent and not any(st.creates(c) for c in checks))
+        inside |= {st: Action(step.label, (st.text,), st) for st in guards if st not in inside}
+    transaction = tuple(inside[st] for st in step.statements if st in inside)
+    concurrent = tuple(action for action in actions if action.concurrent)
+    begun = any(check.passed and check.kind in (Kind.TABLE, Kind.COLUMN) for check in own)
+    state = State.DONE
+    if conflicts:
+        state = State.CONFLICT
+    elif actions or any(check.required for check in reasons):
+        state = State.PARTIAL if begun else State.PENDING
+    elif any(check.required for check in elsewhere) and not begun:
+        state = State.NOT_NEEDED
+    return StepPlan(step, state, transaction, concurrent, conflicts, reasons, elsewhere, told)
 
 
 def _action(statement: Statement, checks: Sequence[Check], new_tables: set[str], every: Sequence[Check]) -> Action:
-    within = all(check.table in new_tables for check in checks)  # nobody uses it yet
-    existing = {check.table for check in every if check.found} - new_tables
+    is_new = all(check.table in new_tables for check in checks)  # nobody uses it yet
+    concurrent = statement.concurrent and not is_new
+    scans = concurrent and any(check.kind is Kind.FOREIGN_KEY for check in checks)
+    effect = Effect.SCAN if scans else Effect.BUILD if concurrent else Effect.NEW if is_new else Effect.CATALOG
+    in_use = {check.table for check in every if check.found} - new_tables
     locks: dict[str, Lock] = {}
-
-    def lock(table: str | None, mode: Lock | None) -> None:
-        if table is not None and mode is not None and (table in existing or "." in table):
-            locks[table] = max(mode, locks.get(table, mode), key=STRENGTH.index)
-
-    concurrent = statement.concurrent and not within
     for check in checks:
-        scans = concurrent and check.kind is Kind.FOREIGN_KEY
-        lock(check.table, Lock.SHARE_UPDATE_EXCLUSIVE if scans else check.lock)
-        if check.target != check.table:
-            lock(check.target, Lock.ROW_SHARE if scans else Lock.SHARE_ROW_EXCLUSIVE)
-    kinds = {check.kind for check in checks}
-    effect = Effect.NEW if within else Effect.CATALOG
-    if concurrent:
-        effect = Effect.SCAN if Kind.FOREIGN_KEY in kinds else Effect.BUILD
-    return Action(
-        statement.step,
-        _sent(statement, checks, concurrent=concurrent),
-        statement,
-        tuple(checks),
-        locks,
-        effect,
-        concurrent,
-    )
+        here = Lock.SHARE_UPDATE_EXCLUSIVE if scans else check.lock
+        there = Lock.ROW_SHARE if scans else Lock.SHARE_ROW_EXCLUSIVE
+        for table, mode in ((check.table, here), (check.target or "", there)):
+            if mode and (table in in_use or "." in table):
+                locks[table] = max(mode, locks.get(table, mode), key=STRENGTH.index)
+    sent = _sent(statement, checks, concurrent=concurrent)
+    return Action(statement.step, sent, statement, tuple(checks), locks, effect, concurrent)
 
 
 def _sent(statement: Statement, checks: Sequence[Check], *, concurrent: bool) -> tuple[str, ...]:
@@ -315,9 +275,3 @@ def left_to_the_rows(plan: Plan) -> list[str]:
         for check in action.checks
         if check.required and ((check.kind is Kind.FOREIGN_KEY and not check.unfinished) or check.kind is Kind.KEY)
     ]
-
-
-def checks_of(steps: Iterable[Step], checks: Iterable[Check]) -> list[Check]:
-    """Return the checks of these steps."""
-    labels = {step.label for step in steps}
-    return [check for check in checks if check.step in labels]

@@ -7,7 +7,6 @@ keys: those that it makes anew, and, where they are to move along, those of othe
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 from budget_engine import errors
@@ -34,11 +33,6 @@ class Move:
     kind: str
     anew: bool
     rows: int | None
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether it holds any row."""
-        return self.rows is not None
 
 
 # Who need not be asked for: the core, what is made anew, and children of these. As the file itself does it.
@@ -131,7 +125,13 @@ def make(
     rest = plan.make(chain, wanted, as_if_missing(checks, gone))
     reasons = tuple(dict.fromkeys(check for step in rest.steps for check in step.reasons))
     now = tuple(check for check in reasons if check.step == recreate.instead_of or check.table in gone)
-    first, *others = _creating(recreate, {check.step for check in now}, reasons)
+    # Of what the file includes of other files, those statements that are for the tables that move.
+    labels = {recreate.label, recreate.instead_of, *(check.step for check in now)}
+    first, *others = [
+        plan.Action(recreate.label, (st.text,), st, tuple(check for check in reasons if st.creates(check)))
+        for st in recreate.statements
+        if st.step in labels
+    ]
     new_tables = {check.table for check in now if check.kind is Kind.TABLE}
     indexes = [
         action
@@ -148,21 +148,3 @@ def make(
         for step in rest.steps
     )
     return plan.Plan(steps, tuple(checks))
-
-
-def _creating(recreate: Step, made_anew: AbstractSet[str], reasons: Sequence[Check]) -> list[plan.Action]:
-    """Return the statements of the file; of what it includes of other files, those for the tables that move."""
-    labels = {recreate.label, recreate.instead_of, *made_anew}
-    return [
-        plan.Action(
-            recreate.label,
-            (statement.text,),
-            statement,
-            tuple(check for check in reasons if statement.creates(check)),
-            {},
-            plan.Effect.CATALOG,
-            concurrent=False,
-        )
-        for statement in recreate.statements
-        if statement.step in labels
-    ]

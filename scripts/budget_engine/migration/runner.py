@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -36,26 +36,26 @@ _DUPLICATE_TABLE = "42P07"
 _TIMEOUTS = {"57014", "55P03", "25P04"}  # what a role's own limits end a statement with
 _MOMENT_MS = 100  # shorter than deadlock_timeout: nobody dies in a deadlock with us
 
-# seen: how many checks found something, and how many passed, when this was surveyed; else somebody was at work since:
-# survey and plan again.
-_GUARD = """DO $guard$
+# What runs as if nothing of others were there; for what follows, the search_path is as it was.
+_OURS = """DO ${tag}$
 DECLARE
   path CONSTANT pg_catalog.text := pg_catalog.current_setting('search_path');
   seen pg_catalog.text;
 BEGIN
   PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-  IF NOT {taken} THEN
-    RAISE EXCEPTION USING ERRCODE = '{busy}', MESSAGE = 'another {at_work}';
-  END IF;{compare}
+{does}
   PERFORM set_config('search_path', path, true);
 END
-$guard$"""
-_COMPARE = """
+${tag}$"""
+_BUSY_IF = f"""\
+  IF {{condition}} THEN
+    RAISE EXCEPTION USING ERRCODE = '{_BUSY}', MESSAGE = 'another {AT_WORK}';
+  END IF;"""
+# How many checks find something, and how many pass: where that is not what was surveyed, somebody was at work since.
+_SEEN = """
   EXECUTE 'SELECT concat_ws('' '', count(actual), count(*) FILTER (WHERE actual = expected)) FROM ('
     || current_setting('budget_engine.verification') || ') AS checks' INTO seen;
-  IF seen <> '{seen}' THEN
-    RAISE EXCEPTION USING ERRCODE = '{busy}', MESSAGE = 'another {at_work}';
-  END IF;"""
+"""
 
 # All of them or none: who waits for one table while holding another holds up everybody who wants that one. So the queue
 # is for the first only, while nothing is held; what comes after it is waited for a moment at most.
@@ -84,12 +84,7 @@ _ONE_LOCK_IF = """      -- without the right to LOCK it, the statement itself ha
   {lock}
       END IF;"""
 
-_VERIFICATION = """DO $verification$
-DECLARE
-  path CONSTANT pg_catalog.text := pg_catalog.current_setting('search_path');
-  broken pg_catalog.text;
-BEGIN
-  PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+_VERIFICATION = """\
   EXECUTE 'SELECT string_agg(format(''%s %s is %s, expected %s'', kind, concat_ws(''.'', "table", nullif(name, '''')),
                                     coalesce(actual, ''missing''), expected), E''\\n'')
            FROM (' || current_setting('budget_engine.verification') || ') AS checks
@@ -97,13 +92,10 @@ BEGIN
              AND (step = $1 AND (required OR "table" = ANY ($4))  -- of a table that it creates, all
                   OR (kind, "table", name) IN (SELECT w ->> 0, w ->> 1, w ->> 2 FROM json_array_elements($2) AS w))
              AND (kind, "table", name) NOT IN (SELECT w ->> 0, w ->> 1, w ->> 2 FROM json_array_elements($3) AS w)'
-    INTO broken USING {step}, {also}::json, {later}::json, {new_tables}::text[];
-  IF broken IS NOT NULL THEN
-    RAISE EXCEPTION USING ERRCODE = 'TB003', MESSAGE = {message}, DETAIL = broken;
-  END IF;
-  PERFORM set_config('search_path', path, true);
-END
-$verification$"""
+    INTO seen USING {step}, {also}::json, {later}::json, {new_tables}::text[];
+  IF seen IS NOT NULL THEN
+    RAISE EXCEPTION USING ERRCODE = 'TB003', MESSAGE = {message}, DETAIL = seen;
+  END IF;"""
 
 # Where another run got there first, the transaction wrote nothing, and the history says nothing.
 HISTORY = """DO $history$
@@ -205,29 +197,32 @@ class Script:
     found: Survey
     settings: str
 
-    def transactions(self) -> list[Sent]:
-        """Write the message that runs the plan's transactions, the verification noted for as long as it lasts."""
-        steps = self.plan.transactions
-        if not steps:
-            return []
-        last = steps[-1].step
-        return [
-            *(sent for place, step in enumerate(steps) for sent in self._transaction(step, first=place == 0)),
-            Sent(last, Part.FRAME, f"RESET {_NAME}"),
-        ]
+    def transactions(self, *, rehearsed: bool = False) -> list[Sent]:
+        """Write the message that runs the plan's transactions, the verification noted for as long as it lasts.
 
-    def _transaction(self, planned: StepPlan, *, first: bool) -> list[Sent]:
-        step = planned.step
-        verification = f", {self._noted(local=False)}" if first else ""
-        return [
-            *(Sent(step, Part.FRAME, sql) for sql in BEGIN),
-            Sent(step, Part.FRAME, f"SELECT {self.settings}, {pinned(self.found.server)}, {_STARTED}{verification}"),
-            Sent(step, Part.GUARD, self._guard(compare=first)),
-            *self._work(planned),
-            Sent(step, Part.HISTORY, history(step, "transaction", self.found.server.schema, None)),
-            Sent(step, Part.CLOCK, _TOOK),
-            Sent(step, Part.COMMIT, "COMMIT"),
-        ]
+        rehearsed: as one transaction that is rolled back, in which only the first lock is queued for.
+        """
+        if not (steps := self.plan.transactions):
+            return []
+        pins = pinned(self.found.server)
+        noted = f", pg_catalog.set_config('{_NAME}', {literal(self.chain.verification)}, false)"
+        goes_on = f"SELECT pg_catalog.set_config('lock_timeout', '{_MOMENT_MS}ms', true), {pins}, {_STARTED}"
+        message: list[Sent] = []
+        for planned in steps:
+            first, step = planned is steps[0], planned.step
+            if first or not rehearsed:
+                begun = f"SELECT {self.settings}, {pins}, {_STARTED}{noted if first else ''}"
+                message += (Sent(step, Part.FRAME, sql) for sql in (*BEGIN, begun))
+                message.append(Sent(step, Part.GUARD, self._guard(compare=first)))
+            message += self._work(planned)
+            if rehearsed:
+                end = [(Part.DEFERRED, "SET CONSTRAINTS ALL IMMEDIATE"), (Part.CLOCK, _TOOK), (Part.FRAME, goes_on)]
+            else:
+                line = history(step, "transaction", self.found.server.schema, None)
+                end = [(Part.HISTORY, line), (Part.CLOCK, _TOOK), (Part.COMMIT, "COMMIT")]
+            message += (Sent(step, *part) for part in end)
+        last = [*survey.statements(self.chain), "ROLLBACK"] if rehearsed else [f"RESET {_NAME}"]
+        return [*message, *(Sent(steps[-1].step, Part.FRAME, sql) for sql in last)]
 
     def _work(self, planned: StepPlan) -> list[Sent]:
         """Write what a step's transaction is about: its locks, its statements, its verification."""
@@ -237,15 +232,13 @@ class Script:
         verification = Sent(step, Part.VERIFICATION, self._verification(planned))
         return [*([Sent(step, Part.LOCKS, locks)] if locks else []), *actions, verification]
 
-    def _noted(self, *, local: bool) -> str:
-        """Note the verification, for this transaction or for those of the message."""
-        return f"pg_catalog.set_config('{_NAME}', {literal(self.chain.verification)}, {str(local).lower()})"
-
     def _guard(self, *, compare: bool) -> str:
-        facts = {"taken": self.found.turn.taken(turn.RUN), "busy": _BUSY, "at_work": AT_WORK}
-        checks = self.found.checks
-        seen = f"{sum(check.actual is not None for check in checks)} {sum(check.passed for check in checks)}"
-        return _GUARD.format(compare=_COMPARE.format(seen=seen, **facts) if compare else "", **facts)
+        does = _BUSY_IF.format(condition=f"NOT {self.found.turn.taken(turn.RUN)}")
+        if compare:
+            checks = self.found.checks
+            seen = f"{sum(check.actual is not None for check in checks)} {sum(check.passed for check in checks)}"
+            does += _SEEN + _BUSY_IF.format(condition=f"seen <> '{seen}'")
+        return _OURS.format(tag="guard", does=does)
 
     def _locks(self, actions: Sequence[Action]) -> str:
         """Write what takes the locks that the actions want, the strongest first."""
@@ -254,65 +247,29 @@ class Script:
         for action in actions:
             for table, lock in action.locks.items():
                 wanted[table] = max(lock, wanted.get(table, lock), key=STRENGTH.index)
-        strongest_first = sorted(wanted.items(), key=lambda item: -STRENGTH.index(item[1]))
         lines = []
-        for table, lock in strongest_first:
-            one = _ONE_LOCK.format(table=found.get(table, table), mode=lock.value, moment_ms=_MOMENT_MS)
-            of_others = lock is not Lock.ACCESS_EXCLUSIVE
-            name = found.get(table, table).replace("'", "''")
-            lines.append(_ONE_LOCK_IF.format(table=name, lock=one.replace("\n", "\n  ")) if of_others else one)
+        for table, lock in sorted(wanted.items(), key=lambda item: -STRENGTH.index(item[1])):
+            name = found.get(table, table)
+            one = _ONE_LOCK.format(table=name, mode=lock.value, moment_ms=_MOMENT_MS)
+            if lock is not Lock.ACCESS_EXCLUSIVE:
+                one = _ONE_LOCK_IF.format(table=name.replace("'", "''"), lock=one.replace("\n", "\n  "))
+            lines.append(one)
         return _LOCKS.format(locks="\n".join(lines)) if lines else ""
 
     def _verification(self, planned: StepPlan) -> str:
         """Write what raises unless the step's checks pass, those excepted that come later or concurrently."""
         checks = [check for action in planned.transaction for check in action.checks]
-        created = {check.key for check in checks}
         concurrent = {check.key for action in self.plan.concurrent for check in action.checks}
-        later = [
-            check.key
-            for check in self.plan.checks
-            if check.step == planned.label
-            and not check.passed
-            and (check.key not in created or check.key in concurrent)
-        ]
-        also = list(dict.fromkeys(c.key for c in checks if c.step != planned.label and c.key not in concurrent))
-        return _VERIFICATION.format(
+        now = {check.key for check in checks} - concurrent
+        own = {check.key for check in self.plan.checks if check.step == planned.label and not check.passed}
+        does = _VERIFICATION.format(
             step=literal(planned.label),
-            also=_keys(also),
-            later=_keys(later),
+            also=_keys(check.key for check in checks if check.step != planned.label and check.key in now),
+            later=_keys(own - now),
             new_tables=literal([check.table for check in checks if check.kind is Kind.TABLE]),
             message=literal(errors.BROKEN_STEP.says),
         )
-
-    def rehearsal(self, connection: Connection) -> list[Sent]:
-        """Write all transactions as one, which is rolled back; only the first lock is queued for."""
-        steps = self.plan.transactions
-        first, last = steps[0].step, steps[-1].step
-        queue_ms, moment_ms = connection.lock_timeout_ms, min(_MOMENT_MS, connection.lock_timeout_ms)
-
-        def clock(place: int) -> str:
-            wait = queue_ms if place == 0 else moment_ms
-            return (
-                f"SELECT pg_catalog.set_config('lock_timeout', '{wait}ms', true), {pinned(self.found.server)}, {_CLOCK}"
-            )
-
-        return [
-            *(Sent(first, Part.FRAME, sql) for sql in BEGIN),
-            Sent(first, Part.FRAME, f"SELECT {self.settings}, {pinned(self.found.server)}, {self._noted(local=True)}"),
-            Sent(first, Part.GUARD, self._guard(compare=True)),
-            *(
-                sent
-                for place, planned in enumerate(steps)
-                for sent in (
-                    Sent(planned.step, Part.CLOCK, clock(place)),
-                    *self._work(planned),
-                    Sent(planned.step, Part.DEFERRED, "SET CONSTRAINTS ALL IMMEDIATE"),
-                )
-            ),
-            Sent(last, Part.CLOCK, clock(1)),
-            *(Sent(last, Part.FRAME, sql) for sql in survey.statements(self.chain)),
-            Sent(last, Part.FRAME, "ROLLBACK"),
-        ]
+        return _OURS.format(tag="verification", does=does)
 
     def as_sql(self) -> str:
         """Write what would be sent as a file for psql."""
@@ -333,30 +290,44 @@ def pinned(server: Server, *, local: bool = True) -> str:
     )
 
 
-def _keys(keys: Sequence[tuple[Kind, str, str]]) -> str:
-    return literal(json.dumps([[kind.value, table, name] for kind, table, name in keys]))
+def _keys(keys: Iterable[tuple[Kind, str, str]]) -> str:
+    return literal(json.dumps(sorted((kind.value, table, name) for kind, table, name in keys)))
 
 
 def history(step: Step, part: str, schema: str | None, duration: str | None) -> str:
     """Write the statement that adds a line to the history."""
-    values = {
-        "step": step.label,
-        "part": part,
-        "schema": schema or "",
-        "duration": duration,
-        "checksum": step.checksum,
-        "version": version(),
-    }
+    values = {"step": step.label, "part": part, "schema": schema or "", "duration": duration}
+    values |= {"checksum": step.checksum, "version": version()}
     return HISTORY.format(**{name: literal(value) for name, value in values.items()})
 
 
-def run_transactions(connection: Connection, script: Script, say: Say, notice: Notice) -> None:
-    """Run the plan's transactions in one message.
+def run_transactions(
+    connection: Connection, script: Script, say: Say, notice: Notice, *, rehearsed: bool = False
+) -> list[tuple[Sent, Rows]]:
+    """Run the plan's transactions in one message; return what was sent, and the rows that came back.
 
     Raises BusyError where another run holds the lock or was faster, else the RecipeError that the server's error stands
     for.
     """
-    _send(connection, script.transactions(), say, notice)
+    message = script.transactions(rehearsed=rehearsed)
+    done = 0
+
+    def on_done(index: int, rows: Rows) -> None:
+        nonlocal done
+        say(message[index], rows)
+        done = index + 1
+
+    def on_notice(said: Diagnostic) -> None:
+        if not (said.sqlstate or "").startswith("42"):  # IF NOT EXISTS was asked for: that it exists is no news
+            notice(message[min(done, len(message) - 1)].step, said.message_primary or "")
+
+    try:
+        with connection.notices(on_notice):
+            return list(zip(message, connection.run([sent.sql for sent in message], on_done), strict=True))
+    except StatementError as error:
+        if error.sqlstate == _BUSY:
+            raise errors.BUSY(who=AT_WORK) from error
+        raise _failure(message[: error.index + 1], error) from error
 
 
 class Rehearsed(NamedTuple):
@@ -368,35 +339,9 @@ class Rehearsed(NamedTuple):
 
 def rehearse(connection: Connection, script: Script, say: Say, notice: Notice) -> Rehearsed:
     """Run the plan's transactions as one, verify each, survey, and roll back. Raises as run_transactions() does."""
-    message = script.rehearsal(connection)
-    answers = _send(connection, message, say, notice)
-    times = [float(rows[0][-1] or 0) for rows, sent in zip(answers, message, strict=True) if sent.part is Part.CLOCK]
-    steps = script.plan.transactions
-    took = {step.label: 1000 * (end - start) for step, start, end in zip(steps, times, times[1:], strict=False)}
-    return Rehearsed(survey.checks_of(answers[-2], script.chain), took)
-
-
-def _send(connection: Connection, message: Sequence[Sent], say: Say, notice: Notice) -> list[Rows]:
-    current = message[0]
-
-    def on_done(index: int, rows: Rows) -> None:
-        nonlocal current
-        say(message[index], rows)
-        current = message[min(index + 1, len(message) - 1)]
-
-    try:
-        with connection.notices(lambda said: _tell(current, said, notice)):
-            return connection.run([sent.sql for sent in message], on_done)
-    except StatementError as error:
-        if error.sqlstate == _BUSY:
-            raise errors.BUSY(who=AT_WORK) from error
-        raise _failure(message[: error.index + 1], error) from error
-
-
-def _tell(sent: Sent, said: Diagnostic, notice: Notice) -> None:
-    """Pass on what a migration says; that something exists already, which IF NOT EXISTS was asked for, is no news."""
-    if not (said.sqlstate or "").startswith("42"):
-        notice(sent.step, said.message_primary or "")
+    answers = run_transactions(connection, script, say, notice, rehearsed=True)
+    took = {sent.step.label: float(rows[0][0] or 0) for sent, rows in answers if sent.part is Part.CLOCK}
+    return Rehearsed(survey.checks_of(answers[-2][1], script.chain), took)
 
 
 class Builder:
@@ -410,14 +355,10 @@ class Builder:
         self.connection, self.found, self.say = connection, found, say
         self.refused: dict[str, str] = {}  # the statement, and why the rows refuse it
         self._pooled = patience_s is None
-        limits = {"statement_timeout": "0"} | (
-            {} if patience_s is None else {"lock_timeout": f"{patience_s * 1000:.0f}ms"}
-        )
-        self._patience = ", ".join(
-            f"pg_catalog.set_config('{name}', '{value}', true)" for name, value in limits.items()
-        )
+        self._patience = "pg_catalog.set_config('statement_timeout', '0', true)"
         self._has_turn = False
         if patience_s is not None:
+            self._patience += f", pg_catalog.set_config('lock_timeout', '{patience_s * 1000:.0f}ms', true)"
             # The role's own limits are meant for queries. Through a pooler a SET would stay with another's session.
             connection.run(["SET jit = off", _AS_BUILT, _UNLIMITED.format(lock_timeout_ms=round(patience_s * 1000))])
 
@@ -461,17 +402,12 @@ class Builder:
         self._has_turn = not self._pooled
 
     def _run_alone(self, step: Step, action: Action, sql: str) -> None:
-        skipped: list[Diagnostic] = []
-
-        def on_notice(notice: Diagnostic) -> None:
-            if notice.sqlstate == _DUPLICATE_TABLE:  # IF NOT EXISTS found that another session was faster
-                skipped.append(notice)
-
+        noticed: list[str | None] = []
         sent = Sent(step, Part.CONCURRENT, sql, action)
         frame = f"SELECT {self.connection.transaction_settings}, {pinned(self.found.server)}, {self._patience}"
         message = [*BEGIN, frame, sql, "COMMIT"] if action.effect is Effect.SCAN else [sql]
         try:
-            with self.connection.notices(on_notice):
+            with self.connection.notices(lambda notice: noticed.append(notice.sqlstate)):
                 self.connection.run(message)
         except StatementError as error:
             if error.sqlstate == _DEADLOCK:  # two builds on one table waited for each other; the other one goes on
@@ -480,7 +416,7 @@ class Builder:
                 raise _failure([sent], error, pooled=self._pooled) from error
             self.refused[sql] = "\n".join(filter(None, [error.message, error.detail]))
         else:
-            if skipped:
+            if _DUPLICATE_TABLE in noticed:  # IF NOT EXISTS found that another session was faster
                 raise errors.BUSY(who="session is building the same index")
             self.say(sent, [])
 
@@ -524,5 +460,5 @@ def _place(failed: Sent, context: str) -> str:
     inside = re.search(r"inline_code_block line (\d+)", context)
     line = statement.line + (int(inside[1]) - 1 if inside else 0)
     nested = re.search(r'SQL statement "(.*?)"\s*\n?PL/pgSQL', context, re.S)
-    words = " ".join(nested[1].split()) if nested else "" if inside else " ".join(failed.sql.split())
-    return f"{failed.step.file}, line {line}" + (f": {words[:200]}" if words else "")
+    words = nested[1] if nested else "" if inside else failed.sql
+    return f"{failed.step.file}, line {line}: {' '.join(words.split())[:200]}".removesuffix(": ")

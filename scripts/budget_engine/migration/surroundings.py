@@ -9,8 +9,6 @@ from budget_engine.migration.chain import DB, Chain, text_of
 from budget_engine.migration.survey import PIN, Survey, literal
 from budget_engine.postgres.connection import Connection
 
-_ENTRIES = 5  # of the history: enough to see the last run
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -53,11 +51,11 @@ WHERE nspname = 'budget_engine' AND relname = 'history' AND has_schema_privilege
            AND attname IN ('id', 'step', 'part', 'schema_name', 'finished_at', 'duration', 'role_name', 'checksum',
                            'version'))"""
 
-_HISTORY = f"""
+_HISTORY = """
 SELECT step, part, to_char(finished_at, 'YYYY-MM-DD HH24:MI:SSOF'), round(1000 * extract(epoch FROM duration)),
        role_name, version
-FROM budget_engine.history WHERE {{ours}}
-ORDER BY id DESC LIMIT {_ENTRIES}"""
+FROM budget_engine.history WHERE {ours}
+ORDER BY id DESC LIMIT 5"""
 
 _APPLIED = """
 SELECT DISTINCT ON (step) step, checksum FROM budget_engine.history

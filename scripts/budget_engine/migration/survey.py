@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from psycopg import sql
@@ -270,21 +270,16 @@ def orphans(connection: Connection, checks: Sequence[Check], *, timeout: str = "
 
     It reads the tables, as long as it takes (timeout: or no longer than that), and blocks nobody.
     """
-    found = [_count_orphans(connection, check, query, timeout) for check in checks for query in _orphans(check)]
+    found = [_orphans(connection, c, timeout) for c in checks if c.kind is Kind.FOREIGN_KEY and c.unfinished]
     return [orphans for orphans in found if orphans.count != 0]
 
 
-def _orphans(check: Check) -> Iterator[str]:
-    """Write the query for the rows that keep a foreign key that is NOT VALID from being validated."""
-    if check.kind is Kind.FOREIGN_KEY and check.unfinished:
-        key = check.expected.partition("(")[2].partition(")")[0]
-        yield (
-            f"SELECT * FROM {check.table} AS child WHERE {check.name} IS NOT NULL"
-            f" AND NOT EXISTS (SELECT FROM {check.target} AS parent WHERE parent.{key} = child.{check.name})"
-        )
-
-
-def _count_orphans(connection: Connection, check: Check, query: str, timeout: str) -> Orphans:
+def _orphans(connection: Connection, check: Check, timeout: str) -> Orphans:
+    key = check.expected.partition("(")[2].partition(")")[0]
+    query = (
+        f"SELECT * FROM {check.table} AS child WHERE {check.name} IS NOT NULL"
+        f" AND NOT EXISTS (SELECT FROM {check.target} AS parent WHERE parent.{key} = child.{check.name})"
+    )
     limit = f"set_config('statement_timeout', '{timeout}', true)"
     try:
         [[(count,)]] = connection.ask([f"SELECT count(*) FROM ({query}) AS orphan"], limit)

@@ -29,6 +29,8 @@ from budget_engine.migration import chain, survey, turn
 from budget_engine.migration.chain import ROOT
 from budget_engine.migration.checks import Check
 from budget_engine.postgres import embedded
+from budget_engine.postgres.connection import Connection
+from budget_engine.settings import Settings, parse_target
 from versions import MAJOR, PACKAGED, concern, locate, packaged
 
 # A suite that a script runs in the background is started with Ctrl-C ignored; all that it starts would inherit that.
@@ -129,13 +131,8 @@ class Db:
 
     def checks(self) -> list[Check]:
         """Return every check of db/verify.sql, as the survey reads them."""
-        everything = chain.load()
-        *asks, query = survey.statements(everything)
-        with self.connect(autocommit=False) as connection:
-            for ask in asks:
-                connection.execute(ask.encode())
-            rows = connection.execute(query.encode()).fetchall()
-        return list(survey.checks_of([as_text(row) for row in rows], everything, with_recreate=True))
+        with Connection(parse_target(self.url), Settings(None, "")) as connection:
+            return list(survey.read(connection, chain.load(), with_recreate=True).checks)
 
     def differing(self) -> dict[str, tuple[str, str | None, str | None]]:
         """Return title → (expected, actual, fixed_by) of every required check that does not pass."""

@@ -35,9 +35,7 @@ def on_terminal(
         while chunk := _read(ours):
             seen += chunk
             if b"[y/N]" in seen and answer == "Ctrl-C":
-                time.sleep(
-                    0.05
-                )  # as a finger: Python that is interrupted while it flushes the question writes it twice
+                time.sleep(0.05)  # as a finger: Python, interrupted while it flushes the question, writes it twice
                 process.send_signal(signal.SIGINT)
             elif b"[y/N]" in seen:
                 os.write(ours, answer.encode())

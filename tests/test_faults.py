@@ -11,11 +11,24 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import psycopg
 import pytest
 from budget_engine.migration import chain
 from budget_engine.postgres.embedded import Cluster
-from conftest import MIGRATIONS, SEED, THE_TURN, Db, Run, ended, until
+from conftest import (
+    MIGRATIONS,
+    OURS,
+    SEED,
+    THE_TURN,
+    TRAP,
+    UNTRAP,
+    Db,
+    Run,
+    assert_done,
+    database,
+    ended,
+    holding,
+    until,
+)
 from proxy import COMMITTED, Message, Proxy, Watcher, containing, cut, on_nth, socket_of, unchanged
 
 NEEDED_FROM_NOTHING = [step for step in chain.load().steps if "fix" not in step.label]
@@ -24,42 +37,28 @@ LABELS = [step.label for step in NEEDED_FROM_NOTHING]
 RANDOM_POINTS = 6
 COMMANDS = 78  # what event triggers see of a setup from nothing, a little less than all
 
-# Counts the DDL commands of a session that has our name, and acts on the one that is asked for.
-TRAP = """
-CREATE SCHEMA trap;
-CREATE SEQUENCE trap.commands;
-CREATE FUNCTION trap.spring() RETURNS event_trigger LANGUAGE plpgsql AS $$
-BEGIN
-  IF current_setting('application_name') = 'budget-engine-recipes' AND {condition} THEN
-    {action};
-  END IF;
-END $$;
-CREATE EVENT TRIGGER trap ON {event} EXECUTE FUNCTION trap.spring()"""
+# Our DDL commands are counted.
 ON_COMMAND = "nextval('trap.commands') = {}"
 DIE = "PERFORM pg_terminate_backend(pg_backend_pid())"
 FAIL = "RAISE EXCEPTION 'sprung on %', TG_TAG USING ERRCODE = 'XX001', DETAIL = 'a detail', HINT = 'a hint'"
 # The server sends a notice at once, all else when it has 8 kB, or the whole message is done; and waits to be heard.
 CALL = "RAISE NOTICE 'sprung'; PERFORM pg_sleep(0.2)"
-UNTRAP = "DROP EVENT TRIGGER trap; DROP SCHEMA trap CASCADE"
 
 
 @pytest.fixture(scope="module")
 def stages(cluster: Cluster) -> list[str]:
     """Dumps of a database after none, one, two, … of the steps, by psql: what there may be after a run was cut off."""
-    with psycopg.connect(cluster.url, autocommit=True) as connection:
-        connection.execute("CREATE DATABASE stages TEMPLATE template0")
-        reference = Db(cluster, "stages")
+    with database(cluster) as reference:
         dumps = [reference.dump()]
         for stem in STEMS:
             reference.migrate(stem)
             dumps.append(reference.dump())
-        connection.execute("DROP DATABASE stages WITH (FORCE)")
     return dumps
 
 
 def on_command(n: int, action: str) -> str:
     """Write the trap that acts when the n-th command is done (counted from 1)."""
-    return TRAP.format(condition=ON_COMMAND.format(n), action=action, event="ddl_command_end")
+    return TRAP.format(condition=ON_COMMAND.format(n), action=action)
 
 
 def trapped(db: Db, trap: str, run: Callable[[], Run]) -> Run:
@@ -74,7 +73,7 @@ def trapped(db: Db, trap: str, run: Callable[[], Run]) -> Run:
 def wait_for_the_server(db: Db) -> None:
     """Wait for our sessions to end: the server may go on for a while with what it was sent."""
     deadline = time.monotonic() + 30
-    while db.value("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'budget-engine-recipes'"):
+    while db.value(f"SELECT count(*) FROM pg_stat_activity WHERE {OURS}"):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -85,19 +84,10 @@ def assert_whole_steps_then_finished(db: Db, stages: list[str], done: Run) -> No
     assert_one_message(done)
     wait_for_the_server(db)
     reached = stages.index(db.dump())
-    in_history = [] if reached == 0 else history(db)
-    assert in_history == LABELS[:reached]
-    again = db.invoke("setup")
-    assert again.code == 0, again
-    assert db.differing() == {}
+    assert db.transactions() == LABELS[:reached]
+    assert_done(db)
     assert db.dump() == stages[-1]
-    assert history(db) == LABELS
-
-
-def history(db: Db) -> list[str]:
-    """The transactions; for a table of an earlier run an index is built concurrently, which is a line of its own."""
-    lines = db.rows("SELECT step FROM budget_engine.history WHERE part = 'transaction' ORDER BY id")
-    return [step for (step,) in lines]
+    assert db.transactions() == LABELS
 
 
 def assert_one_message(done: Run) -> None:
@@ -164,24 +154,20 @@ def test_backend_is_terminated_in_a_command(db: Db, stages: list[str], command: 
     assert_whole_steps_then_finished(db, stages, done)
 
 
-def test_backend_is_terminated_while_it_builds_concurrently(db: Db) -> None:
+def test_backend_is_terminated_while_it_builds_concurrently(finished: Db) -> None:
     """An old transaction holds the build up; what is left is an INVALID index."""
-    db.migrate(*STEMS)
-    whole = db.dump()
+    db, whole = finished, finished.dump()
     db.execute("DROP INDEX idx_games_owner, idx_slots_type")
     builder = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
                  WHERE query LIKE 'CREATE INDEX CONCUR%idx_slots_type%' AND wait_event_type = 'Lock'"""
-    with db.connect(autocommit=False) as holder:
-        holder.execute("LOCK TABLE slots IN ROW EXCLUSIVE MODE")
+    with holding(db, "LOCK TABLE slots IN ROW EXCLUSIVE MODE"):
         process = db.start("setup")
         until(lambda: db.rows(builder), process)
         done = ended(process)
-        holder.rollback()
     assert done.code == 4, done
     assert_one_message(done)
     assert db.value("SELECT indisvalid FROM pg_index WHERE indexrelid = 'idx_slots_type'::regclass") is False
-    assert db.invoke("setup").code == 0
-    assert db.differing() == {}
+    assert_done(db)
     assert sorted(db.dump().splitlines()) == sorted(whole.splitlines())
 
 
@@ -215,35 +201,28 @@ def signalled_in(db: Db, number: signal.Signals, command: int) -> Run:
     return trapped(db, on_command(command, CALL), run)
 
 
+def assert_interrupted(db: Db, stages: list[str], done: Run) -> None:
+    assert (done.code, len(done.err.splitlines())) == (130, 1), done
+    assert_whole_steps_then_finished(db, stages, done)
+
+
 @pytest.mark.parametrize(("wanted", "n"), POINTS.values(), ids=POINTS)
 def test_ctrl_c(db: Db, stages: list[str], wanted: Callable[[Message], bool], n: int) -> None:
-    done = signalled(db, signal.SIGINT, wanted, n)
-    assert done.code == 130, done
-    assert len(done.err.splitlines()) == 1, done
-    assert_whole_steps_then_finished(db, stages, done)
+    assert_interrupted(db, stages, signalled(db, signal.SIGINT, wanted, n))
 
 
 @pytest.mark.parametrize("command", [1, 20, 40, 60, 78])
 def test_ctrl_c_in_a_command(db: Db, stages: list[str], command: int) -> None:
-    done = signalled_in(db, signal.SIGINT, command)
-    assert done.code == 130, done
-    assert len(done.err.splitlines()) == 1, done
-    assert_whole_steps_then_finished(db, stages, done)
+    assert_interrupted(db, stages, signalled_in(db, signal.SIGINT, command))
 
 
 def test_ctrl_c_while_waiting_for_another_run(db: Db, stages: list[str]) -> None:
-    with db.connect(autocommit=False) as other:
-        other.execute(THE_TURN)
+    with holding(db, THE_TURN):
         process = db.start("setup")
-        polled = (
-            "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'budget%' AND query LIKE 'ROLLBACK%'"
-        )
-        until(lambda: db.value(polled), process)
+        until(lambda: db.rows(f"SELECT FROM pg_stat_activity WHERE {OURS} AND query LIKE 'ROLLBACK%'"), process)
         process.send_signal(signal.SIGINT)
         done = ended(process)
-    assert done.code == 130, done
-    assert len(done.err.splitlines()) == 1, done
-    assert_whole_steps_then_finished(db, stages, done)
+    assert_interrupted(db, stages, done)
 
 
 # Python imports a module of this name at its start: it strikes when the driver is about to be loaded.
@@ -262,10 +241,7 @@ sys.meta_path.insert(0, Strike())
 
 def test_ctrl_c_while_the_modules_load(db: Db, stages: list[str], tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    done = db.invoke("setup", env={"PYTHONPATH": str(tmp_path)})
-    assert done.code == 130, done
-    assert len(done.err.splitlines()) == 1, done
-    assert_whole_steps_then_finished(db, stages, done)
+    assert_interrupted(db, stages, db.invoke("setup", env={"PYTHONPATH": str(tmp_path)}))
 
 
 @pytest.mark.parametrize("command", random.Random(SEED[::-1]).sample(range(1, 1 + COMMANDS), 3))
@@ -284,53 +260,35 @@ def lines_with(stem: str, text: str) -> list[int]:
     return [number for number, line in enumerate(lines, 1) if text in line]
 
 
-# Where it fails: the DDL tag, a word of the command, the step, the text on the line that the message must name.
+# Where it fails: the DDL tag, the object that the command is about, the last words of the command, the step, the text
+# on the line that the message must name.
 FAILURES = {
-    "first statement": (
-        "CREATE TABLE",
-        "CREATE TABLE IF NOT EXISTS worlds",
-        "20250130000000_core_schema",
-        "CREATE TABLE IF NOT EXISTS worlds (",
-    ),
-    "within a function's creation": (
-        "CREATE FUNCTION",
-        "update_entry_points",
-        "20250130000000_core_schema",
-        "CREATE FUNCTION update_entry_points_search_text()",
-    ),
-    "middle of turn_metrics": (
-        "CREATE INDEX",
-        "idx_turn_metrics_created",
-        "20250222_turn_metrics",
-        "CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_turn_metrics_created ON",
-    ),
-    "within a block": (
-        "COMMENT",
-        "turn_metrics.model_ms",
-        "20250222_turn_metrics",
-        "COMMENT ON COLUMN turn_metrics.model_ms",
-    ),
-    "ALTER TABLE": (
-        "ALTER TABLE",
-        "ADD COLUMN IF NOT EXISTS budget_report",
-        "20250221_budget_report",
-        "ALTER TABLE prompt_snapshots ADD COLUMN",
-    ),
-}
+    "first statement": ("CREATE TABLE", "%.worlds", "worlds", "20250130000000_core_schema",
+                        "CREATE TABLE IF NOT EXISTS worlds ("),
+    "a function's creation": ("CREATE FUNCTION", "%update_entry_points%", "update_entry_points",
+                              "20250130000000_core_schema", "CREATE FUNCTION update_entry_points_search_text()"),
+    "middle of turn_metrics": ("CREATE INDEX", "%.idx_turn_metrics_created", "idx_turn_metrics_created",
+                               "20250222_turn_metrics",
+                               "CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_turn_metrics_created ON"),
+    "within a block": ("COMMENT", "%.turn_metrics.model_ms", "model_ms", "20250222_turn_metrics",
+                       "COMMENT ON COLUMN turn_metrics.model_ms"),
+    "ALTER TABLE": ("ALTER TABLE", "%prompt_snapshots", "budget_report", "20250221_budget_report",
+                    "ALTER TABLE prompt_snapshots ADD COLUMN"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("tag", "command", "stem", "text"), FAILURES.values(), ids=FAILURES)
-def test_failing_step(db: Db, stages: list[str], tag: str, command: str, stem: str, text: str) -> None:
+@pytest.mark.parametrize(("tag", "made", "word", "stem", "text"), FAILURES.values(), ids=FAILURES)
+def test_failing_step(db: Db, stages: list[str], tag: str, made: str, word: str, stem: str, text: str) -> None:
     """The steps before it are done, it left no trace; the message says all that, where, and what the server said."""
-    condition = f"TG_TAG = '{tag}' AND current_query() LIKE '%budget_engine.history%'"
-    match = f"EXISTS (SELECT FROM pg_event_trigger_ddl_commands() WHERE {OBJECT[tag].format(command.split()[-1])})"
-    trap = TRAP.format(condition=f"{condition} AND {match}", action=FAIL, event="ddl_command_end")
+    match = f"EXISTS (SELECT FROM pg_event_trigger_ddl_commands() WHERE object_identity LIKE '{made}')"
+    condition = f"TG_TAG = '{tag}' AND current_query() LIKE '%budget_engine.history%' AND {match}"
+    trap = TRAP.format(condition=condition, action=FAIL)
     done = trapped(db, trap, lambda: db.invoke("setup"))
     assert done.code == 1, done
     place = re.search(rf"db/migrations/{stem}\.sql, line (\d+): (.*)", done.err)
     assert place is not None, done
-    assert int(place[1]) in lines_with(stem, text)
-    assert command.split()[-1].split(".")[-1] in place[2]
+    assert text in (MIGRATIONS / f"{stem}.sql").read_text().splitlines()[int(place[1]) - 1]
+    assert word in place[2]
     before = LABELS[: STEMS.index(stem)]
     for words in (f"sprung on {tag}", "a detail", "a hint", f"{chain.label(stem)} changed nothing", *before):
         assert words in done.err
@@ -338,21 +296,11 @@ def test_failing_step(db: Db, stages: list[str], tag: str, command: str, stem: s
     assert_whole_steps_then_finished(db, stages, done)
 
 
-OBJECT = {
-    "CREATE TABLE": "object_identity LIKE '%.{}'",
-    "CREATE FUNCTION": "object_identity LIKE '%{}%'",
-    "CREATE INDEX": "object_identity LIKE '%.{}'",
-    "COMMENT": "object_identity LIKE '%.{}'",
-    "ALTER TABLE": "object_identity LIKE '%prompt_snapshots'",
-}
-
-
 def test_step_whose_checks_do_not_pass_is_rolled_back(db: Db, stages: list[str]) -> None:
     """Something undoes the step's work behind its back: the verification, in the same transaction, raises."""
     trap = TRAP.format(
         condition="TG_TAG = 'CREATE INDEX' AND to_regclass('idx_turn_metrics_created') IS NOT NULL",
         action="DROP INDEX idx_turn_metrics_created; ALTER TABLE turn_metrics DROP COLUMN model_ms",
-        event="ddl_command_end",
     )
     done = trapped(db, trap, lambda: db.invoke("setup"))
     assert done.code == 1, done

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 from budget_engine.migration import chain
 from conftest import Db
 
-STEMS = [step.stem for step in chain.load().steps if step.task != "fix"]
 TABLES = sorted(s.new_table for step in chain.load().steps for s in step.statements if s.new_table)
 WAYS = {
     "schema": {"&schema": "=app"},
@@ -17,12 +17,7 @@ WAYS = {
     "search_path": {"&search_path": "=app,%20public"},
     "options": {"&options": "=-c%20search_path%3Dapp"},
     "PGOPTIONS": {"PGOPTIONS": "-c search_path=app"},
-    "all of them": {
-        "&schema": "=app",
-        "&currentSchema": "=app",
-        "&options": "=-csearch_path=app",
-        "PGOPTIONS": "-c jit=off",
-    },
+    "all": {"&schema": "=app", "&currentSchema": "=app", "&options": "=-csearch_path=app", "PGOPTIONS": "-c jit=off"},
 }
 
 
@@ -32,20 +27,21 @@ def environment(db: Db, given: dict[str, str]) -> dict[str, str]:
 
 
 def tables_by_schema(db: Db) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for schema, table in db.rows(f"""SELECT schemaname, tablename FROM pg_tables
-            WHERE tablename IN ({", ".join(f"'{table}'" for table in TABLES)}) ORDER BY 1, 2"""):
-        found.setdefault(schema, []).append(table)
-    return found
+    rows = db.rows("SELECT schemaname, tablename FROM pg_tables ORDER BY 1, 2")
+    return by_schema((schema, table) for schema, table in rows if table in TABLES)
+
+
+def by_schema(names: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    homes: dict[str, list[str]] = {}
+    for home, table in names:
+        homes.setdefault(home, []).append(table)
+    return homes
 
 
 def found(document: dict[str, Any]) -> dict[str, list[str]]:
     """What a JSON document says of the places of our tables."""
     names = [c["found"] for step in document["steps"] for c in step["checks"] if c["kind"] == "table" and c["found"]]
-    homes: dict[str, list[str]] = {}
-    for home, table in sorted(name.split(".") for name in names):
-        homes.setdefault(home, []).append(table)
-    return homes
+    return by_schema((home, table) for home, table in sorted(name.split(".") for name in names))
 
 
 @pytest.mark.parametrize("given", WAYS.values(), ids=WAYS)
@@ -85,9 +81,9 @@ def test_url_wins_over_the_environment_with_a_note(db: Db) -> None:
     assert "note     ignored in PGOPTIONS: search_path (DATABASE_URL names another)" in done.out
 
 
-def test_tables_of_a_later_schema_are_named_as_such(db: Db) -> None:
+def test_tables_of_a_later_schema_are_named_as_such(finished: Db) -> None:
     """Else "nothing to do" would be read as said of the first one, which is empty."""
-    db.migrate(*STEMS)
+    db = finished
     db.execute('CREATE SCHEMA "App 2"; CREATE TABLE public.other ()')
     behind = {"DATABASE_URL": f"{db.url}&search_path=nowhere,%22App 2%22,public"}
     for task in ("setup", "plan", "verify", "status", "rehearse", "doctor"):
@@ -102,16 +98,17 @@ def test_tables_of_a_later_schema_are_named_as_such(db: Db) -> None:
     assert tables_by_schema(db) == {"public": TABLES}
 
 
-def test_table_of_a_later_schema_among_those_of_the_first(db: Db) -> None:
-    db.migrate(*STEMS)
+def test_table_of_a_later_schema_among_those_of_the_first(finished: Db) -> None:
+    db = finished
     db.execute("CREATE SCHEMA app; ALTER TABLE turn_metrics SET SCHEMA app; CREATE TABLE app.slots AS TABLE slots")
-    for path, behind in (
-        ("app,public", {"public": [table for table in TABLES if table not in ("turn_metrics", "slots")]}),
-        ("public,app", {"app": ["turn_metrics"]}),
-        ("public", {}),
-    ):
+    others = [table for table in TABLES if table not in ("turn_metrics", "slots")]
+    for path, behind in {
+        "app,public": {"public": others},
+        "public,app": {"app": ["turn_metrics"]},
+        "public": {},
+    }.items():
         env = {"DATABASE_URL": f"{db.url}&search_path={path}"}
         document = json.loads(db.invoke("verify", "--format", "json", env=env).out)
-        assert {
-            home: tables for home, tables in found(document).items() if home != document["server"]["schema"]
-        } == behind
+        homes = found(document)
+        homes.pop(document["server"]["schema"], None)
+        assert homes == behind

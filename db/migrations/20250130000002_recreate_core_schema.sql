@@ -2,13 +2,13 @@
 --   task   prereqs     (--recreate)
 --   instead of 20250130000000_core_schema     (where games, turns or what new ones need have another id, or are no ordinary tables)
 --   locks  ACCESS EXCLUSIVE for an instant on all that moves, whatever its size
+--   again  changes nothing
 --   psql "$DATABASE_URL" -f db/migrations/20250130000002_recreate_core_schema.sql
 --
 -- All in one transaction: the core tables, and prompt_snapshots and turn_metrics where their foreign keys lead there, move to a new schema
 -- (core_archive, core_archive_2, …) with rows, keys, indexes, triggers, policies and grants; the files included below make them anew; these
 -- get the old ones' owner, grants and row-level security, and their ids go on above the old ones. Tables of others whose foreign keys lead
--- there are listed, and move along on request only:   PGOPTIONS="-c budget_engine.with_dependants=on" psql …
--- Afterwards the other files are run again, in their order.
+-- there are listed, and move along on request only: PGOPTIONS="-c budget_engine.with_dependants=on" psql … Then the other files are run again.
 
 \set ON_ERROR_STOP on
 BEGIN;

@@ -750,3 +750,24 @@ def test_terminal_breaks_no_word_and_no_command(db: Db, columns: int) -> None:
     command = f'ALTER ROLE "{role}" SET idle_session_timeout = 0;'
     assert [said.count(command) for said in (seen, plain)] == [1, 1]
     assert seen.split() == plain.split()
+
+
+# What the search_path is, and which of its names lead nowhere.
+PATHS = {
+    "as Supabase's roles have it": (r'"\$user", public, extensions', "extensions"),
+    "as it is everywhere": ('"$user", public', ""),
+    "quoted": ('public, "no, such ""one", "Public"', 'Public no, such "one'),
+    "twice, in capitals": ("PUBLIC,  nowhere ,NOWHERE,public", "nowhere"),
+    "temporary": ("public, pg_temp", ""),
+}
+
+
+@pytest.mark.parametrize(("path", "absent"), PATHS.values(), ids=PATHS)
+def test_schemas_of_the_path_that_are_not_there(db: Db, path: str, absent: str) -> None:
+    with db.connect() as connection:
+        connection.execute("SELECT set_config('search_path', %s, false)", [path])
+        connection.execute(f"ALTER DATABASE {db.name} SET search_path FROM CURRENT".encode())
+        assert connection.execute("SELECT current_setting('search_path')").fetchall() == [(path,)]
+    assert db.value("SELECT current_setting('search_path')") == path
+    done = db.invoke("doctor")
+    assert " ".join(re.findall(r": (.+) does not exist, or is closed", done.out)) == absent, done

@@ -619,9 +619,11 @@ def test_verify_as_json_names_every_check(db: Db) -> None:
     assert seen["checks"] == {"total": len(counted), "passed": sum(check["passed"] for check in counted)}
 
 
-def test_verify_for_github_annotates(db: Db) -> None:
+def test_verify_for_github_annotates_and_writes_a_summary(db: Db, tmp_path: Path) -> None:
     db.execute(by_hand() + "ALTER TABLE slots ADD must_keep text")
-    done = db.invoke("verify", "--format", "github")
+    summary = tmp_path / "summary.md"
+    done = db.invoke("verify", "--format", "github", env={"GITHUB_STEP_SUMMARY": str(summary)})
+    assert re.search(r"^      slots_flags +conflict$", summary.read_text(), re.M)
     assert done.code == 6
     annotations = re.findall(r"^::error file=(db/migrations/\S+?\.sql),title=(\w+)::(.+)$", done.out, re.M)
     assert ("db/migrations/20250220_slots_flags.sql", "slots_flags") in [note[:2] for note in annotations]

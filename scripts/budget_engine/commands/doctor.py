@@ -221,8 +221,9 @@ def _look_around(session: Session) -> Iterator[Finding]:
         return
     todo, server = session.todo(found), found.server
     yield Finding("server", f"PostgreSQL {server.version}, {'through a pooler' if server.pooled else 'direct'}")
-    if elsewhere := text.behind(server, found.checks):
-        yield Finding("schema", "\n".join(elsewhere), "Say in DATABASE_URL which schema is meant: ?schema=NAME.")
+    unclear = [*_absent(server), *text.behind(server, found.checks)] if server.schema else []
+    if unclear:
+        yield Finding("schema", "\n".join(unclear), "Say in DATABASE_URL which schema is meant: ?schema=NAME.")
     elif server.schema:  # else that is an error of its own
         yield Finding("schema", f"{server.schema} (search_path {server.search_path})")
     yield from _chain(found, todo)
@@ -234,6 +235,17 @@ def _look_around(session: Session) -> Iterator[Finding]:
     orphans = [] if todo.conflicts else survey.orphans(connection, todo.missing, timeout=survey.BRIEFLY)
     if counted := [rows for rows in orphans if rows.count]:
         yield _problem("rows", refused_by_rows(counted))
+
+
+def _absent(server: Server) -> Iterator[str]:
+    r"""Say which schemas of the search_path are not there: the first one may be misspelt.
+
+    Supabase's roles have \$user for $user, which need not exist. Names without quotes are folded.
+    """
+    names = re.findall(r'"((?:[^"]|"")*)"|([^\s,"]+)', server.search_path)
+    for name in sorted({quoted.replace('""', '"') or bare.lower() for quoted, bare in names}):
+        if name not in (*server.path, "$user", r"\$user", "pg_temp", "pg_catalog", ""):
+            yield f"search_path {server.search_path}: {name} does not exist, or is closed to {server.role}"
 
 
 def tls(how: str, *, sslmode: str, is_near: bool) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -143,3 +144,5 @@ def _write(task: str, form: str, error: errors.RecipeError | None, view: View | 
         CONSOLE.emit_json(formats.as_json(task, error, view))
     elif form == "github":
         CONSOLE.emit(formats.as_github(task, error, view))
+        if path := os.environ.get("GITHUB_STEP_SUMMARY"):  # where GitHub Actions has a page for the job
+            CONSOLE.append(path, formats.as_summary(error, view))

@@ -81,6 +81,14 @@ class Console:
         """Print a JSON document, its texts masked one by one: null, which is no text, may be somebody's password."""
         _write(json.dumps(_masked(document, self._spelled), indent=2, ensure_ascii=False))
 
+    def append(self, file: str, document: str) -> None:
+        """Add what was asked for to a file; where that fails, the end of the task says so."""
+        try:
+            with Path(file).open("a", encoding="utf-8") as opened:
+                opened.write(self.mask(document))
+        except OSError as error:
+            self.lost.append(errors.LOST_OUTPUT(place=file, why=error.strerror))
+
     def confirms(self, question: str) -> bool:
         """Ask the person at the terminal, if there is one; no is the default."""
         if not (sys.stdin.isatty() and sys.stdout.isatty()):

@@ -102,6 +102,15 @@ def as_github(task: str, error: RecipeError | None, view: View | None) -> str:
     return "\n".join(lines or [f"::notice title={task}::{_escaped(text.summary(view.found.checks))}"])
 
 
+def as_summary(error: RecipeError | None, view: View | None) -> str:
+    """Return the Markdown of a job's step summary: what a person would have read."""
+    lines = [*text.steps(view.plan), text.summary(view.found.checks)] if view else []
+    lines += text.error(error) if error else []
+    return "\n".join(
+        ["### Budget Engine & Telemetry", "", *(f"    {line}" for part in lines for line in part.splitlines()), ""]
+    )
+
+
 def _escaped(words: str) -> str:
     """Escape as GitHub's toolkit does (actions/toolkit, packages/core/src/command.ts)."""
     return words.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")

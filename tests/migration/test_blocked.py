@@ -147,6 +147,13 @@ def test_what_keeps_a_statement_from_working_is_seen_first_and_cleared_by_the_co
     assert gone == []
 
 
+def test_what_blocks_one_step_keeps_no_other_from_running(db: Db) -> None:
+    """The survey says more of such a check than the transaction's own verification: that is no other run's work."""
+    db.execute(states.by_hand() + CHILD.format("must_keep text", "slots"))
+    assert db.invoke("turn-metrics").code == 0
+    assert db.invoke("slots-flags").code == 6
+
+
 HARMLESS = {
     "unlogged on both sides": states.by_hand() + "CREATE UNLOGGED TABLE other (turn bigint REFERENCES turns)",
     "unlogged slots": states.by_hand() + "ALTER TABLE slots SET UNLOGGED",

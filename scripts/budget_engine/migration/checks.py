@@ -85,7 +85,7 @@ class Check:
     lacks to fix it; rows_hidden: whether row-level security hides rows of the table from it; being_built: whether
     another session builds on the table; on_request: the step that would fix it, but runs only where it is asked for;
     blocked: what around the table keeps it from being created, as the commands that clear that are called in
-    db/conflicts.sql ("full": no column is left, no command helps but to move the table).
+    db/conflicts.sql ("full": no column is left, no command helps but to move the table); around: the same for people.
     """
 
     step: str
@@ -102,6 +102,7 @@ class Check:
     being_built: bool = False
     on_request: str | None = None
     blocked: tuple[str, ...] = ()
+    around: str = ""
 
     @property
     def key(self) -> tuple[Kind, str, str]:
@@ -118,6 +119,11 @@ class Check:
     def passed(self) -> bool:
         """Whether the database has what is expected."""
         return self.actual == self.expected
+
+    @property
+    def state(self) -> str:
+        """What the database has, and what around it keeps it from being fixed."""
+        return ", and ".join(filter(None, [self.actual or "missing", self.around]))
 
     @property
     def conflict(self) -> bool:

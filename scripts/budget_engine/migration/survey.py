@@ -231,8 +231,7 @@ def _with_rights(
 ) -> Check:
     """Return the check with what keeps it from being fixed; blocked: what is around its table makes it a conflict."""
     if blocked:
-        actual = ", and ".join(filter(None, [check.actual or "missing", says]))
-        return replace(check, actual=actual, fixed_by=None, blocked=tuple(blocked.split()))
+        return replace(check, fixed_by=None, blocked=tuple(blocked.split()), around=says or "")
     return replace(check, lacking=lacking, rows_hidden=hidden is True, being_built=built is True)
 
 

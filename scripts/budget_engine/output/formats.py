@@ -68,6 +68,7 @@ def _check(check: Check, commands: Mapping[Check, Sequence[str]]) -> dict[str, o
     return {
         "kind": check.kind.value,
         **{name: getattr(check, name) for name in names},
+        **({"actual": check.state} if check.around else {}),
         "lacking_right": check.lacking,
         "commands": list(commands.get(check, ())),
     }

@@ -140,7 +140,7 @@ def difference(check: Check) -> str:
 
 
 def _differs(check: Check, expected: str = "expected") -> str:
-    return f"is {check.actual or 'missing'}, {expected} {check.expected}"
+    return f"is {check.state}, {expected} {check.expected}"
 
 
 def steps(plan: Plan, *, passed: Sequence[Check] = (), conflicts: bool = True, only_due: bool = False) -> list[str]:

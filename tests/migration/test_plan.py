@@ -315,7 +315,9 @@ def test_the_messages_are_made_of_the_plan(everything: Everything, chosen: Chose
 
 # ── one list ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-OF_THE_ENGINE = re.compile(r"BEGIN|COMMIT|ROLLBACK|SET |RESET |SELECT |WITH |DO \$(guard|locks|verification|history)\$")
+OF_THE_ENGINE = re.compile(
+    r"BEGIN|COMMIT|ROLLBACK|SET |RESET |SELECT |WITH |DO \$(guard|locks|rights|verification|history)\$"
+)
 
 
 def statements(sql: str) -> Iterator[str]:

@@ -11,17 +11,14 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import conftest
 import pytest
 import versions
 from budget_engine.migration.chain import ROOT
-from budget_engine.postgres import embedded
 from budget_engine.postgres.connection import OLDEST_VERSION
-from conftest import DATA, MEMORY, Db, clean_environment, private_server, run
+from conftest import DATA, MEMORY, Db, clean_environment, run
 
 
 def lock_of(folder: Path, *, whole: bool = True) -> Path:
@@ -67,36 +64,17 @@ def test_data_lies_in_memory_where_there_is_room(monkeypatch: pytest.MonkeyPatch
     assert place(tmp_path, 1) == tempfile.gettempdir()
 
 
-def server() -> None:
-    with private_server():
-        pass
+def test_what_asks_for_a_server_is_of_the_version(request: pytest.FixtureRequest, db: Db) -> None:
+    assert db.value("SHOW server_version_num")[:2] == str(versions.MAJOR)
+    assert versions.concern(request.node)
 
 
-def asks_in_a_loop() -> list[bool]:
-    return [major > versions.MAJOR for major in (14, 18)]
+def test_so_is_what_asks_for_a_finished_database(request: pytest.FixtureRequest, finished: Db) -> None:
+    assert finished.differing() == {}
+    assert versions.concern(request.node)
 
 
-def calls_in_a_function_of_its_own() -> None:
-    def later() -> None:
-        server()
-
-    later()
-
-
-def starts_the_users() -> None:
-    embedded.start(embedded.locate(ROOT))
-
-
-@pytest.mark.parametrize(
-    ("function", "expected"),
-    [(server, True), (asks_in_a_loop, True), (calls_in_a_function_of_its_own, True), (starts_the_users, False)],
-)
-def test_what_leads_to_a_server_of_the_chosen_version_is_found(function: Callable[..., Any], expected: bool) -> None:
-    assert versions.leads_here([function]) == expected
-
-
-def test_what_the_version_is_nothing_to_is_left_out_where_that_is_asked_for(request: pytest.FixtureRequest) -> None:
-    assert not versions.concern(request.node)
+def test_what_the_version_is_nothing_to_is_left_out_where_that_is_asked_for() -> None:
     tests = ["tests/test_patience.py", "tests/test_versions.py::test_the_server_is_of_the_chosen_version"]
     words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--of-the-version"]
     done = run([*words, *tests], clean_environment())

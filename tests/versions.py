@@ -8,16 +8,12 @@ them has LLVM; where Debian's packages are installed, some tests run on the newe
 from __future__ import annotations
 
 import hashlib
-import inspect
 import os
 import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import CodeType, FunctionType
-from typing import Any
 
 import pytest
 from budget_engine.migration.chain import ROOT
@@ -51,34 +47,13 @@ def packaged() -> Path | None:
 
 
 def concern(item: pytest.Item) -> bool:
-    """Tell whether a test may meet a server of the chosen version: whether its code, or a fixture's, leads here."""
+    """Tell whether a test may meet a server of the chosen version: it uses one, or its module names what starts one."""
     assert isinstance(item, pytest.Function)
-    fixtures = item._fixtureinfo.name2fixturedefs.values()
-    return leads_here([item.function, *(fixture.func for known in fixtures for fixture in known)])
+    return not _SERVERS.isdisjoint(item.fixturenames) or not _STARTS_ONE.isdisjoint(vars(item.module))
 
 
-def leads_here(functions: list[Callable[..., Any]]) -> bool:
-    """Tell whether these functions, or those that they name, and so on, name locate or the version itself."""
-    met: set[CodeType] = set()
-    while functions:
-        function = inspect.unwrap(functions.pop())
-        if not isinstance(function, FunctionType) or function.__code__ in met:
-            continue
-        met.add(function.__code__)
-        for name in _names(function.__code__):
-            found = function.__globals__.get(name)
-            if name == "MAJOR" or found is locate:
-                return True
-            functions += [found] if isinstance(found, FunctionType) else []
-    return False
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    """Yield what a function names that is not its own, and what the functions inside it do."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
+_SERVERS = {"db", "finished", "cluster"}  # the fixtures that all others with a server ask for
+_STARTS_ONE = {"private_server", "locate", "MAJOR", "WAYS"}
 
 
 def installed(lock: Path, prefix: Path = Path(sys.prefix)) -> Path:

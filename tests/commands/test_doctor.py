@@ -575,7 +575,7 @@ BROUGHT = {
     "isolation": (["default_transaction_isolation = 'serializable'"], {}),
     "idle": (["idle_session_timeout = '3s'"], {"limits": NOTE}),
     "replica": (["session_replication_role = 'replica'"], {"limits": NOTE}),
-    "no such schema": (["search_path = app, public"], {}),
+    "no such schema": (["search_path = app, public"], {"schema": NOTE}),
 }
 
 

@@ -130,7 +130,8 @@ class _Clearing:
             case Kind.DEFAULT | Kind.FOREIGN_KEY:  # what is on a column goes with it
                 for column in self.named(check, Kind.COLUMN, Kind.DEPENDANTS):
                     if column.conflict and (column.kind is Kind.DEPENDANTS or not self.fits(column)):
-                        return self.in_place(column)
+                        way = self.in_place(column)  # what has its name need not be on the column
+                        return None if way is None else [*way, *_run(self.of(check, "rename"))]
         if check.kind is Kind.DEFAULT:
             return [line for given in self.of(check, "column") for line in _default(check, given)]
         if keys := self.of(check, "key"):

@@ -1,4 +1,5 @@
 """The menu: what can be asked of this project. Each task is one call; the work is done in scripts/."""
+# ruff: noqa: A002 - an option is named --format
 
 from __future__ import annotations
 
@@ -6,235 +7,188 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from invoke.collection import Collection
 from invoke.context import Context
 from invoke.main import program
-from invoke.tasks import task
+from invoke.tasks import Task, task
 
-from scripts.console import reported
+sys.path.insert(0, str(Path(__file__).parent / "scripts"))  # the package is not installed: it lies here
+
+from budget_engine import commands  # whose modules are loaded by their first use: --list needs no driver
+from budget_engine.output.ending import reported
 
 if sys.platform != "win32":
     with reported():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # scripts/inv blocks it while Python starts
 
-# Imported inside the tasks: `invoke --list` needs no database driver, and `invoke lint` no server.
-
 ROOT = Path(__file__).parent  # scripts/inv runs from any current folder
-# The checkout may be read-only: what the tools remember lies with them.
-CACHE = Path(sys.prefix) / "cache"
-CACHES = {
-    "RUFF_CACHE_DIR": str(CACHE / "ruff"),
-    "MYPY_CACHE_DIR": str(CACHE / "mypy"),
-    "HYPOTHESIS_STORAGE_DIRECTORY": str(CACHE / "hypothesis"),
-}
+CACHE = Path(sys.prefix) / "cache"  # the checkout may be read-only: what the tools remember lies with them
+CACHES = {name: str(CACHE / name) for name in ("RUFF_CACHE_DIR", "MYPY_CACHE_DIR", "HYPOTHESIS_STORAGE_DIRECTORY")}
 
 
-class Verbatim(str):
+class _Verbatim(str):
     """An alias that keeps its underscore: Invoke turns those of all names into hyphens, unless they are falsy."""
 
     __slots__ = ()
 
     def __bool__(self) -> bool:
-        """Say no, so that Invoke does not transform it."""
         return False
 
 
-class Underscored(tuple[str, ...]):
-    """Aliases with underscores, only where Invoke writes hyphens: it refuses one that equals the name.
+class _Underscored(tuple[str, ...]):
+    """Aliases with underscores, only where the tasks' names have hyphens: Invoke refuses one that equals the name.
 
-    It would where it leaves names alone (tasks.auto_dash_names), and deep in others' collections, where it turns those
-    of aliases, too.
+    It would where it leaves names alone (tasks.auto_dash_names), and deep in others' collections.
     """
 
     __slots__ = ()
 
     def __iter__(self) -> Iterator[str]:
-        """Yield them once Invoke has read its settings, and made its menu of this file's, or of an application's."""
-        menu = vars(program).get("collection", Collection(auto_dash_names=False))
-        near = (menu, *menu.collections.values()) if menu.auto_dash_names else ()
-        tasks = {name for collection in near for name in collection.tasks}
-        return (Verbatim(name) for name in super().__iter__() if name.replace("_", "-") in tasks)
+        menu = vars(program).get("collection")  # this file's or an application's, once Invoke has read its settings
+        if menu is not None and menu.auto_dash_names:
+            names = {name for near in (menu, *menu.collections.values()) for name in near.tasks}
+            yield from (_Verbatim(alias) for alias in super().__iter__() if alias.replace("_", "-") in names)
 
 
-@task
-@reported()
+def recipe(**options: str) -> Callable[[Callable[..., None]], Task[Any]]:
+    """Make a function a task: whatever ends it becomes a message; options: what each of them means."""
+
+    def as_task(body: Callable[..., None]) -> Task[Any]:
+        aliases = _Underscored([body.__name__] if "_" in body.__name__ else [])
+        return Task(reported()(body), aliases=aliases, help=options)
+
+    return as_task
+
+
+@recipe()
 def setup(c: Context) -> None:
     """Bring the database to the schema: prereqs, fix where needed, slots-flags, budget-report, turn-metrics, verify.
 
     What is done already is not done again. `invoke plan` says beforehand what it would do.
-    Exit codes: 0 all promises stand, 1 a step failed, 3 settings, 4 no connection, 5 rows refuse a key, 6 something
-    is in the way, 7 no lock to be had, 8 not permitted, 130 interrupted (README, "Exit codes").
+    Exit codes: 0 all checks pass, 1 a step failed, 3 settings, 4 no connection, 5 rows refuse a key, 6 a
+    conflict, 7 no lock to be had, 8 not permitted, 130 interrupted (README, "Exit codes").
     """
-    from scripts import flow
-
-    flow.run(None, dry=c.config.run.dry)
+    commands.setup.run(None, dry=c.config.run.dry)
 
 
-@task(
-    help={
-        "recreate": "where core tables stand in an older form: move them, rows and all, and create new, empty ones",
-        "with-dependants": "with --recreate: other tables whose foreign keys lead there move along",
-        "yes": "with --recreate: do not ask",
-    }
+@recipe(
+    recreate="where core tables stand in an older form: move them, rows and all, and create new, empty ones",
+    with_dependants="with --recreate: other tables whose foreign keys lead there move along",
+    yes="with --recreate: do not ask",
 )
-@reported()
 def prereqs(c: Context, recreate: bool = False, with_dependants: bool = False, yes: bool = False) -> None:
     """Create the core schema, slots and templates, prompt snapshots: each only where missing.
 
     --recreate is for core tables in an older form (turns.id is uuid, say); with --dry before the task's name it shows
     what would move.
     """
-    from scripts import flow
-
-    flow.prereqs(recreate=recreate, with_dependants=with_dependants, yes=yes, dry=c.config.run.dry)
+    commands.setup.prereqs(recreate=recreate, with_dependants=with_dependants, yes=yes, dry=c.config.run.dry)
 
 
-@task
-@reported()
+@recipe()
 def fix(c: Context) -> None:
     """Make prompt_snapshots.turn_id bigint, only where it is uuid; the uuid values are kept.
 
     They stay in the column turn_id_uuid, whose comment holds the SQL that undoes it.
     """
-    from scripts import flow
-
-    flow.run("fix", dry=c.config.run.dry)
+    commands.setup.run("fix", dry=c.config.run.dry)
 
 
-@task(aliases=Underscored(["slots_flags"]))
-@reported()
+@recipe()
 def slots_flags(c: Context) -> None:
     """Add slots.must_keep and slots.min_chars, with the defaults of the critical slots."""
-    from scripts import flow
-
-    flow.run("slots-flags", dry=c.config.run.dry)
+    commands.setup.run("slots-flags", dry=c.config.run.dry)
 
 
-@task(aliases=Underscored(["budget_report"]))
-@reported()
+@recipe()
 def budget_report(c: Context) -> None:
     """Add prompt_snapshots.budget_report."""
-    from scripts import flow
-
-    flow.run("budget-report", dry=c.config.run.dry)
+    commands.setup.run("budget-report", dry=c.config.run.dry)
 
 
-@task(aliases=Underscored(["turn_metrics"]))
-@reported()
+@recipe()
 def turn_metrics(c: Context) -> None:
     """Create the table turn_metrics."""
-    from scripts import flow
-
-    flow.run("turn-metrics", dry=c.config.run.dry)
+    commands.setup.run("turn-metrics", dry=c.config.run.dry)
 
 
-_FORMAT = "table (a terminal's width is respected, and NO_COLOR), or json (scripts/report.schema.json)"
-_VIEW = {"quiet": "print only what was asked for in another format, and errors", "verbose": "name what stands, too"}
+_FORMAT = "table (a terminal's width and NO_COLOR count), or json (scripts/budget_engine/output/report.schema.json)"
+_VIEW = {"quiet": "print only what was asked for in another format, and errors", "verbose": "name what passes, too"}
 
 
-@task(help={"format": _FORMAT + ", junit, github", **_VIEW})
-@reported()
-def verify(_: Context, format: str = "table", quiet: bool = False, verbose: bool = False) -> None:  # noqa: A002
-    """Compare every promise with what stands; changes nothing.
-
-    Exit codes: 0 all stand, 5 something is missing, 6 something is in the way.
-    """
-    from scripts import views
-
-    views.verify(form=format, quiet=quiet, verbose=verbose)
-
-
-@task(help={"format": _FORMAT, "check": "for CI: exit 5 where anything is missing, 6 where it is in the way", **_VIEW})
-@reported()
-def status(
-    _: Context,
-    format: str = "table",  # noqa: A002
-    check: bool = False,
-    quiet: bool = False,
-    verbose: bool = False,
+@recipe(format=_FORMAT + ", github", remedies="print only the SQL that clears conflicts, for psql", **_VIEW)
+def verify(
+    _: Context, format: str = "table", remedies: bool = False, quiet: bool = False, verbose: bool = False
 ) -> None:
-    """Say how each step stands, what is odd around it, and what the diary says; changes nothing.
+    """Compare every check with what exists; changes nothing.
 
-    Exit code 0 whatever stands, unless --check is given.
+    Exit codes: 0 all pass, 5 something is missing, 6 a conflict.
     """
-    from scripts import views
-
-    views.status(form=format, check=check, quiet=quiet, verbose=verbose)
+    commands.inspect.verify(form=format, quiet=quiet, verbose=verbose, remedies=remedies)
 
 
-@task(help={"format": _FORMAT, "sql": "print the SQL instead, as it would be sent, for psql", **_VIEW})
-@reported()
-def plan(_: Context, format: str = "table", sql: bool = False, quiet: bool = False, verbose: bool = False) -> None:  # noqa: A002
-    """Say what setup would do now and why, with locks, sizes, and who is in the way; changes nothing.
+@recipe(format=_FORMAT, check="for CI: exit 5 where anything is missing, 6 where there is a conflict", **_VIEW)
+def status(_: Context, format: str = "table", check: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+    """Say how each step is, what is unusual around it, and what the history says; changes nothing.
+
+    Exit code 0 whatever it finds, unless --check is given.
+    """
+    commands.inspect.status(form=format, check=check, quiet=quiet, verbose=verbose)
+
+
+@recipe(format=_FORMAT, sql="print the SQL instead, as it would be sent, for psql", **_VIEW)
+def plan(_: Context, format: str = "table", sql: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+    """Say what setup would do now and why, with locks, sizes, and who holds them; changes nothing.
 
     Exit code 0 where setup could do it, else the one that setup would end with.
     """
-    from scripts import views
-
-    views.what_setup_would_do(form=format, sql=sql, quiet=quiet, verbose=verbose)
+    commands.inspect.what_setup_would_do(form=format, sql=sql, quiet=quiet, verbose=verbose)
 
 
-@task
-@reported()
+@recipe()
 def rehearse(_: Context) -> None:
-    """Run every atomic part that setup would run, verified, in one transaction that is rolled back.
+    """Run every transaction that setup would run, verified, as one that is rolled back.
 
     It takes the real locks, for the time that it says, and asks for them as setup does. Exit codes are those of setup.
     """
-    from scripts import flow
-
-    flow.rehearse()
+    commands.setup.rehearse()
 
 
-@task
-@reported()
+@recipe()
 def doctor(_: Context) -> None:
     """Say what is wrong with this machine, this URL, this server, this role, and what to do; changes nothing.
 
     Exit code 0 where setup could run, else the one that setup would end with. It starts no server.
     """
-    from scripts import doctor
-
-    doctor.run()
+    commands.doctor.run()
 
 
-@task
-@reported()
+@recipe()
 def start(_: Context) -> None:
     """Start the embedded server (tasks that need it do so by themselves)."""
-    from scripts import at_hand
-
-    at_hand.start()
+    commands.server.start()
 
 
-@task
-@reported()
+@recipe()
 def stop(_: Context) -> None:
     """Stop the embedded server; its data stays."""
-    from scripts import at_hand
-
-    at_hand.stop()
+    commands.server.stop()
 
 
-@task
-@reported()
+@recipe()
 def url(_: Context) -> None:
     """Print the URL in use, its password masked."""
-    from scripts import at_hand
-
-    at_hand.url()
+    commands.server.url()
 
 
-@task
-@reported()
+@recipe()
 def psql(_: Context) -> None:
     """Open psql on the database in use."""
-    from scripts import at_hand
-
-    at_hand.psql()
+    commands.server.psql()
 
 
 @task(
@@ -251,53 +205,33 @@ def test(c: Context, only: str = "", postgres: int = 18) -> None:  # noqa: PT028
     c.run(f"{command} {only}", pty=sys.stdout.isatty(), env={**CACHES, "TEST_POSTGRES": str(postgres)})
 
 
-@task(
-    help={
-        "load": "instead: the steps on tables of millions of rows, with readers and writers beside them",
-        "rounds": "how often each tool runs setup (9)",
-        "only": "tools to compare setup with, by parts of their names: psql,dbmate,… (all that are installed)",
-        "sizes": "--load: rows of prompt_snapshots and of turns (10_000,1_000_000,10_000_000)",
-        "slots": "--load: rows of slots, at most twice as many (2_000_000)",
-        "baseline": "--load: seconds of traffic without a step, to compare with (30)",
-        "out": "the folder for the charts (tests/bench/charts)",
-    }
-)
-def bench(
-    c: Context,
-    load: bool = False,
-    rounds: str = "",
-    only: str = "",
-    sizes: str = "",
-    slots: str = "",
-    baseline: str = "",
-    out: str = "",
-) -> None:
+@task
+def lint(c: Context) -> None:
+    """Check style, types and SQL: ruff, mypy --strict, and the SQL's own rules."""
+    os.chdir(ROOT)
+    sql = "pytest -p no:cacheprovider tests/migration/test_sql.py"
+    for command in ("ruff check", "ruff format --check", "mypy", sql):
+        c.run(f"{shlex.quote(sys.executable)} -m {command}", env=CACHES)
+
+
+@task(help={"load": "instead: the steps under load", "options": "what else to pass to it; --options=--help names them"})
+def bench(c: Context, load: bool = False, options: str = "") -> None:
     """Measure setup against other tools, or (--load) the steps under load; prints tables, draws charts."""
-    given = {"rounds": rounds, "only": only, "sizes": sizes, "slots": slots, "baseline": baseline, "out": out}
-    _run_of_tests(c, "bench", *["--load"] * load, *(f"--{name}={value}" for name, value in given.items() if value))
+    _run_beside_the_tests(c, "bench " + "--load " * load + options)
 
 
 @task
 def pictures(c: Context) -> None:
     """Draw the README's pictures of a terminal anew, from real runs."""
-    _run_of_tests(c, "pictures")
+    _run_beside_the_tests(c, "pictures")
 
 
-def _run_of_tests(c: Context, module: str, *words: str) -> None:
-    """Run a module that lies beside the tests, and uses what they use."""
-    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-    c.run(shlex.join([sys.executable, "-m", module, *words]), env={"PYTHONPATH": path})
+def _run_beside_the_tests(c: Context, module: str) -> None:
+    """Run a module that uses what the tests use."""
+    path = f"{ROOT / 'tests'}{os.pathsep}{ROOT / 'scripts'}"
+    c.run(f"{shlex.quote(sys.executable)} -m {module}", env={"PYTHONPATH": path})
 
 
-@task
-def lint(c: Context) -> None:
-    """Check style, types and SQL: ruff, mypy --strict, and the SQL's own rules."""
-    os.chdir(ROOT)
-    for command in ("ruff check", "ruff format --check", "mypy", "pytest -p no:cacheprovider tests/test_sql_style.py"):
-        c.run(f"{shlex.quote(sys.executable)} -m {command}", env=CACHES)
-
-
-_CHAIN = (setup, prereqs, fix, slots_flags, budget_report, turn_metrics)
-_VIEWS = (verify, status, plan, rehearse, doctor)
-namespace = Collection(*_CHAIN, *_VIEWS, test, lint, bench, pictures)
+_STEPS = (setup, prereqs, fix, slots_flags, budget_report, turn_metrics)
+namespace = Collection(*_STEPS, verify, status, plan, rehearse, doctor, test, lint, bench, pictures)
 namespace.add_collection(Collection("db", start, stop, url, psql))

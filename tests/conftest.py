@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import random
@@ -14,7 +15,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,13 @@ import psutil  # type: ignore[import-untyped]
 import psycopg
 import pytest
 import warm
+from budget_engine.migration import chain, survey, turn
+from budget_engine.migration.chain import ROOT
+from budget_engine.migration.checks import Check
+from budget_engine.postgres import embedded
+from budget_engine.postgres.connection import Connection
+from budget_engine.settings import Settings, parse_target
 from versions import MAJOR, PACKAGED, concern, locate, packaged
-
-from scripts import embedded, turn
-from scripts.chain import ROOT
 
 # A suite that a script runs in the background is started with Ctrl-C ignored; all that it starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -35,9 +39,22 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.pop(embedded.DATA_VARIABLE, None)
 
 MIGRATIONS = ROOT / "db" / "migrations"
-VERIFICATIONS = ROOT / "db" / "verify"
 # What a run in the schema public has for itself, and others wait for.
 THE_TURN = f"SELECT pg_advisory_xact_lock({turn.RUN}, 'public'::regnamespace::oid::int4)"
+# Our sessions; how many of them wait for a lock, and how many do so in a build.
+OURS = "application_name = 'budget-engine-recipes' AND datname = current_database()"
+WAITING = f"SELECT count(*) FROM pg_stat_activity WHERE {OURS} AND wait_event_type = 'Lock'"
+BUILDING = f"{WAITING} AND query LIKE 'CREATE INDEX CONCURRENTLY%'"
+# Somebody's event trigger, which acts in our sessions when a DDL command is done; and what takes it away.
+TRAP = """
+CREATE SCHEMA trap;
+CREATE SEQUENCE trap.commands;
+CREATE FUNCTION trap.spring() RETURNS event_trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF current_setting('application_name') = 'budget-engine-recipes' AND {condition} THEN {action}; END IF;
+END $$;
+CREATE EVENT TRIGGER trap ON ddl_command_end EXECUTE FUNCTION trap.spring()"""
+UNTRAP = "DROP EVENT TRIGGER trap; DROP SCHEMA trap CASCADE"
 # Making a database takes a tenth of the time in memory, if there is room: a container's /dev/shm often has 64 MB.
 MEMORY, NEEDED = Path("/dev/shm"), 2 << 30
 # FAULT_SEED repeats a sample of faults; the processes of one pytest -n have to draw the same one.
@@ -74,8 +91,8 @@ class Db:
         return f"postgresql://{role}@/{self.name}?host={quote(str(self.cluster.sockets), safe='')}"
 
     def connect(self, role: str = "postgres", *, autocommit: bool = True) -> psycopg.Connection[tuple[Any, ...]]:
-        """Open a connection of its own, to see what others see or to hold what they want."""
-        return psycopg.connect(self.url_as(role), autocommit=autocommit)
+        """Open a connection of its own, to see what others see or to hold what they want; it compiles nothing."""
+        return psycopg.connect(self.url_as(role), autocommit=autocommit, options="-c jit=off")
 
     def execute(self, sql: str) -> None:
         """Run SQL, several statements in one transaction."""
@@ -112,24 +129,42 @@ class Db:
             done = self.psql("-f", str(MIGRATIONS / f"{stem}.sql"))
             assert done.code == 0, f"{stem}: {done}"
 
-    def verification(self, stem: str) -> list[tuple[Any, ...]]:
-        """Return (item, expected, actual, mended_by) of one verification."""
-        return self.rows((VERIFICATIONS / f"{stem}.sql").read_text())
+    def checks(self) -> list[Check]:
+        """Return every check of db/verify.sql, as the survey reads them."""
+        with Connection(parse_target(self.url), Settings(None, "")) as connection:
+            return list(survey.read(connection, chain.load(), with_recreate=True).checks)
 
     def differing(self) -> dict[str, tuple[str, str | None, str | None]]:
-        """Return item → (expected, actual, mended_by) of every promise of the chain that does not stand."""
-        with self.connect() as connection:
-            queries = [path.read_text() for path in sorted(VERIFICATIONS.glob("*.sql"))]
-            items = [item for query in queries for item in connection.execute(query.encode())]
-        return {name: (expected, actual, by) for name, expected, actual, by in items if expected != actual}
+        """Return title → (expected, actual, fixed_by) of every required check that does not pass."""
+        return {c.title: (c.expected, c.actual, c.fixed_by) for c in self.checks() if c.required and not c.passed}
+
+    def failing(self, step: str) -> list[str]:
+        """Return the titles of the required checks of a step (its label) that do not pass."""
+        return [c.title for c in self.checks() if c.step == step and c.required and not c.passed]
+
+    def history(self) -> list[tuple[str, str]]:
+        """Return (step, part) of every line of the history, in order."""
+        there = self.value("SELECT to_regclass('budget_engine.history') IS NOT NULL")
+        return (
+            [(s, p) for s, p in self.rows("SELECT step, part FROM budget_engine.history ORDER BY id")] if there else []
+        )
+
+    def transactions(self) -> list[str]:
+        """Return the steps whose transaction stands in the history, in order."""
+        return [step for step, part in self.history() if part == "transaction"]
 
     def dump(self, *, data: bool = False) -> str:
-        """Return the schema (and rows) as pg_dump writes it, the diary left out: equal dumps, equal databases."""
+        """Return the schema (and rows) as pg_dump writes it, the history left out: equal dumps, equal databases."""
         program = str(self.cluster.binaries / "pg_dump")
         words = [program, self.url, "--restrict-key=test", "--exclude-schema=budget_engine"]
-        done = run(words if data else [*words, "--schema-only"], clean_environment())
+        done = run(words if data else [*words, "--schema-only"], clean_environment() | {"PGOPTIONS": "-c jit=off"})
         assert done.code == 0, done
         return re.sub(r"^-- (Dumped|Started|Completed).*\n", "", done.out, flags=re.M)
+
+
+def as_text(row: tuple[Any, ...]) -> tuple[str | None, ...]:
+    """Write a row as the simple query protocol does."""
+    return tuple(None if v is None else "ft"[v] if isinstance(v, bool) else str(v) for v in row)
 
 
 def clean_environment() -> dict[str, str]:
@@ -163,6 +198,50 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> No
         time.sleep(0.01)
 
 
+def assert_done(db: Db, done: Run | None = None) -> Run:
+    """A run ended well (one more setup, where none is given), and every required check passes."""
+    done = done or db.invoke("setup")
+    assert done.code == 0, done
+    assert db.differing() == {}
+    return done
+
+
+def assert_fails(done: Run, code: int, *words: str) -> None:
+    """A run ended so, with one message that has these words, and no traceback."""
+    assert done.code == code, done
+    assert len(re.findall("^error    ", done.err, re.M)) == 1, done
+    assert "Traceback" not in done.err, done
+    assert [word for word in words if word not in done.err] == [], done
+
+
+@contextmanager
+def holding(db: Db, sql: str, role: str = "postgres") -> Iterator[psycopg.Connection[Any]]:
+    """Another session with an open transaction which has run this."""
+    with db.connect(role, autocommit=False) as holder:
+        holder.execute("SET application_name = 'the other one'")
+        holder.execute(sql.encode())
+        yield holder
+        with suppress(psycopg.OperationalError):  # the server may have ended its session
+            holder.rollback()
+
+
+@contextmanager
+def role_with(db: Db, settings: Mapping[str, str]) -> Iterator[str]:
+    """A superuser of the database's name who brings these settings along."""
+    db.execute(f"CREATE ROLE {db.name} LOGIN SUPERUSER")
+    db.execute(";".join(f"ALTER ROLE {db.name} SET {name} = '{value}'" for name, value in settings.items()))
+    try:
+        yield db.name
+    finally:
+        db.execute(f"REASSIGN OWNED BY {db.name} TO postgres; DROP OWNED BY {db.name}; DROP ROLE {db.name}")
+
+
+def postmaster(data: Path) -> int:
+    """Return the process id of the server of this data, as its file has it; 0: there is no such file."""
+    file = data / "postmaster.pid"
+    return int(file.read_text().split()[0]) if file.exists() else 0
+
+
 def place_of_data() -> str:
     """Choose the folder for the servers' data; whoever sets TMPDIR has chosen."""
     if "TMPDIR" in os.environ or not os.access(MEMORY, os.W_OK | os.X_OK):
@@ -182,7 +261,8 @@ def private_server(
     """Run a server of our own, which is gone with its data afterwards.
 
     major: its version; binaries: a packaged server's, instead; durable: whether it is to survive a power cut; settings:
-    of the embedded server's own, which come with its start.
+    of the embedded server's own, which come with each of its starts. While it runs, others are started so, too: a
+    fixture that asks for some has cluster started before.
     """
     home = Path(tempfile.mkdtemp(prefix="budget-engine-tests-", dir=None if durable else DATA))
     home.chmod(0o755)  # as root the server runs as another user, who must be able to reach its data
@@ -243,7 +323,27 @@ def packaged_cluster() -> Iterator[embedded.Cluster]:
 
 
 # For tests of locks: a server as most users have it holds them no longer, or otherwise, than our own.
-PACKAGED_TOO = pytest.mark.parametrize("db", ["cluster", "packaged_cluster"], indirect=True, ids=["", "packaged"])
+PACKAGED_TOO, FINISHED_PACKAGED_TOO = (
+    pytest.mark.parametrize(fixture, ["cluster", "packaged_cluster"], indirect=True, ids=["", "packaged"])
+    for fixture in ("db", "finished")
+)
+
+
+@functools.cache
+def template(cluster: embedded.Cluster) -> str:
+    """Make a database that setup has finished, to be cloned: a tenth of the time that setup takes."""
+    name = f"template_{uuid.uuid4().hex}"
+    _administer(cluster, f"CREATE DATABASE {name} TEMPLATE template0")
+    assert_done(Db(cluster, name))
+    return name
+
+
+@pytest.fixture
+def finished(request: pytest.FixtureRequest) -> Iterator[Db]:
+    """As db, but setup has been there."""
+    cluster = request.getfixturevalue(getattr(request, "param", "cluster"))
+    with database(cluster, template(cluster)) as db:
+        yield db
 
 
 @pytest.fixture

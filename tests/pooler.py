@@ -17,13 +17,11 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from urllib.parse import quote
 
 import psycopg
+from budget_engine.postgres.embedded import Cluster
 from conftest import Db
-
-from scripts.embedded import Cluster
 
 PROGRAM = shutil.which("pgbouncer", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"]))
 # Debian lets only its own user read the one in use; the copy beside the documentation is the same.
@@ -53,9 +51,7 @@ class Pooler:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
         shutil.rmtree(self.folder)
 

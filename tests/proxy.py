@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 
 STARTUP_CODES = {80877103: "SSLRequest", 80877104: "GSSENCRequest", 80877102: "CancelRequest"}
 NEGOTIATIONS = {"SSLRequest", "GSSENCRequest"}  # answered by a single byte, not by a message
@@ -29,16 +28,21 @@ COMMITTED = r"^C....COMMIT"  # CommandComplete
 
 @dataclass(frozen=True)
 class Message:
-    """A message as it travelled: kind is its type byte (Q, X, C, N, …), or the name of a message that has none."""
+    """A message as it travelled: kind is its type byte (Q, X, C, N, …), or the name of a message that has none.
+
+    connection: on which one, counted from 1.
+    """
 
     kind: str
     raw: bytes
+    connection: int = 1
 
 
 @dataclass
 class Conversation:
     """One client connection: what was said on it, and how often the client had to wait."""
 
+    number: int  # counted from 1
     from_client: list[Message] = field(default_factory=list)
     from_server: list[Message] = field(default_factory=list)
     bursts: int = 0
@@ -136,9 +140,7 @@ class Proxy:
         self._threads[0].start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):  # wakes accept()
             self._listener.shutdown(socket.SHUT_RDWR)
         self._threads[0].join()
@@ -152,7 +154,7 @@ class Proxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            self.conversations.append(Conversation())
+            self.conversations.append(Conversation(len(self.conversations) + 1))
             thread = threading.Thread(target=self._converse, args=(client, self.conversations[-1]))
             self._threads.append(thread)
             thread.start()
@@ -220,7 +222,7 @@ class _Relay:
     def _complete(self, source: socket.socket) -> Iterator[Message]:
         while (size := self._size(source)) and len(self.unparsed[source]) >= size:
             raw, self.unparsed[source] = self.unparsed[source][:size], self.unparsed[source][size:]
-            yield Message(self._kind(source, raw), raw)
+            yield Message(self._kind(source, raw), raw, self.conversation.number)
 
     def _size(self, source: socket.socket) -> int:
         """Length of the message that begins here; 0 where too little of it has come to know."""

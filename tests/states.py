@@ -189,7 +189,7 @@ DO $$ DECLARE t regclass; BEGIN
 END $$; GRANT CREATE ON SCHEMA public TO {role};
 """
 
-# A publication's list of columns is new in PostgreSQL 15; without one it publishes them all, and is in the way as well.
+# A publication's list of columns is new in PostgreSQL 15; without one it publishes them all, and is a conflict as well.
 COLUMNS = " (id, turn_id)" if MAJOR >= 15 else ""
 
 # What can hang on a uuid turn_id, by the name that the message must give it.
@@ -253,7 +253,7 @@ def altered(change: str) -> str:
 
 
 def contents(db: Db) -> Contents:
-    """Return the rows of every table of the users' (and not of the diary), in an order of their own."""
+    """Return the rows of every table of the users' (and not of the history), in an order of their own."""
     tables = """
         SELECT format('%I.%I', nspname, relname) FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
         WHERE relkind IN ('r', 'p') AND nspname !~ '^pg_|^information_schema$|^budget_engine$' ORDER BY 1"""
@@ -272,7 +272,7 @@ def lost(before: Contents, after: Contents, renamed: dict[str, str]) -> list[tup
     differences: list[tuple[str, Any, Any]] = []
     for table, rows in before.items():
         names = {column: renamed.get(f"{table}.{column}", column) for row in rows for column in row}
-        standing = [{old: row.get(new, "gone") for old, new in names.items()} for row in after.get(table, [])]
-        if standing != rows:
-            differences.append((table, rows, standing))
+        now = [{old: row.get(new, "gone") for old, new in names.items()} for row in after.get(table, [])]
+        if now != rows:
+            differences.append((table, rows, now))
     return differences

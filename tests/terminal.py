@@ -9,6 +9,7 @@ import signal
 import struct
 import tempfile
 import termios
+import time
 from collections.abc import Mapping
 
 import warm
@@ -34,6 +35,7 @@ def on_terminal(
         while chunk := _read(ours):
             seen += chunk
             if b"[y/N]" in seen and answer == "Ctrl-C":
+                time.sleep(0.05)  # as a finger: Python, interrupted while it flushes the question, writes it twice
                 process.send_signal(signal.SIGINT)
             elif b"[y/N]" in seen:
                 os.write(ours, answer.encode())

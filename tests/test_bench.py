@@ -16,9 +16,10 @@ from conftest import Db, Run, clean_environment, run
 from versions import MAJOR
 
 
-def bench(*words: str, out: Path) -> Run:
+def bench(options: str, *words: str, out: Path) -> Run:
     environment = clean_environment() | {"TEST_POSTGRES": str(MAJOR)}
-    done = run([sys.executable, "-m", "invoke", "bench", *words, f"--out={out}"], environment, timeout=600)
+    command = [sys.executable, "-m", "invoke", "bench", *words, f"--options={options} --out={out}"]
+    done = run(command, environment, timeout=600)
     assert done.code == 0, done
     return done
 
@@ -36,7 +37,7 @@ def rows(done: Run, name: str) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_startup_is_measured_and_drawn(tmp_path: Path) -> None:
-    done = bench("--rounds=1", "--only=none", out=tmp_path)
+    done = bench("--rounds=1 --only=none", out=tmp_path)
     drawn = charts(tmp_path)
     assert set(drawn) == {"startup-direct", "startup-far"}
     for tool, round_trips in {"bare psycopg": ["5", "5"], "invoke setup": ["7", "5"]}.items():
@@ -47,7 +48,7 @@ def test_startup_is_measured_and_drawn(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_load_is_measured_and_drawn(tmp_path: Path) -> None:
-    done = bench("--load", "--sizes=300", "--slots=500", "--baseline=0.5", out=tmp_path)
+    done = bench("--sizes=300 --slots=500 --baseline=0.5", "--load", out=tmp_path)
     drawn = charts(tmp_path)
     assert set(drawn) == {"load-waits", "load-wal"}
     assert all("300 rows" in text for text in drawn.values())

@@ -1,4 +1,4 @@
-"""The command line: the menu, bad settings, servers that are not there or are no servers, rights, the diary."""
+"""The command line: the menu, bad settings, servers that are not there or are no servers, rights, the history."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from conftest import MIGRATIONS, Db, Run, clean_environment
+from budget_engine.migration import chain
+from budget_engine.postgres import embedded
+from budget_engine.postgres.embedded import Cluster
+from conftest import MIGRATIONS, Db, Run, clean_environment, database, run
 from proxy import Message, Proxy, socket_of
 from states import NOT_TO_ALL
 
-from scripts import chain, embedded
-from scripts.embedded import Cluster
-
 PASSWORD = "pa%24%24 w0rd-S3cret!"  # as typed; %24 is $
 SPOKEN = (PASSWORD, "pa$$ w0rd-S3cret!", "pa%24%24%20w0rd-S3cret!", "S3cret")
-SUCCESS = ("promises stand", "nothing to do", "done")
-STEPS = [step for step in chain.load() if "fix" not in step.stem]
+SUCCESS = ("checks pass", "nothing to do", "done")
+STEPS = [step for step in chain.load().steps if step.task != "fix"]
 
 
 def assert_refused(done: Run, code: int, *words: str) -> None:
     """One clear message on stderr with a remedy, no traceback, no password, no claim of success."""
     assert done.code == code, done
-    assert done.err.count("error: ") == 1, done
-    assert done.err.startswith("error: "), done
-    assert "what to do: " in done.err, done
+    assert done.err.count("error  ") == 1, done
+    assert done.err.startswith("error    "), done
+    assert "\nhelp     " in done.err, done
     for word in words:
         assert word in done.err, done
     for word in ("Traceback", *SPOKEN):
@@ -45,29 +45,22 @@ def assert_refused(done: Run, code: int, *words: str) -> None:
         assert word not in done.out, done
 
 
+def copied(folder: Path) -> Path:
+    """A checkout of its own, without .env."""
+    for name in ("scripts", "db"):
+        shutil.copytree(chain.ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("tasks.py", "pyproject.toml"):
+        shutil.copy(chain.ROOT / name, folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout of its own, without .env."""
-    tree = tmp_path_factory.mktemp("tree") / "checkout"
-    tree.mkdir()
-    for folder in ("scripts", "db"):
-        shutil.copytree(chain.ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("tasks.py", "pyproject.toml"):
-        shutil.copy(chain.ROOT / file, tree)
-    return tree
+    return copied(tmp_path_factory.mktemp("tree") / "checkout")
 
 
 def recipe(tree: Path, *words: str, **environment: str) -> Run:
-    done = subprocess.run(
-        [sys.executable, "-m", "invoke", *words],
-        cwd=tree,
-        env=clean_environment() | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    return Run(done.returncode, done.stdout, done.stderr)
+    return run([sys.executable, "-m", "invoke", *words], clean_environment() | environment, cwd=tree)
 
 
 @pytest.fixture
@@ -90,11 +83,9 @@ def test_list_loads_nothing_that_a_database_needs(tree: Path) -> None:
     assert not loaded & {
         "psycopg",
         "dotenv",
-        "scripts.flow",
-        "scripts.database",
-        "scripts.settings",
-        "scripts.embedded",
+        *(f"budget_engine.{room}" for room in ("settings", "migration", "postgres")),
     }
+    assert not [name for name in loaded if name.startswith("budget_engine.commands.")]
 
 
 def test_list_shows_every_documented_task_with_its_help(tree: Path) -> None:
@@ -107,42 +98,27 @@ def test_list_shows_every_documented_task_with_its_help(tree: Path) -> None:
     assert [name for name, meaning in names if not meaning] == []
 
 
-def test_underscore_and_hyphen_both_work(db: Db) -> None:
-    assert db.invoke("prereqs").code == 0
-    assert db.invoke("slots_flags").code == 0
-    assert db.invoke("slots-flags").code == 0
-
-
-def test_dry_run_changes_nothing(db: Db) -> None:
-    before = db.dump()
-    done = db.invoke("--dry", "setup")
-    assert done.code == 0, done
-    assert db.dump() == before
-    assert all(step.label in done.out for step in STEPS)
-
-
 # ── settings: exit 3 ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
+URLS = {
+    f"mysql://u:{PASSWORD}@h/db": "mysql",
+    "": "empty",
+    "  ": "empty",
+    f"u:{PASSWORD}@h/db": "neither",
+    f"postgresql://u:{PASSWORD}@h:99999999/db": "URL",
+    f"postgresql://u:{PASSWORD}@b/c@d": "guess",
+}
+
+
 @pytest.mark.parametrize("task", ["setup", "db.url"])
-@pytest.mark.parametrize(
-    ("url", "word"),
-    [
-        (f"mysql://u:{PASSWORD}@h/db", "mysql"),
-        ("", "empty"),
-        ("  ", "empty"),
-        (f"u:{PASSWORD}@h/db", "neither"),
-        (f"postgresql://u:{PASSWORD}@h:99999999/db", "URL"),
-        (f"postgresql://u:{PASSWORD}@b/c@d", "guess"),
-    ],
-)
-def test_unusable_url(tree: Path, task: str, url: str, word: str) -> None:
-    assert_refused(recipe(tree, task, DATABASE_URL=url), 3, "DATABASE_URL", word)
+@pytest.mark.parametrize("url", URLS)
+def test_unusable_url(tree: Path, task: str, url: str) -> None:
+    assert_refused(recipe(tree, task, DATABASE_URL=url), 3, "DATABASE_URL", URLS[url])
 
 
 def test_ci_without_url(tree: Path) -> None:
-    done = recipe(tree, "setup", CI="true")
-    assert_refused(done, 3, "CI is set", "DATABASE_URL=embedded")
+    assert_refused(recipe(tree, "setup", CI="true"), 3, "CI is set", "DATABASE_URL=embedded")
     assert not (tree / ".postgres").exists()
 
 
@@ -165,7 +141,7 @@ def test_env_file_is_read_and_the_environment_wins(tree: Path, db: Db) -> None:
     try:
         done = recipe(tree, "setup")
         assert done.code == 0, done
-        assert " from .env\n" in done.out
+        assert " (.env), PostgreSQL " in done.out
         assert_refused(recipe(tree, "setup", DATABASE_URL="sqlite:x"), 3, "sqlite")
     finally:
         (tree / ".env").unlink()
@@ -243,14 +219,11 @@ def with_password(url: str) -> str:
     return re.sub("//([^@]*)@", rf"//\1:{PASSWORD}@", url).replace(" ", "%20")
 
 
-def test_role_that_may_not_log_in(role: str, db: Db) -> None:
+def test_login_that_is_refused(role: str, db: Db) -> None:
+    """A role that may not log in; a database that does not exist."""
     db.execute(f"ALTER ROLE {role} NOLOGIN")
-    assert_refused(db.invoke("setup", env={"DATABASE_URL": with_password(db.url_as(role))}), 4, role, "***")
-
-
-def test_database_that_does_not_exist(db: Db) -> None:
-    url = with_password(db.url).replace(db.name, "no_such_database")
-    assert_refused(db.invoke("setup", env={"DATABASE_URL": url}), 4, "no_such_database", "***")
+    for url, name in ((db.url_as(role), role), (db.url.replace(db.name, "no_such_database"), "no_such_database")):
+        assert_refused(db.invoke("setup", env={"DATABASE_URL": with_password(url)}), 4, name, "***")
 
 
 def test_server_that_is_too_old(db: Db) -> None:
@@ -276,11 +249,9 @@ def test_schema_of_the_url_is_honoured_and_the_rest_said(db: Db) -> None:
     assert "ignored in DATABASE_URL" in done.out
     for word in ("pgbouncer", "connection_limit", "schema app"):
         assert word in done.out
-    here = db.rows(
-        "SELECT DISTINCT schemaname FROM pg_tables WHERE schemaname NOT IN ('pg_catalog', 'information_schema')"
-    )
-    assert sorted(here) == [("app",), ("budget_engine",)]
-    assert db.value("SELECT bool_and(schema_name = 'app') FROM budget_engine.diary") is True
+    schemas = {name for (name,) in db.rows("SELECT schemaname FROM pg_tables")}
+    assert schemas - {"pg_catalog", "information_schema"} == {"app", "budget_engine"}
+    assert db.value("SELECT bool_and(schema_name = 'app') FROM budget_engine.history") is True
     again = db.invoke("verify", env={"DATABASE_URL": f"{db.url}&schema=app"})
     assert again.code == 0, again
 
@@ -299,18 +270,12 @@ def test_sqlalchemy_url(db: Db) -> None:
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII", "EUC_JP"])
 def test_database_in_another_encoding(cluster: Cluster, encoding: str) -> None:
-    name = f"test_{uuid.uuid4().hex}"
-    with psycopg.connect(cluster.url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C'")
-        try:
-            db = Db(cluster, name)
-            by_hand = db.psql("-c", "SET client_encoding = 'UTF8'", "-f", str(MIGRATIONS / f"{STEPS[0].stem}.sql"))
-            assert by_hand.code == 0, by_hand  # a terminal's psql speaks UTF-8
-            done = db.invoke("setup")
+    with database(cluster, f"template0 ENCODING '{encoding}' LOCALE 'C'") as db:
+        by_hand = db.psql("-c", "SET client_encoding = 'UTF8'", "-f", str(MIGRATIONS / f"{STEPS[0].stem}.sql"))
+        assert by_hand.code == 0, by_hand  # a terminal's psql speaks UTF-8
+        for task in ("setup", "verify"):
+            done = db.invoke(task)
             assert done.code == 0, done
-            assert db.invoke("verify").code == 0
-        finally:
-            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def test_application_name_is_ours_unless_the_url_names_another(db: Db) -> None:
@@ -330,29 +295,25 @@ def test_application_name_is_ours_unless_the_url_names_another(db: Db) -> None:
 
 # ── rights: exit 8 ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-# How far the database is, what of it the role is given, which right it lacks.
+ALL = "GRANT ALL ON SCHEMA public TO {0}"
+# How many steps the database has, what of it the role is given, which right it lacks.
 RIGHTS = {
-    "create": ([], NOT_TO_ALL, "CREATE on schema public"),
+    "create": (0, NOT_TO_ALL, "CREATE on schema public"),
     "ownership": (
-        [step.stem for step in STEPS[:4]],
-        "GRANT ALL ON SCHEMA public TO {0}; GRANT ALL ON ALL TABLES IN SCHEMA public TO {0}",
+        4,
+        f"{ALL}; GRANT ALL ON ALL TABLES IN SCHEMA public TO {{0}}",
         "ownership of table prompt_snapshots",
     ),
-    "references": (
-        [step.stem for step in STEPS[:-1]],
-        "GRANT ALL ON SCHEMA public TO {0}",
-        "REFERENCES on table turns",
-    ),
+    "references": (-1, ALL, "REFERENCES on table turns"),
 }
 
 
-@pytest.mark.parametrize(("stems", "grant", "lacking"), RIGHTS.values(), ids=RIGHTS)
-def test_right_that_is_lacking(role: str, db: Db, stems: list[str], grant: str, lacking: str) -> None:
-    db.migrate(*stems)
+@pytest.mark.parametrize(("steps", "grant", "lacking"), RIGHTS.values(), ids=RIGHTS)
+def test_right_that_is_lacking(role: str, db: Db, steps: int, grant: str, lacking: str) -> None:
+    db.migrate(*(step.stem for step in STEPS[:steps]))
     db.execute(grant.format(role))
     before = db.dump()
-    done = db.invoke("setup", role=role)
-    assert_refused(done, 8, lacking, role)
+    assert_refused(db.invoke("setup", role=role), 8, lacking, role)
     assert db.dump() == before
     assert db.value("SELECT to_regnamespace('budget_engine')") is None
 
@@ -369,45 +330,47 @@ def test_read_only_default(db: Db) -> None:
     assert_refused(db.invoke("setup"), 8, "default_transaction_read_only")
 
 
-# ── the diary ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the history ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_diary_says_who_ran_what(db: Db) -> None:
+def test_history_says_who_ran_what(db: Db) -> None:
     began = time.monotonic()
     assert db.invoke("setup").code == 0
     took = timedelta(seconds=time.monotonic() - began)
-    rows = db.rows("SELECT step, part, role_name, schema_name, checksum, version FROM budget_engine.diary ORDER BY id")
-    sums = {step.stem: hashlib.sha256((MIGRATIONS / f"{step.stem}.sql").read_bytes()).hexdigest() for step in STEPS}
-    assert rows == [(stem, "atomic", "postgres", "public", sums[stem], chain.version()) for stem in sums]
-    durations = [duration for (duration,) in db.rows("SELECT duration FROM budget_engine.diary ORDER BY id")]
+    rows = db.rows(
+        "SELECT step, part, role_name, schema_name, checksum, version FROM budget_engine.history ORDER BY id"
+    )
+    sums = {step.label: hashlib.sha256((MIGRATIONS / f"{step.stem}.sql").read_bytes()).hexdigest() for step in STEPS}
+    assert rows == [(label, "transaction", "postgres", "public", sums[label], chain.version()) for label in sums]
+    durations = [duration for (duration,) in db.rows("SELECT duration FROM budget_engine.history ORDER BY id")]
     assert min(durations) > timedelta(0)
     assert sum(durations, timedelta(0)) < took
     assert durations != sorted(durations)  # each step's own time: they do not add up from line to line
-    assert db.value("SELECT bool_and(finished_at BETWEEN now() - interval '1 h' AND now()) FROM budget_engine.diary")
+    assert db.value("SELECT bool_and(finished_at BETWEEN now() - interval '1 h' AND now()) FROM budget_engine.history")
     assert db.invoke("setup").code == 0
-    assert db.value("SELECT count(*) FROM budget_engine.diary") == len(STEPS)
+    assert db.value("SELECT count(*) FROM budget_engine.history") == len(STEPS)
 
 
-def test_diary_of_online_work(db: Db) -> None:
+def test_history_of_concurrent_work(db: Db) -> None:
     db.migrate(*(step.stem for step in STEPS))
     db.execute("DROP INDEX idx_games_owner, idx_slots_type")
     assert db.invoke("setup").code == 0
-    rows = db.rows("SELECT step, part, duration > interval '0' FROM budget_engine.diary ORDER BY id")
-    assert rows == [(STEPS[0].stem, "online", True), (STEPS[1].stem, "online", True)]
+    rows = db.rows("SELECT step, part, duration > interval '0' FROM budget_engine.history ORDER BY id")
+    assert rows == [(STEPS[0].label, "concurrent", True), (STEPS[1].label, "concurrent", True)]
 
 
-@pytest.mark.parametrize("diary", ["none", "of another role"])
-def test_role_that_may_not_write_the_diary_succeeds(role: str, db: Db, diary: str) -> None:
-    """It may create tables, but no schema; or another role's diary is closed to it."""
-    if diary == "of another role":
+@pytest.mark.parametrize("history", ["none", "of another role"])
+def test_role_that_may_not_write_the_history_succeeds(role: str, db: Db, history: str) -> None:
+    """It may create tables, but no schema; or another role's history is closed to it."""
+    if history == "of another role":
         assert db.invoke("setup").code == 0
         db.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
     db.execute(f"GRANT ALL ON SCHEMA public TO {role}")
     done = db.invoke("setup", role=role)
     assert done.code == 0, done
-    assert "not written into the diary" in done.out
+    assert "not written into the history" in done.out
     assert db.differing() == {}
-    assert (db.value("SELECT to_regnamespace('budget_engine')") is None) == (diary == "none")
+    assert (db.value("SELECT to_regnamespace('budget_engine')") is None) == (history == "none")
     assert db.value("SELECT bool_and(tableowner = current_user) FROM pg_tables WHERE schemaname = 'public'") is False
 
 

@@ -14,18 +14,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
-from conftest import clean_environment, run
-from versions import MAJOR, locate, new_in
-
-from scripts import embedded
-from scripts.embedded import Cluster, running, start, stop
-from scripts.errors import UnreachableError
+from budget_engine.errors import UnreachableError
+from budget_engine.postgres import embedded
+from budget_engine.postgres.embedded import Cluster, running, start, stop
+from conftest import clean_environment, postmaster, run
+from versions import MAJOR, locate
 
 PROJECT = Path(__file__).resolve().parent.parent
 ROOT_CASE = os.geteuid() == 0
@@ -35,7 +34,7 @@ SOMEBODY = pwd.getpwnam("nobody").pw_uid  # any user that is not the one who run
 STARTER = """
 import sys
 from pathlib import Path
-from scripts import embedded
+from budget_engine.postgres import embedded
 try:
     cluster = embedded.locate(Path(sys.argv[1]), int(sys.argv[3]), Path(sys.argv[2]))
     embedded.start(cluster)
@@ -63,14 +62,10 @@ def folder() -> Iterator[Path]:
 
 def _kill(place: Path) -> None:
     """Stop whatever server of that place lives, whoever runs it."""
-    pid = _recorded(place / "data" / "postmaster.pid")
+    pid = postmaster(place / "data")
     if pid and str(place / "data") in embedded._command_line(pid):
         os.kill(pid, signal.SIGQUIT)
-        assert embedded._until(lambda: not embedded._command_line(pid), 10)
-
-
-def _recorded(file: Path) -> int:
-    return int(file.read_text().split()[0]) if file.exists() else 0
+        assert _gone(pid)
 
 
 @pytest.fixture
@@ -80,17 +75,15 @@ def cluster(folder: Path) -> Cluster:
 
 def _query(cluster: Cluster, sql: str) -> Any:
     with psycopg.connect(cluster.url, autocommit=True) as connection:
-        row = connection.execute(sql).fetchone()
+        found = connection.execute(sql.encode())
+        row = found.fetchone() if found.description else None
     return row[0] if row else None
 
 
-def _execute(cluster: Cluster, sql: str) -> None:
-    with psycopg.connect(cluster.url, autocommit=True) as connection:
-        connection.execute(sql)
-
-
-def _postmaster(cluster: Cluster) -> int:
-    return _recorded(cluster.data / "postmaster.pid")
+def _starts(cluster: Cluster) -> bool:
+    """Whether a server can be started there, and answers."""
+    start(cluster)
+    return bool(_query(cluster, "SELECT 1") == 1)
 
 
 def _gone(pid: int) -> bool:
@@ -99,7 +92,7 @@ def _gone(pid: int) -> bool:
 
 def _murder(cluster: Cluster) -> int:
     """Kill the server without a chance to tidy up, and wait until it is dead: its socket closes last."""
-    pid = _postmaster(cluster)
+    pid = postmaster(cluster.data)
     os.kill(pid, signal.SIGKILL)
     assert _gone(pid)
     assert embedded._until(lambda: not embedded._listening(cluster), 10)
@@ -123,22 +116,24 @@ def test_who_starts_it_says_so_and_how_to_stop_it(folder: Path) -> None:
     chosen = {"DATABASE_URL": "embedded", embedded.DATA_VARIABLE: str(folder / ".postgres")}
     first, second = (run(command, clean_environment() | chosen) for _ in range(2))
     assert (first.code, second.code) == (0, 0), first
-    told = [line for line in first.out.splitlines() if "python3 scripts/inv db.stop" in line]
-    assert len(told) == 1
-    assert "db.stop" not in second.out
-    assert first.out.splitlines()[-1].startswith("done: ")
+    assert (first.out.count("invoke db.stop"), second.out.count("db.stop")) == (1, 0)
     for done in (first, second):
-        assert done.out.splitlines()[-1].endswith("; database postgres on the embedded server, schema public")
+        assert re.match("done  .*; database postgres on the embedded server, schema public$", done.out.splitlines()[-1])
 
 
-def test_first_start_attach_stop_and_start_again(cluster: Cluster) -> None:
+def test_first_start_attach_stop_and_start_again(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To attach costs no process, and next to no time."""
     assert not running(cluster)
     assert start(cluster)
-    first = _postmaster(cluster)
+    first = postmaster(cluster.data)
     assert running(cluster)
-    assert not start(cluster)
-    assert _postmaster(cluster) == first
-    _execute(cluster, "CREATE TABLE kept AS SELECT 42 AS answer")
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
+        began = time.perf_counter()
+        assert not start(cluster)
+        assert time.perf_counter() - began < 0.05
+    assert postmaster(cluster.data) == first
+    _query(cluster, "CREATE TABLE kept AS SELECT 42 AS answer")
     assert stop(cluster)
     assert not stop(cluster)
     assert not running(cluster)
@@ -147,41 +142,26 @@ def test_first_start_attach_stop_and_start_again(cluster: Cluster) -> None:
     assert _query(cluster, "SELECT answer FROM kept") == 42
 
 
-def test_attaching_costs_no_process_and_next_to_no_time(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    start(cluster)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
-    began = time.perf_counter()
-    start(cluster)
-    assert time.perf_counter() - began < 0.05
-
-
 def test_what_the_server_is_like(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGPORT", "5999")
     monkeypatch.setenv("PGOPTIONS", "")
     start(cluster)
     assert _query(cluster, "SELECT current_setting('server_version_num')::int / 10000") == MAJOR
-    assert _query(cluster, "SHOW listen_addresses") == ""
-    assert _query(cluster, "SHOW fsync") == "on"
-    assert _query(cluster, "SHOW server_encoding") == "UTF8"
-    assert _query(cluster, "SHOW TimeZone") == "UTC"
+    settings = {"listen_addresses": "", "fsync": "on", "server_encoding": "UTF8", "TimeZone": "UTC"}
+    assert {name: _query(cluster, f"SHOW {name}") for name in settings} == settings
     assert stat.S_IMODE(cluster.sockets.stat().st_mode) == 0o700
-    environment = Path(f"/proc/{_postmaster(cluster)}/environ")
+    if MAJOR >= 17:  # a locale of PostgreSQL's own: letters are not ASCII alone
+        assert _query(cluster, "SELECT upper('é')") == "É"
+    environment = Path(f"/proc/{postmaster(cluster.data)}/environ")
     if environment.exists():  # Linux: who starts the server does not leave secrets in it
         assert b"PGPORT" not in environment.read_bytes()
 
 
-@new_in(17, "a locale of PostgreSQL's own")
-def test_letters_are_not_ascii_alone(cluster: Cluster) -> None:
-    start(cluster)
-    assert _query(cluster, "SELECT upper('é')") == "É"
-
-
 def test_majors_lie_apart(folder: Path) -> None:
     clusters = {major: locate(folder, major) for major in {*embedded.INSTALLATIONS, MAJOR}}
-    for cluster in clusters.values():
+    for major, cluster in clusters.items():
         start(cluster)
-    versions = {major: _query(cluster, "SHOW server_version") for major, cluster in clusters.items()}
-    assert all(version.startswith(f"{major}.") for major, version in versions.items())
+        assert _query(cluster, "SHOW server_version").startswith(f"{major}.")
 
 
 def test_six_processes_at_once_all_get_the_one_server(folder: Path, cluster: Cluster) -> None:
@@ -194,7 +174,7 @@ def test_six_processes_at_once_all_get_the_one_server(folder: Path, cluster: Clu
 def test_server_outlives_ctrl_c_and_hangup_of_its_starter(folder: Path, cluster: Cluster) -> None:
     starter = _starter(folder, cluster.binaries, start_new_session=True)
     starter.communicate(timeout=60)
-    pid = _postmaster(cluster)
+    pid = postmaster(cluster.data)
     assert os.getsid(pid) != starter.pid
     for number in (signal.SIGINT, signal.SIGHUP):
         with pytest.raises(ProcessLookupError):  # nobody of the starter's group is left
@@ -202,34 +182,19 @@ def test_server_outlives_ctrl_c_and_hangup_of_its_starter(folder: Path, cluster:
     assert running(cluster)
 
 
-def test_path_with_a_space_a_quote_and_a_dollar(folder: Path) -> None:
+def test_path_with_a_space_a_quote_and_a_dollar_and_data_elsewhere(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkout = folder / "it's $HOME `x`"
     checkout.mkdir()
-    cluster = locate(checkout)
-    start(cluster)
-    assert _query(cluster, "SELECT 1") == 1
-
-
-def test_environment_variable_moves_the_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _starts(locate(checkout))
     monkeypatch.setenv(embedded.DATA_VARIABLE, str(folder / "else where" / ".postgres"))
     cluster = locate(folder / "checkout")
     assert cluster.data == folder / f"else where/.postgres/{MAJOR}/data"
-    start(cluster)
-    assert _query(cluster, "SELECT 1") == 1
+    assert _starts(cluster)
 
 
 # ── deaths ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_killed_postmaster_is_replaced_and_the_data_is_there(cluster: Cluster) -> None:
-    start(cluster)
-    _execute(cluster, "CREATE TABLE kept AS SELECT 42 AS answer")
-    killed = _murder(cluster)
-    assert not running(cluster)
-    assert not stop(cluster)
-    start(cluster)
-    assert _postmaster(cluster) != killed
-    assert _query(cluster, "SELECT answer FROM kept") == 42
 
 
 def test_orphans_of_a_killed_postmaster_are_waited_for(cluster: Cluster) -> None:
@@ -243,15 +208,15 @@ def test_orphans_of_a_killed_postmaster_are_waited_for(cluster: Cluster) -> None
     client = threading.Thread(target=compute)
     client.start()
     busy = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'SELECT count%' AND state = 'active'"
-    backend = 0
-    while not backend:
-        backend = _query(cluster, busy) or 0
+    while not (backend := _query(cluster, busy) or 0):
+        pass
     os.kill(backend, signal.SIGSTOP)  # it lives on for exactly as long as this test wants
     _murder(cluster)
     starter = threading.Thread(target=start, args=[cluster])
     starter.start()
     try:
-        assert embedded._until(lambda: "shared memory block" in _log(cluster), 10)
+        log = cluster.log
+        assert embedded._until(lambda: log.exists() and "shared memory block" in log.read_text(errors="replace"), 10)
         assert not running(cluster)
     finally:
         os.kill(backend, signal.SIGKILL)
@@ -260,25 +225,27 @@ def test_orphans_of_a_killed_postmaster_are_waited_for(cluster: Cluster) -> None
     assert _query(cluster, "SELECT 1") == 1
 
 
-def _log(cluster: Cluster) -> str:
-    return cluster.log.read_text(errors="replace") if cluster.log.exists() else ""
+STALE = [None, "{alive}\n{data}\n1\n5432\n{sockets}\n\n1 1\nready   \n", "99999999\n", ""]
 
 
-@pytest.mark.parametrize("content", ["{alive}\n{data}\n1\n5432\n{sockets}\n\n1 1\nready   \n", "99999999\n", ""])
-def test_stale_pid_file_even_with_a_living_process(cluster: Cluster, content: str) -> None:
-    """The process number went to somebody else (this very test), or the file was cut off by a full disk."""
+@pytest.mark.parametrize("content", STALE)
+def test_killed_postmaster_is_replaced_and_the_data_is_there(cluster: Cluster, content: str | None) -> None:
+    """Its number may have gone to somebody else (this very test), its file been cut off by a full disk."""
     start(cluster)
-    _murder(cluster)
-    values = {"alive": os.getpid(), "data": cluster.data, "sockets": cluster.sockets}
-    (cluster.data / "postmaster.pid").write_text(content.format(**values))
-    (cluster.sockets / ".s.PGSQL.5432.lock").write_text(f"{os.getpid()}\n")
+    _query(cluster, "CREATE TABLE kept AS SELECT 42 AS answer")
+    killed = _murder(cluster)
+    if content is not None:
+        values = {"alive": os.getpid(), "data": cluster.data, "sockets": cluster.sockets}
+        (cluster.data / "postmaster.pid").write_text(content.format(**values))
+        (cluster.sockets / ".s.PGSQL.5432.lock").write_text(f"{os.getpid()}\n")
     assert not running(cluster)
     assert not stop(cluster)
     start(cluster)
-    assert _query(cluster, "SELECT 1") == 1
+    assert postmaster(cluster.data) != killed
+    assert _query(cluster, "SELECT answer FROM kept") == 42
 
 
-def test_copied_folder_neither_attaches_to_the_original_nor_stops_it(folder: Path) -> None:
+def test_copied_folder_knows_no_server_and_a_moved_one_keeps_its_own(folder: Path) -> None:
     original = locate(folder / "a")
     start(original)
     subprocess.run(["cp", "-a", folder / "a", folder / "b"], check=True)
@@ -286,13 +253,8 @@ def test_copied_folder_neither_attaches_to_the_original_nor_stops_it(folder: Pat
     assert not running(copy)
     assert not stop(copy)
     assert running(original)
-
-
-def test_moved_folder_keeps_its_running_server(folder: Path) -> None:
-    original = locate(folder / "a")
-    start(original)
-    (folder / "a").rename(folder / "b")
-    moved = locate(folder / "b")
+    (folder / "a").rename(folder / "c")
+    moved = locate(folder / "c")
     assert running(moved)
     assert stop(moved)
 
@@ -301,8 +263,7 @@ def test_lost_socket_leads_to_a_new_server(cluster: Cluster) -> None:
     start(cluster)
     (cluster.sockets / ".s.PGSQL.5432").unlink()
     assert not running(cluster)
-    start(cluster)
-    assert _query(cluster, "SELECT 1") == 1
+    assert _starts(cluster)
 
 
 def test_initdb_killed_half_way_is_done_again(folder: Path, cluster: Cluster) -> None:
@@ -313,8 +274,7 @@ def test_initdb_killed_half_way_is_done_again(folder: Path, cluster: Cluster) ->
     starter.communicate()
     assert unfinished.exists()
     assert not cluster.data.exists()
-    start(cluster)
-    assert _query(cluster, "SELECT 1") == 1
+    assert _starts(cluster)
     assert not unfinished.exists()
 
 
@@ -335,16 +295,7 @@ def test_git_sees_nothing_of_the_server_but_in_a_folder_that_was_there(
     assert not (theirs / ".gitignore").exists()
 
 
-def test_folder_that_holds_something_else_is_left_alone(cluster: Cluster) -> None:
-    start(cluster)
-    stop(cluster)
-    (cluster.data / "PG_VERSION").rename(cluster.data / "was-PG_VERSION")
-    with pytest.raises(UnreachableError, match="not empty"):
-        start(cluster)
-    assert (cluster.data / "base").exists()
-
-
-def test_why_the_server_does_not_start_is_said(cluster: Cluster) -> None:
+def test_why_the_server_does_not_start_is_said_and_a_folder_of_something_else_left_alone(cluster: Cluster) -> None:
     start(cluster)
     stop(cluster)
     with (cluster.data / "postgresql.conf").open("a") as settings:
@@ -353,6 +304,10 @@ def test_why_the_server_does_not_start_is_said(cluster: Cluster) -> None:
         start(cluster)
     assert "shared_buffers" in caught.value.where
     assert caught.value.exit_code == 4
+    (cluster.data / "PG_VERSION").rename(cluster.data / "was-PG_VERSION")
+    with pytest.raises(UnreachableError, match="not empty"):
+        start(cluster)
+    assert (cluster.data / "base").exists()
 
 
 # ── sockets ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -372,38 +327,31 @@ def awkward(request: pytest.FixtureRequest, folder: Path) -> Iterator[Cluster]:
     shutil.rmtree(cluster.sockets, ignore_errors=True)
 
 
-def test_awkward_path_has_its_socket_in_a_private_folder(awkward: Cluster) -> None:
-    start(awkward)
-    assert _query(awkward, "SELECT 1") == 1
-    assert stat.S_IMODE(awkward.sockets.stat().st_mode) == 0o700
-    assert stop(awkward)
+def test_awkward_path_has_its_socket_in_a_private_folder(awkward: Cluster, folder: Path) -> None:
+    """In no link, no other user's (not as root: root's own folder / stands in for it), none that is open to others."""
 
-
-def test_socket_folder_open_to_others_is_refused(awkward: Cluster) -> None:
-    start(awkward)
-    awkward.sockets.chmod(0o777)
-    for action in (running, start):
+    def refused(action: Callable[[Cluster], object], cluster: Cluster = awkward) -> None:
         with pytest.raises(UnreachableError, match="not private"):
-            action(awkward)
+            action(cluster)
 
-
-def test_socket_folder_that_is_a_link_is_refused(awkward: Cluster, folder: Path) -> None:
     (folder / "trap").mkdir(mode=0o700)
     awkward.sockets.symlink_to(folder / "trap")
-    with pytest.raises(UnreachableError, match="not private"):
-        start(awkward)
-
-
-def test_socket_folder_of_another_user_is_refused(awkward: Cluster) -> None:
-    """As root the squatter is any other user; else root itself owns /, which stands in for his folder."""
+    refused(start)
+    awkward.sockets.unlink()
     if ROOT_CASE:
         awkward.sockets.mkdir(mode=0o700)
         os.chown(awkward.sockets, SOMEBODY, SOMEBODY)
-        squatted = awkward
+        refused(start)
+        awkward.sockets.rmdir()
     else:
-        squatted = Cluster(awkward.data, Path("/"), awkward.binaries)
-    with pytest.raises(UnreachableError, match="not private"):
-        start(squatted)
+        refused(start, Cluster(awkward.data, Path("/"), awkward.binaries))
+    assert _starts(awkward)
+    assert stat.S_IMODE(awkward.sockets.stat().st_mode) == 0o700
+    awkward.sockets.chmod(0o777)
+    refused(running)
+    refused(start)
+    awkward.sockets.chmod(0o700)
+    assert stop(awkward)
 
 
 # ── users ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -448,7 +396,7 @@ def test_ordinary_user_runs_it_as_himself(folder: Path) -> None:
     checkout = folder / "checkout"
     checkout.mkdir(mode=0o700)
     os.chown(checkout, SOMEBODY, SOMEBODY)
-    environment = {"PATH": os.defpath, "PYTHONPATH": str(folder / "packages"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {"PATH": os.defpath, "PYTHONPATH": f"{folder}/packages:{folder}/packages/scripts"}
     how = {"user": SOMEBODY, "group": SOMEBODY, "extra_groups": [], "env": environment}
     out, err = _starter(checkout, binaries, executable=_python_for(SOMEBODY), **how).communicate(timeout=60)
     assert err == ""
@@ -459,17 +407,18 @@ def test_ordinary_user_runs_it_as_himself(folder: Path) -> None:
 
 if ROOT_CASE:
 
-    def test_root_runs_it_in_place_as_an_unprivileged_user(folder: Path, cluster: Cluster) -> None:
+    def test_root_runs_it_in_place_as_an_unprivileged_user_and_nobody_else_can_enter(
+        folder: Path, cluster: Cluster
+    ) -> None:
         before = folder.stat()
         start(cluster)
         assert cluster.data == folder / f".postgres/{MAJOR}/data"
         assert embedded._name(cluster.data.stat().st_uid) == embedded.ACCOUNT
         assert (folder.stat().st_mode, folder.stat().st_uid) == (before.st_mode, before.st_uid)
-
-    def test_nobody_else_can_enter_roots_server(folder: Path, cluster: Cluster) -> None:
-        start(cluster)
         assert not embedded._stranger_can('test -x "$1"', cluster.sockets)
         assert not embedded._stranger_can('test -w "$1"', cluster.sockets / ".s.PGSQL.5432")
+        folder.chmod(0o700)  # the decision stands when the checkout is closed later
+        assert locate(folder) == cluster
 
     def test_unreachable_checkout_has_its_data_elsewhere(folder: Path) -> None:
         """As below /root: neither the data folder nor the package can be reached, and no mode is changed for it."""
@@ -491,11 +440,6 @@ if ROOT_CASE:
             _kill(cluster.data.parent)
             shutil.rmtree(home)
 
-    def test_decision_stands_when_the_checkout_is_closed_later(folder: Path, cluster: Cluster) -> None:
-        start(cluster)
-        folder.chmod(0o700)
-        assert locate(folder) == cluster
-
     def test_root_does_not_take_over_the_cluster_of_an_ordinary_user(folder: Path, cluster: Cluster) -> None:
         cluster.data.mkdir(parents=True, mode=0o700)
         cluster.data.parent.chmod(0o700)
@@ -509,9 +453,12 @@ if ROOT_CASE:
 
 
 def test_missing_package_asks_for_a_url(folder: Path) -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from scripts import embedded\n"
+    code = "import sys; sys.path.insert(0, sys.argv[1])\nfrom pathlib import Path\n"
+    code += "from budget_engine.postgres import embedded\n"
     code += "try: embedded.locate(Path.cwd())\nexcept embedded.errors.UnreachableError as error: print(error.remedy)"
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code, PROJECT], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, PROJECT / "scripts"], capture_output=True, text=True, check=True
+    )
     assert "DATABASE_URL" in done.stdout
 
 

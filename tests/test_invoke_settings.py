@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import Run, clean_environment
-
-from scripts import chain
+from budget_engine.migration import chain
+from conftest import Run, clean_environment, run
+from test_command_line import copied
 
 MENU = {"setup", "slots-flags", "slots_flags", "turn-metrics", "turn_metrics", "verify", "db.url", "lint"}
 UNDERSCORES = "tasks: {auto_dash_names: false}\n"
 # What a user, or a machine, may have for Invoke: file and content.
-FILES = {
+FILES: dict[str, tuple[str, bytes | None]] = {
+    "a folder": (".invoke.yaml", None),
     "broken": (".invoke.yaml", b"tasks: [unclosed\n"),
     "no mapping": (".invoke.yaml", b"- tasks\n"),
     "another type": (".invoke.yaml", b"tasks: 3\n"),
@@ -32,25 +31,12 @@ FILES = {
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A checkout of its own."""
-    tree = tmp_path / "my checkout"
-    for folder in ("scripts", "db"):
-        shutil.copytree(chain.ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(chain.ROOT / "tasks.py", tree)
-    return tree
+    return copied(tmp_path / "my checkout")
 
 
 def invoke(program: list[str], *words: str, cwd: Path, **environment: str) -> Run:
-    done = subprocess.run(
-        [sys.executable, *program, *words],
-        cwd=cwd,
-        env=clean_environment() | {"DATABASE_URL": "postgresql://u@h:5432/db"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    return Run(done.returncode, done.stdout, done.stderr)
+    given = clean_environment() | {"DATABASE_URL": "postgresql://u@h:5432/db"} | environment
+    return run([sys.executable, *program, *words], given, cwd=cwd)
 
 
 def as_inv(tree: Path, *words: str, **environment: str) -> Run:
@@ -67,27 +53,50 @@ def assert_ours(done: Run, *missing: str) -> None:
     assert set(done.out.split()) >= MENU - set(missing), done
 
 
-def user_file(home: Path, name: str, content: bytes) -> dict[str, str]:
-    """Give a user the file; return the environment of his."""
+def of_user(home: Path, name: str, content: bytes | None) -> dict[str, str]:
+    """Give a user the file, or (None) a folder of its name; return the environment of his."""
     home.mkdir()
-    (home / name).write_bytes(content)
+    (home / name).mkdir() if content is None else (home / name).write_bytes(content)
     return {"HOME": str(home)}
 
 
 # ── scripts/inv ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("kind", FILES)
-def test_settings_of_the_user_do_not_matter(tree: Path, tmp_path: Path, kind: str) -> None:
-    user = user_file(tmp_path / "home", *FILES[kind])
+def test_version_is_ours(tree: Path) -> None:
+    done = as_inv(tree, "--version")
+    assert done.code == 0, done
+    assert re.fullmatch(rf"Budget Engine recipes {re.escape(chain.version())} \(Invoke [\d.]+\)\n", done.out), done
+
+
+def test_list_is_in_the_order_of_the_work(tree: Path) -> None:
+    """Those for developers last."""
+    names = re.findall(r"^  ([\w.-]+)", as_inv(tree, "--list").out, re.M)
+    assert names[:6] == ["setup", "prereqs", "fix", "slots-flags", "budget-report", "turn-metrics"]
+    assert set(names[6:11]) == {"verify", "status", "plan", "rehearse", "doctor"}
+    assert set(names[-4:]) == {"test", "lint", "bench", "pictures"}
+    assert set(re.findall(r"^  ([\w.-]+)", plain(tree, "--list").out, re.M)) == set(names)
+    assert re.findall(r"^  \.(\w+)", as_inv(tree, "--list", "db").out, re.M) == ["start", "stop", "url", "psql"]
+    assert "db [4 tasks]" in as_inv(tree, "--list", "--list-depth", "1").out
+
+
+@pytest.mark.parametrize("spelling", ["invoke", "python3 scripts/inv", "python3.12 '/my place/scripts/inv'"])
+def test_messages_spell_tasks_as_this_run_was_started(tree: Path, spelling: str) -> None:
+    """Else who has no environment active is told to run what is not there."""
+    program = ["-I", "-X", f"ran_as={spelling}", str(tree / "scripts/as_invoke.py")]
+    place = {"DATABASE_URL": "embedded", "BUDGET_ENGINE_POSTGRES": str(tree / "postgres")}
+    done = invoke(program, "--dry", "setup", cwd=tree, **place)
+    assert done.code == 4, done
+    assert f"help     Start it ({spelling} db.start)" in done.err
+    assert done.err.count("invoke ") == (spelling == "invoke"), done
+
+
+@pytest.mark.parametrize("file", FILES.values(), ids=FILES)
+def test_settings_of_the_user_do_not_matter(tree: Path, tmp_path: Path, file: tuple[str, bytes | None]) -> None:
+    user = of_user(tmp_path / "home", *file)
     assert_ours(as_inv(tree, "--complete", **user))
     done = as_inv(tree, "db.url", **user)
     assert (done.code, done.out.strip()) == (0, "postgresql://u@h:5432/db"), done
-
-
-def test_a_folder_in_the_place_of_the_users_settings_does_not_matter(tree: Path, tmp_path: Path) -> None:
-    (tmp_path / "home/.invoke.yaml").mkdir(parents=True)
-    assert_ours(as_inv(tree, "--complete", HOME=str(tmp_path / "home")))
 
 
 @pytest.mark.parametrize("content", ["tasks: [unclosed\n", UNDERSCORES])
@@ -102,35 +111,31 @@ def test_variables_do_not_matter(tree: Path) -> None:
     assert done == plain(tree, "db.url")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "--list",
-        "--list --list-format=json",
-        "--list db",
-        "--help",
-        "--help slots-flags",
-        "--version",
-        "--complete -- invoke --",
-        "--complete -- invoke setup --",
-        "--print-completion-script=bash",
-        "--dry db.url",
-        "-e --no-dedupe db.url db.url",
-        "db.url slots_flags_",
-        "-c nowhere --list",
-        "",
-    ],
-)
+OPTIONS = """
+--list --list-format=json
+--help
+--help slots-flags
+--complete -- invoke --
+--complete -- invoke setup --
+--print-completion-script=bash
+--dry db.url
+-e --no-dedupe db.url db.url
+db.url slots_flags_
+-c nowhere --list
+"""
+
+
+@pytest.mark.parametrize("words", OPTIONS.split("\n")[:-1])
 def test_options_mean_what_they_mean_to_invoke(tree: Path, words: str) -> None:
     assert as_inv(tree, *words.split()) == plain(tree, *words.split())
 
 
-@pytest.mark.parametrize(("name", "content"), [file for file in FILES.values() if b"{" not in file[1][1:]])
+@pytest.mark.parametrize(("name", "content"), [file for file in FILES.values() if file[1] and b"{" not in file[1][1:]])
 def test_file_of_the_command_line_is_named(tree: Path, tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     done = as_inv(tree, "--config", str(tmp_path / name), "db.url")
     assert done.code == 1, done
-    assert done.err.startswith("scripts/inv: the file of --config cannot be used: "), done
+    assert done.err.startswith("scripts/inv: Invoke cannot go on: "), done
     assert "Traceback" not in done.err, done
 
 
@@ -146,14 +151,14 @@ def test_file_of_the_command_line_counts(tree: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["user", "project"])
 def test_invoke_that_leaves_names_alone(tree: Path, tmp_path: Path, place: str) -> None:
-    user = user_file(tmp_path / "home", ".invoke.yaml", UNDERSCORES.encode() if place == "user" else b"")
+    user = of_user(tmp_path / "home", ".invoke.yaml", UNDERSCORES.encode() if place == "user" else b"")
     if place == "project":
         (tree / "invoke.yaml").write_text(UNDERSCORES)
     assert_ours(plain(tree, "--complete", **user), "slots-flags", "turn-metrics")
     listed = plain(tree, "--list", "--list-format=json", **user)
     assert {"slots_flags", "verify"} <= {task["name"] for task in json.loads(listed.out)["tasks"]}
     done = plain(tree, "slots_flags", "db.url", DATABASE_URL="", **user)
-    assert (done.code, done.err.count("error: ")) == (3, 1), done
+    assert (done.code, done.err.count("error  ")) == (3, 1), done
 
 
 APPLICATION = """

@@ -14,27 +14,40 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psycopg
 import pytest
-from conftest import SEED, Db, Run, ended, private_server, until
+from budget_engine.migration import chain, plan
+from budget_engine.postgres import embedded
+from conftest import (
+    BUILDING,
+    OURS,
+    SEED,
+    WAITING,
+    Db,
+    Run,
+    assert_done,
+    ended,
+    holding,
+    postmaster,
+    private_server,
+    until,
+)
 from proxy import Message, Proxy, on_nth, socket_of
 from states import Contents, by_hand, contents, lost, with_uuid
 
-from scripts import chain, embedded
-from scripts.survey import ONLINE
-
-STEMS = [step.stem for step in chain.load()]
+LABELS = [step.label for step in chain.load().steps]
 POINTS_OF_ONE_WALK = 3
 POINTS = int(os.environ.get("FAULT_POINTS", 4 * POINTS_OF_ONE_WALK))
 LONGEST_S = 1.5  # for which a message is waited for
-OURS = "application_name = 'budget-engine-recipes' AND datname = current_database()"
+RUNNING = f"SELECT count(*) FROM pg_stat_activity WHERE {OURS}"
 
-# Rows enough for a build to take its moment; indexes missing and INVALID; parent_id to be validated. What the atomic
-# parts have to do is all there, too.
+# Rows enough for a build to take its moment; indexes missing and INVALID; parent_id to be validated. What the
+# transactions have to do is all there, too.
 ROWS = 3_000
 WEAR = f"""
 INSERT INTO turns (game_id, idx, role, content)
@@ -69,13 +82,14 @@ WHERE NOT indisvalid AND indrelid IN (SELECT oid FROM pg_class WHERE relnamespac
 
 
 def pending(db: Db) -> dict[str, set[str]]:
-    """Return stem → the items that its atomic part is to mend; without those that have nothing to do."""
-    due: dict[str, set[str]] = {}
-    for name, (_, _, mended_by) in db.differing().items():
-        assert mended_by is not None, name
-        if not mended_by.endswith(ONLINE):
-            due.setdefault(mended_by, set()).add(name)
-    return due
+    """Return label → the checks that its transaction is for; without those that have nothing to do."""
+    everything = chain.load()
+    todo = plan.make(everything, everything.steps, db.checks())
+    assert todo.conflicts == ()
+    return {
+        step.label: {check.title for action in step.transaction for check in action.checks}
+        for step in todo.transactions
+    }
 
 
 @dataclass(frozen=True)
@@ -87,27 +101,21 @@ class Before:
     pending: dict[str, set[str]]
 
     @property
-    def stems(self) -> list[str]:
-        """What is to be done, in order."""
-        return [stem for stem in STEMS if stem in self.pending]
+    def labels(self) -> list[str]:
+        """The steps that have a transaction to run, in order."""
+        return [label for label in LABELS if label in self.pending]
 
     def compare(self, db: Db) -> list[str]:
-        """No value, no object is gone, and no step stands in part; return the steps that stand."""
+        """No value, no object is gone, and no step is done in part; return the steps that are done."""
         uuid_kept = db.rows("SELECT FROM pg_attribute WHERE attname = 'turn_id_uuid'")
         assert lost(self.contents, contents(db), KEPT if uuid_kept else {}) == []
         assert self.things - set(db.rows(THINGS)) == set()
         left = pending(db)
-        assert left == {stem: items for stem, items in self.pending.items() if stem in left}
-        done = [stem for stem in self.stems if stem not in left]
-        assert done == self.stems[: len(done)]
-        assert atomic_in_diary(db) == done
+        assert left == {label: titles for label, titles in self.pending.items() if label in left}
+        done = [label for label in self.labels if label not in left]
+        assert done == self.labels[: len(done)]
+        assert db.transactions() == done
         return done
-
-
-def atomic_in_diary(db: Db) -> list[str]:
-    if db.value("SELECT to_regclass('budget_engine.diary')") is None:
-        return []
-    return [stem for (stem,) in db.rows("SELECT step FROM budget_engine.diary WHERE part = 'atomic' ORDER BY id")]
 
 
 @dataclass(frozen=True)
@@ -164,15 +172,14 @@ def undisturbed(db: Db) -> tuple[float, int]:
         return message
 
     with Proxy(socket_of(db.cluster.sockets), client_says=watch, server_says=watch) as proxy:
-        done = db.invoke("setup", env={"DATABASE_URL": proxy.url(db.name)})
-    assert done.code == 0, done
+        assert_done(db, db.invoke("setup", env={"DATABASE_URL": proxy.url(db.name)}))
     return times[-1] - times[0], len(times)
 
 
 # ── the walk ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-# An old snapshot, which every build waits for; a reader and a writer, who hold up atomic parts, too.
+# An old snapshot, which every build waits for; a reader and a writer, who hold up transactions, too.
 HOLDS_UP = [
     "SELECT 1",
     "LOCK TABLE prompt_snapshots IN ACCESS SHARE MODE",
@@ -182,31 +189,26 @@ HOLDS_UP = [
 
 @dataclass(frozen=True)
 class Point:
-    """One fault: what happens when, and what else goes on.
-
-    after_s: since the login; message: which one it strikes at (one of the two is None); meanwhile: what another session
-    has done, in a transaction that stays open until the fault; beside: a second setup runs; at_once: nobody waits for
-    what the server does yet before the next point.
-    """
+    """One fault: what happens when, and what else goes on."""
 
     fault: str
-    after_s: float | None
-    message: int | None
-    meanwhile: str | None
-    beside: bool
-    at_once: bool
+    after_s: float | None  # since the login; None: at a message
+    message: int | None  # which one
+    meanwhile: str | None  # what another session has done, in a transaction that stays open until the fault
+    beside: bool  # a second setup runs
+    at_once: bool  # nobody waits for what the server does yet before the next point
 
 
 def draw_point(draw: random.Random, seconds: float, messages: int) -> Point:
     timed = draw.random() < 0.6
     share = draw.random() ** 1.5  # of an undisturbed run; the early ones more often, for later runs find less to do
     return Point(
-        draw.choice(list(FAULTS)),
-        1.2 * seconds * share if timed else None,
-        None if timed else 1 + int(messages * share),
-        draw.choice([*HOLDS_UP, *[None] * len(HOLDS_UP)]),
-        draw.random() < 0.3,
-        draw.random() < 0.3,
+        fault=draw.choice(list(FAULTS)),
+        after_s=1.2 * seconds * share if timed else None,
+        message=None if timed else 1 + int(messages * share),
+        meanwhile=draw.choice([*HOLDS_UP, *[None] * len(HOLDS_UP)]),
+        beside=draw.random() < 0.3,
+        at_once=draw.random() < 0.3,
     )
 
 
@@ -224,8 +226,8 @@ def test_random_walk(mortal: Mortal, walk: int) -> None:
             strike(db, point)
             if not point.at_once:
                 quiet(db)
-                print(f"  stands: {before.compare(db)}")
-        finished(db, before)
+                print(f"  done: {before.compare(db)}")
+        finish(db, before)
 
 
 def strike(db: Db, point: Point) -> None:
@@ -271,33 +273,24 @@ def until_connected(proxy: Proxy, process: subprocess.Popen[str]) -> None:
     until(lambda: proxy.conversations and proxy.conversations[0].from_client, process)
 
 
-@contextmanager
-def transaction(db: Db, sql: str) -> Iterator[None]:
-    """Another session's transaction, which did this and stays open; how it ends depends on the server, too."""
-    connection = db.connect(autocommit=False)
-    connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
-    connection.execute(sql.encode())
-    try:
-        yield
-    finally:
-        connection.close()
+def transaction(db: Db, sql: str) -> AbstractContextManager[Any]:
+    """Another session's transaction, which did this, keeps its snapshot, and stays open."""
+    return holding(db, f"SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; {sql}; SELECT 1")
 
 
 def quiet(db: Db) -> None:
     """Wait for the orphans: a server process goes on with its statement when its client is gone."""
     deadline = time.monotonic() + 30
-    while db.value(f"SELECT count(*) FROM pg_stat_activity WHERE {OURS}"):
+    while db.value(RUNNING):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def finished(db: Db, before: Before) -> None:
-    """One more run, undisturbed, and everything stands."""
-    done = db.invoke("setup")
-    assert done.code == 0, done
-    assert db.differing() == {}
+def finish(db: Db, before: Before) -> None:
+    """One more run, undisturbed, and everything is done."""
+    assert_done(db)
     assert set(db.rows(INVALID)) <= {("idx_prompt_snapshots_turn_id_uuid",)}
-    assert before.compare(db) == before.stems
+    assert before.compare(db) == before.labels
 
 
 @dataclass(frozen=True)
@@ -317,25 +310,16 @@ def cut(_db: Db, _process: subprocess.Popen[str], proxy: Proxy) -> None:
     proxy.cut()
 
 
-def terminate(db: Db, _process: subprocess.Popen[str], proxy: Proxy) -> None:
-    for pid in [conversation.backend_pid for conversation in proxy.conversations]:
-        if pid is not None:
-            db.execute(f"SELECT pg_terminate_backend({pid})")
-
-
-def terminate_the_youngest(db: Db, _process: subprocess.Popen[str], proxy: Proxy) -> None:
-    """The one that has the turn to build, or looks who is in the way, if there is one."""
-    pids = [conversation.backend_pid for conversation in proxy.conversations if conversation.backend_pid]
-    if pids:
-        db.execute(f"SELECT pg_terminate_backend({pids[-1]})")
+def terminate(db: Db, _process: subprocess.Popen[str], proxy: Proxy, *, last: int = 0) -> None:
+    for pid in [talk.backend_pid for talk in proxy.conversations if talk.backend_pid][-last:]:
+        db.execute(f"SELECT pg_terminate_backend({pid})")
 
 
 def stop_the_server(db: Db, _process: subprocess.Popen[str], _proxy: Proxy) -> None:
     """What pg_ctl stop -m immediate does."""
-    server = int((db.cluster.data / "postmaster.pid").read_text().split()[0])
-    os.kill(server, signal.SIGQUIT)
+    os.kill(postmaster(db.cluster.data), signal.SIGQUIT)
     deadline = time.monotonic() + 30
-    while (db.cluster.data / "postmaster.pid").exists():
+    while postmaster(db.cluster.data):
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -344,49 +328,44 @@ FAULTS = {
     "the client is killed": Fault(kill, (-signal.SIGKILL, 0)),
     "the connections are cut": Fault(cut, (0, 4)),
     "the server's processes are terminated": Fault(terminate, (0, 4)),
-    "one server process is terminated": Fault(terminate_the_youngest, (0, 4)),
+    # The one that looks who holds a lock, if there is one.
+    "the youngest server process is terminated": Fault(partial(terminate, last=1), (0, 4)),
     "the server is stopped, immediate": Fault(stop_the_server, (0, 4), (0, 4)),
 }
 
 
 # ── inside what takes long ─────────────────────────────────────────────────────────────────────────────────────────
 
-WAITING = f"SELECT pid FROM pg_stat_activity WHERE {OURS} AND wait_event_type = 'Lock' AND query"
-BUILDING = f"{WAITING} LIKE 'CREATE INDEX CONCURRENTLY%'"
-VALIDATING = f"{WAITING} LIKE '%VALIDATE CONSTRAINT%'"
+BUILDERS = BUILDING.replace("count(*)", "pid")
+VALIDATING = f"""
+{WAITING.replace("count(*)", "pid")} AND query LIKE 'BEGIN%'
+AND pid IN (SELECT pid FROM pg_locks WHERE relation = to_regclass('turns'))"""
 UNUSABLE = "SELECT indexrelid::int FROM pg_index WHERE NOT indisvalid"
-STANDS = "SELECT indexrelid::int, indisvalid FROM pg_index WHERE indexrelid = to_regclass('{}')"
 
 
 @pytest.mark.parametrize("missing", [["idx_slots_type"], ["idx_games_owner", "idx_games_world"]], ids=["one", "two"])
 @pytest.mark.parametrize("held", HOLDS_UP[::2], ids=["old snapshot", "writer"])
-def test_orphan_that_builds_is_waited_for(db: Db, missing: list[str], held: str) -> None:
-    """The client is killed, its server process builds on: nobody drops what it builds, or builds beside it.
-
-    Three sessions: the orphan, the next run, and the turn of that.
-    """
-    assert db.invoke("setup").code == 0
+def test_orphan_that_builds_is_waited_for(finished: Db, missing: list[str], held: str) -> None:
+    """The client is killed, its server process builds on: nobody drops what it builds, or builds beside it."""
+    db = finished
     db.execute("DROP INDEX " + ", ".join(missing))
     with transaction(db, held.replace("slots", "slots, games")):
         process = db.start("setup")
-        until(lambda: db.rows(BUILDING), process)
-        [(orphan,)] = db.rows(BUILDING)
+        until(lambda: db.rows(BUILDERS), process)
+        [(orphan,)] = db.rows(BUILDERS)
         process.kill()
         ended(process)
-        unfinished = db.rows(UNUSABLE)
-        assert len(unfinished) == 1
+        [(unfinished,)] = db.rows(UNUSABLE)
         after = db.start("setup")
-        until(lambda: db.value(f"SELECT count(*) FROM pg_stat_activity WHERE {OURS}") == 3, after)
+        until(lambda: db.value(RUNNING) == 2, after)
         time.sleep(1)  # it looks a few times
-        assert db.rows(BUILDING) == [(orphan,)]
-        assert db.rows(UNUSABLE) == unfinished
-    done = ended(after)
-    assert done.code == 0, done
-    assert db.differing() == {}
-    assert db.rows(STANDS.format(missing[0])) == [(*unfinished[0], True)]
+        assert db.rows(BUILDERS) == [(orphan,)]
+        assert db.rows(UNUSABLE) == [(unfinished,)]
+    done = assert_done(db, ended(after))
+    assert db.value(f"SELECT to_regclass('{missing[0]}')::oid::int") == unfinished
     assert not [line for line in done.out.splitlines() if missing[0] in line and "done" in line]
     assert f"pid {orphan} " in done.out
-    assert db.rows("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()") == [(0,)]
+    assert db.value("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()") == 0
 
 
 @pytest.mark.parametrize("killed", ["client", "server process"])
@@ -395,8 +374,7 @@ def test_killed_while_it_validates(db: Db, killed: str) -> None:
     db.execute(OLD["bigint"])
     assert db.invoke("setup").code == 0
     db.execute("ALTER TABLE prompt_snapshots DROP CONSTRAINT prompt_snapshots_turn_id_fkey")
-    fix = next(step for step in chain.load() if step.task == "fix")
-    db.execute(fix.atomic)
+    db.execute("".join(f"{st.text};" for st in chain.load().of("fix")[0].statements if not st.concurrent))
     before, things = contents(db), set(db.rows(THINGS))
     with transaction(db, "LOCK TABLE turns IN EXCLUSIVE MODE"):
         process = db.start("setup")
@@ -406,12 +384,9 @@ def test_killed_while_it_validates(db: Db, killed: str) -> None:
         else:
             db.rows(f"SELECT pg_terminate_backend(pid) FROM ({VALIDATING}) AS v")
         judge(ended(process), [-signal.SIGKILL, 4])
-        assert db.rows("SELECT conname FROM pg_constraint WHERE NOT convalidated") == [
-            ("prompt_snapshots_turn_id_fkey",)
-        ]
+        unchecked = db.rows("SELECT conname FROM pg_constraint WHERE NOT convalidated")
+        assert unchecked == [("prompt_snapshots_turn_id_fkey",)]
         after = db.start("setup")
         until(lambda: db.rows(VALIDATING), after)
-    done = ended(after)
-    assert done.code == 0, done
-    assert db.differing() == {}
+    assert_done(db, ended(after))
     assert (contents(db), set(db.rows(THINGS))) == (before, things)

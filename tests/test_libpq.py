@@ -18,13 +18,13 @@ from string import Template
 import pooler as poolers
 import psycopg
 import pytest
+from budget_engine.migration.chain import ROOT
+from budget_engine.postgres import embedded
+from budget_engine.postgres.embedded import Cluster
 from conftest import Db, Run, clean_environment, private_server, run
 from pooler import Pooler
 from proxy import Proxy, socket_of
 from versions import NEWEST
-
-from scripts import embedded
-from scripts.embedded import Cluster
 
 PASSWORD = "QX@ZJ/QX"
 # The recipes look into pg_temp last: see transaction_settings.
@@ -35,15 +35,15 @@ current_setting('application_name')"""
 # The connection that every task opens, in a process of its own: libpq reads the environment of the process.
 PROBE = f"""
 import os, sys
-from scripts.chain import ROOT
-from scripts.console import reported
-from scripts.database import Database
-from scripts.settings import completed, load
+sys.path.insert(0, {str(ROOT / "scripts")!r})
+from budget_engine.migration.chain import ROOT
+from budget_engine.output.ending import reported
+from budget_engine.postgres.connection import Connection
+from budget_engine.settings import completed, load
 with reported():
     given = load(ROOT, os.environ)
-    with Database(completed(given.target, given.source), given) as database:
-        settings = f"SELECT {{database.transaction_settings}}"
-        print(*database.run(["BEGIN", settings, {QUERY!r}, "COMMIT"])[2][0], sep="|")
+    with Connection(completed(given.target, given.source), given) as connection:
+        print(*connection.ask([{QUERY!r}])[0][0], sep="|")
 """
 
 
@@ -73,28 +73,27 @@ def closed_port() -> int:
     return port
 
 
-def demand_passwords(cluster: Cluster) -> None:
-    (cluster.data / "pg_hba.conf").write_text("local all postgres trust\nlocal all all scram-sha-256\n")
+def execute(cluster: Cluster, *statements: str) -> None:
     with psycopg.connect(cluster.url, autocommit=True) as connection:
-        connection.execute("SELECT pg_reload_conf()")
+        for statement in statements:
+            connection.execute(statement.encode())
 
 
 @pytest.fixture(scope="module")
-def place() -> Iterator[Place]:
+def place(cluster: Cluster) -> Iterator[Place]:
     with ExitStack() as stack:
         first = stack.enter_context(private_server(cluster_name="first"))
         second = stack.enter_context(private_server(major=NEWEST, cluster_name="second"))
         for cluster in (first, second):
-            with psycopg.connect(cluster.url, autocommit=True) as connection:
-                connection.execute(f"CREATE ROLE ada LOGIN PASSWORD '{PASSWORD}'")
-                connection.execute("CREATE DATABASE ada")
-                connection.execute("CREATE DATABASE game")
-        with psycopg.connect(second.url, autocommit=True) as connection:
-            connection.execute("ALTER ROLE ada SET default_transaction_read_only = on")
-        demand_passwords(first)
+            execute(
+                cluster, f"CREATE ROLE ada LOGIN PASSWORD '{PASSWORD}'", "CREATE DATABASE ada", "CREATE DATABASE game"
+            )
+        execute(second, "ALTER ROLE ada SET default_transaction_read_only = on")
+        (first.data / "pg_hba.conf").write_text("local all postgres trust\nlocal all all scram-sha-256\n")
+        execute(first, "SELECT pg_reload_conf()")
         ports = {
-            name: str(stack.enter_context(Proxy(socket_of(cluster.sockets))).port)
-            for name, cluster in (("P1", first), ("P2", second))
+            name: str(stack.enter_context(Proxy(socket_of(server.sockets))).port)
+            for name, server in (("P1", first), ("P2", second))
         }
         sockets = {"S1": str(first.sockets), "S2": str(second.sockets)}
         yield Place(first, second, {**ports, **sockets, "CLOSED": str(closed_port()), "PW": PASSWORD})
@@ -118,52 +117,41 @@ def home(tmp_path: Path, place: Place) -> Path:
 
 
 LOGIN = {"PGUSER": "ada", "PGPASSWORD": "$PW"}
+GAME, TYPED = "postgresql://ada@127.0.0.1:$P1/game", "postgresql://ada:QX%40ZJ%2FQX@127.0.0.1:$P1/game"
 CASES = {
     "all of it from variables": ("postgresql://", {**LOGIN, "PGHOST": "$S1", "PGDATABASE": "game"}),
-    "a raw @ and / in the URL": ("postgresql://ada:QX%40ZJ%2FQX@127.0.0.1:$P1/game", {}),
-    "the URL wins": ("postgresql://ada:QX%40ZJ%2FQX@127.0.0.1:$P1/game", {"PGPASSWORD": "x", "PGUSER": "x"}),
+    "a raw @ and / in the URL": (TYPED, {}),
+    "the URL wins": (TYPED, {"PGPASSWORD": "x", "PGUSER": "x"}),
     "a database is named as the user": ("postgresql://ada@127.0.0.1:$P1", {"PGPASSWORD": "$PW"}),
     "the port from a variable": ("postgresql://127.0.0.1/game", {**LOGIN, "PGPORT": "$P1"}),
-    "the host's address from a variable": (
-        "postgresql://nowhere.invalid:$P1/game",
-        {**LOGIN, "PGHOSTADDR": "127.0.0.1"},
-    ),
+    "the host's address from a variable":
+        ("postgresql://nowhere.invalid:$P1/game", {**LOGIN, "PGHOSTADDR": "127.0.0.1"}),
     "a socket, percent-encoded": ("postgresql://ada@${S1_CODE}/game", {"PGPASSWORD": "$PW"}),
     "a socket as a parameter": ("postgresql:///game?host=$S1", LOGIN),
     "libpq's keywords": ("host=$S1 dbname=game user=ada password='$PW'", {}),
     "the first host is down": ("postgresql://127.0.0.1:$CLOSED,127.0.0.1:$P1/game", LOGIN),
-    "hosts from a variable, the first one down": (
-        "postgresql:///game",
-        {**LOGIN, "PGHOST": "127.0.0.1,127.0.0.1", "PGPORT": "$CLOSED,$P1"},
-    ),
-    "the first host takes no writes": (
-        "postgresql:///game",
-        {**LOGIN, "PGHOST": "$S2,$S1", "PGTARGETSESSIONATTRS": "read-write"},
-    ),
+    "hosts from a variable, the first one down":
+        ("postgresql:///game", {**LOGIN, "PGHOST": "127.0.0.1,127.0.0.1", "PGPORT": "$CLOSED,$P1"}),
+    "the first host takes no writes":
+        ("postgresql:///game", {**LOGIN, "PGHOST": "$S2,$S1", "PGTARGETSESSIONATTRS": "read-write"}),
     "a host that takes no writes": ("postgresql:///game?target_session_attrs=read-only&host=$S1,$S2", LOGIN),
-    "~/.pgpass": ("postgresql://ada@127.0.0.1:$P1/game", {}),
+    "~/.pgpass": (GAME, {}),
     "~/.pgpass, for the second host only": ("postgresql://ada@127.0.0.1:$P2,127.0.0.1:$P1/game?port=$CLOSED,$P1", {}),
     "PGPASSFILE": ("postgresql://ada@/game?host=$S1", {"PGPASSFILE": "$HOME/pass"}),
     "passfile": ("postgresql://ada@/game?host=$S1&passfile=$HOME/pass", {}),
     "a service": ("postgresql://?service=mine", {}),
-    "a service, beside variables of another server": (
-        "postgresql://?service=mine",
-        {"PGHOST": "127.0.0.1", "PGPORT": "$P2", "PGUSER": "nobody", "PGPASSWORD": "x"},
-    ),
-    "a service's host, beside another one in a variable": (
-        "postgresql://?service=mine",
-        {"PGSERVICEFILE": "$HOME/services", "PGHOST": "127.0.0.2"},
-    ),
+    "a service, beside variables of another server":
+        ("postgresql://?service=mine", {"PGHOST": "127.0.0.1", "PGPORT": "$P2", "PGUSER": "nobody", "PGPASSWORD": "x"}),
+    "a service's host, beside another one in a variable":
+        ("postgresql://?service=mine", {"PGSERVICEFILE": "$HOME/services", "PGHOST": "127.0.0.2"}),
     "PGSERVICE": ("postgresql://", {"PGSERVICE": "mine"}),
     "PGSERVICE, another database": ("postgresql:///ada", {"PGSERVICE": "mine"}),
     "PGSERVICEFILE": ("postgresql://?service=mine", {"PGSERVICEFILE": "$HOME/services"}),
     "PGOPTIONS": ("postgresql:///game?host=$S1", {**LOGIN, "PGOPTIONS": "-c extra_float_digits=0 -c search_path=app"}),
-    "options win over PGOPTIONS": (
-        "postgresql:///game?host=$S1&options=-c%20search_path%3Dapp",
-        {**LOGIN, "PGOPTIONS": "-c extra_float_digits=0"},
-    ),
+    "options win over PGOPTIONS": ("postgresql:///game?host=$S1&options=-c%20search_path%3Dapp",
+                                   {**LOGIN, "PGOPTIONS": "-c extra_float_digits=0"}),
     "application_name": ("postgresql:///game?host=$S1&application_name=theirs", LOGIN),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("url", "variables"), CASES.values(), ids=CASES)
@@ -175,10 +163,10 @@ def test_recipes_come_to_where_psql_comes(place: Place, home: Path, url: str, va
 
 
 REFUSED = {
-    "the server has no TLS": ("postgresql://ada:QX%40ZJ%2FQX@127.0.0.1:$P1/game", {"PGSSLMODE": "require"}),
+    "the server has no TLS": (TYPED, {"PGSSLMODE": "require"}),
     "a service that is not there": ("postgresql://?service=other", {}),
     "no host takes writes": ("postgresql://ada@/game?host=$S2", {"PGTARGETSESSIONATTRS": "read-write"}),
-    "a wrong password": ("postgresql://ada@127.0.0.1:$P1/game", {"PGPASSWORD": "ZJQX@ZJQX"}),
+    "a wrong password": (GAME, {"PGPASSWORD": "ZJQX@ZJQX"}),
     "another way to log in": ("postgresql://ada@/game?host=$S2", {"PGREQUIREAUTH": "scram-sha-256"}),
     "~ is the shell's": ("postgresql://ada@/game?host=$S1&passfile=~/pass", {}),
     "hosts and ports that do not pair": ("postgresql://", {"PGHOST": "a,b", "PGPORT": "1,2,3"}),
@@ -191,7 +179,7 @@ def test_recipes_are_refused_where_psql_is(place: Place, home: Path, url: str, v
     by_psql, by_recipe = place.ask(url, variables, home)
     assert by_psql.code == 2, by_psql
     assert by_recipe.code == 4, by_recipe
-    assert by_recipe.err.startswith("error: cannot use postgresql://"), by_recipe
+    assert by_recipe.err.startswith("error    cannot use postgresql://"), by_recipe
     assert not re.search("Traceback|QX|ZJ", by_recipe.err), by_recipe
 
 
@@ -206,37 +194,32 @@ def test_how_long_to_wait_for_a_login_may_come_from_a_variable(db: Db) -> None:
 
 def test_variables_of_other_servers_do_not_touch_the_embedded_one(place: Place) -> None:
     elsewhere = {
-        "PGHOSTADDR": "127.0.0.1",
-        "PGPORT": place.names["P1"],
-        "PGSERVICE": "nowhere",
-        "PGUSER": "ada",
-        "PGDATABASE": "game",
-        "PGOPTIONS": "-c no.such=thing -c jit=maybe",
-        "PGREQUIREPEER": "nobody",
+        "PGHOSTADDR": "127.0.0.1", "PGPORT": place.names["P1"], "PGSERVICE": "nowhere", "PGUSER": "ada",
+        "PGDATABASE": "game", "PGOPTIONS": "-c no.such=thing -c jit=maybe", "PGREQUIREPEER": "nobody",
         "PGTARGETSESSIONATTRS": "standby",
-    }
+    }  # fmt: skip
     its_own = {"DATABASE_URL": "embedded", embedded.DATA_VARIABLE: str(place.second.data.parent.parent)}
     environment = clean_environment() | elsewhere | its_own
     done = run([sys.executable, "-m", "invoke", "verify"], environment)
     assert done.code == 5, done
-    assert "role postgres, database postgres" in done.out
+    assert re.search(r"^target   database postgres, schema public on the embedded server", done.out, re.M), done
+    assert "second" in "".join(in_psql(f"{QUERY};", environment))
+
+
+def in_psql(commands: str, environment: dict[str, str]) -> list[str]:
     words = [sys.executable, "-m", "invoke", "db.psql"]
-    shell = subprocess.run(words, env=environment, input=f"{QUERY};", capture_output=True, text=True, check=True)
-    assert "second" in shell.stdout
+    done = subprocess.run(words, env=environment, input=commands, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
 
 
 def test_psql_gets_no_secret_as_an_argument(db: Db) -> None:
     db.execute("CREATE SCHEMA app")
     url = f"{db.url}&password=QXZJ&sslpassword=ZJQX&search_path=app, public&options=-c%20geqo%3Doff"
     asked = "\\! tr '\\0' ' ' </proc/$PPID/cmdline; echo; echo $PGPASSWORD\nSHOW search_path;\nSHOW geqo;\n"
-    words = [sys.executable, "-m", "invoke", "db.psql"]
-    environment = clean_environment() | {"DATABASE_URL": url}
-    done = subprocess.run(words, env=environment, input=asked, capture_output=True, text=True, check=True)
-    said = done.stdout.splitlines()
+    said = in_psql(asked, clean_environment() | {"DATABASE_URL": url})
     arguments = next(line for line in said if db.name in line and not line.startswith("target"))
-    assert not re.search("QXZJ|ZJQX", arguments), done
-    assert "QXZJ" in said
-    assert {" app, public", " off"} <= set(said), done
+    assert not re.search("QXZJ|ZJQX", arguments), said
+    assert {"QXZJ", " app, public", " off"} <= set(said), said
 
 
 # ── TLS ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -244,11 +227,6 @@ def test_psql_gets_no_secret_as_an_argument(db: Db) -> None:
 OPENSSL = shutil.which("openssl")
 # The embedded binaries know no TLS, neither the server nor psql.
 PSQL = shutil.which("psql")
-needs_tls = [
-    pytest.mark.skipif(poolers.PROGRAM is None or poolers.CONFIGURATION is None, reason="pgbouncer is not on PATH"),
-    pytest.mark.skipif(OPENSSL is None, reason="openssl is not on PATH"),
-    pytest.mark.skipif(PSQL is None, reason="psql, with TLS, is not on PATH"),
-]
 
 
 def certify(folder: Path) -> None:
@@ -307,11 +285,8 @@ SECURED: dict[str, tuple[str, dict[str, str], bool | None]] = {  # …, whether 
     "the URL wins": (f"{HERE}?sslmode=require", {"PGSSLMODE": "disable"}, True),
     "require": (f"{HERE}?sslmode=require", {}, True),
     "verify-full": (f"{HERE}?sslmode=verify-full&{CA}", {}, True),
-    "verify-full by variables": (
-        HERE,
-        {"PGSSLMODE": "verify-full", "PGSSLROOTCERT": "$CERTIFICATES/ca.crt"},
-        True,
-    ),
+    "verify-full by variables":
+        (HERE, {"PGSSLMODE": "verify-full", "PGSSLROOTCERT": "$CERTIFICATES/ca.crt"}, True),
     "~/.postgresql/root.crt": (f"{HERE}?sslmode=verify-ca", {"HOME": "$CERTIFICATES/home"}, True),
     "by a service": ("postgresql://?service=tls", {"PGSERVICEFILE": "$CERTIFICATES/services"}, True),
     "another name": (f"postgresql://ada@127.0.0.1:$PORT/game?sslmode=verify-full&{CA}", {}, None),
@@ -320,40 +295,30 @@ SECURED: dict[str, tuple[str, dict[str, str], bool | None]] = {  # …, whether 
     "another CA, and require": (f"{HERE}?sslmode=require&sslrootcert=$CERTIFICATES/other.crt", {}, None),
     "no CA": (f"{HERE}?sslmode=verify-full", {}, None),
     "~ is the shell's": (f"{HERE}?sslmode=verify-full&sslrootcert=~/ca.crt", {"HOME": "$CERTIFICATES"}, None),
-}
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("url", "variables", "expected"), SECURED.values(), ids=SECURED)
-class TestTls:
-    pytestmark = needs_tls
+@pytest.mark.skipif(poolers.PROGRAM is None or poolers.CONFIGURATION is None, reason="pgbouncer is not on PATH")
+@pytest.mark.skipif(OPENSSL is None, reason="openssl is not on PATH")
+@pytest.mark.skipif(PSQL is None, reason="psql, with TLS, is not on PATH")
+@pytest.mark.parametrize("case", SECURED)
+def test_recipes_speak_tls_where_psql_does(pooler: Pooler, certificates: Path, tmp_path: Path, case: str) -> None:
+    url, variables, expected = SECURED[case]
+    names = {"PORT": str(pooler.port), "CERTIFICATES": str(certificates)}
+    service = f"[tls]\nhost=localhost\nport={pooler.port}\nuser=ada\ndbname=game\nsslmode=verify-full\n"
+    (certificates / "services").write_text(f"{service}sslrootcert={certificates}/ca.crt\n")
+    (certificates / "home" / ".postgresql").mkdir(parents=True, exist_ok=True)
+    shutil.copy(certificates / "ca.crt", certificates / "home" / ".postgresql" / "root.crt")
+    filled = {name: Template(value).substitute(names) for name, value in variables.items()}
+    environment = clean_environment() | {"HOME": str(tmp_path)} | filled
+    url = Template(url).substitute(names)
 
-    def test_recipes_speak_tls_where_psql_does(
-        self,
-        pooler: Pooler,
-        certificates: Path,
-        tmp_path: Path,
-        url: str,
-        variables: dict[str, str],
-        expected: bool | None,
-    ) -> None:
-        names = {"PORT": str(pooler.port), "CERTIFICATES": str(certificates)}
-        service = f"[tls]\nhost=localhost\nport={pooler.port}\nuser=ada\ndbname=game\nsslmode=verify-full\n"
-        (certificates / "services").write_text(f"{service}sslrootcert={certificates}/ca.crt\n")
-        (certificates / "home" / ".postgresql").mkdir(parents=True, exist_ok=True)
-        shutil.copy(certificates / "ca.crt", certificates / "home" / ".postgresql" / "root.crt")
-        filled = {name: Template(value).substitute(names) for name, value in variables.items()}
-        environment = clean_environment() | {"HOME": str(tmp_path)} | filled
-        url = Template(url).substitute(names)
+    before = len(logins(pooler))
+    by_psql = run([str(PSQL), url, "-XAtwc", QUERY], environment)
+    between = len(logins(pooler))
+    by_recipe = run([sys.executable, "-m", "invoke", "verify"], environment | {"DATABASE_URL": url})
+    psql_spoke, recipe_spoke = logins(pooler)[before:between], logins(pooler)[between:]
 
-        before = len(logins(pooler))
-        by_psql = run([str(PSQL), url, "-XAtwc", QUERY], environment)
-        between = len(logins(pooler))
-        by_recipe = run([sys.executable, "-m", "invoke", "verify"], environment | {"DATABASE_URL": url})
-        psql_spoke, recipe_spoke = logins(pooler)[before:between], logins(pooler)[between:]
-
-        if expected is None:
-            assert (by_psql.code, psql_spoke) == (2, []), by_psql
-            assert (by_recipe.code, recipe_spoke) == (4, []), by_recipe
-        else:
-            assert (by_psql.code, psql_spoke) == (0, [("game", "ada", expected)]), by_psql
-            assert (by_recipe.code, set(recipe_spoke)) == (5, set(psql_spoke)), by_recipe  # a watcher may log in too
+    login = [] if expected is None else [("game", "ada", expected)]
+    assert (by_psql.code, psql_spoke) == (0 if login else 2, login), by_psql
+    assert (by_recipe.code, set(recipe_spoke)) == (5 if login else 4, set(login)), by_recipe  # a watcher may log in too

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import psycopg
 import pytest
 import supabase
-from conftest import PACKAGED_TOO, Db, ended, until
+from conftest import PACKAGED_TOO, Db, assert_fails, ended, holding, until
 from states import CORE, CORE_ROWS, by_hand, with_uuid
 
 # A writer who waits longer than this was held up: far less than the LOCK_TIMEOUT, far more than a moment (100 ms).
@@ -41,11 +41,7 @@ SEVERAL_TABLES = {
         "prompt_snapshots",
         "INSERT INTO auth.users (id) VALUES (gen_random_uuid())",
     ),
-    "row-level security of slots and templates": (
-        by_hand(),
-        "templates",
-        "UPDATE slots SET description = description",
-    ),
+    "row-level security of slots and templates": (by_hand(), "templates", "UPDATE slots SET description = description"),
 }
 
 ON_SUPABASE = {"prompt_snapshots", "templates"}
@@ -57,20 +53,15 @@ def test_a_step_that_waits_for_one_table_holds_up_nobody_on_another(db: Db, stat
     if kept in ON_SUPABASE:
         supabase.install(db)
     db.execute(state)
-    with db.connect(autocommit=False) as holder, db.connect() as writer:
+    waits = f"SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = '{kept}'::regclass"
+    with holding(db, f"LOCK TABLE {kept} IN ROW EXCLUSIVE MODE") as holder, db.connect() as writer:
         writer.execute(f"SET lock_timeout = '{LONGEST_WAIT}'")
-        holder.execute(f"LOCK TABLE {kept} IN ROW EXCLUSIVE MODE")
         process = db.start("setup", LOCK_TIMEOUT=LOCK_TIMEOUT, LOCK_WAIT="0")
-        until(
-            lambda: db.value(f"SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = '{kept}'::regclass"),
-            process,
-        )
+        until(lambda: db.value(waits), process)
         while process.poll() is None:
             writer.execute(write)  # 55P03 if it is held up
             time.sleep(0.005)
-        done = ended(process)
-        assert done.code == 7, done
-        assert f"pid {holder.info.backend_pid} " in done.out + done.err, done
+        assert_fails(ended(process), 7, f"pid {holder.info.backend_pid} ")
     assert db.invoke("setup").code == 0
 
 

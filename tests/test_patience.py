@@ -1,20 +1,19 @@
-"""How long to go on trying: properties of scripts/patience.py, with a clock that only its own sleep moves."""
+"""How long to go on trying: properties of postgres/patience.py, with a clock that only its own sleep moves."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 import pytest
+from budget_engine.errors import LOCK_TIMEOUT, LockTimeoutError
+from budget_engine.postgres.patience import Patience
 from hypothesis import given
 from hypothesis import strategies as st
-
-from scripts.errors import LockTimeoutError
-from scripts.patience import Patience
 
 LIMITS = st.floats(0.01, 600)
 FIRSTS = st.floats(0.01, 5)
 TRIES_S = st.lists(st.floats(0, 10), min_size=1, max_size=50)  # what each try itself takes
-WHY = LockTimeoutError(what="somebody is in the way")
+WHY = LOCK_TIMEOUT(what="somebody holds the lock")
 
 
 @dataclass

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import time
 
-from conftest import Db, Run
+from budget_engine.migration import chain
+from conftest import Db, assert_done
 from proxy import Conversation, Proxy, socket_of
 
-from scripts import chain
-
 LOGIN = ["SSLRequest", "Startup"]
-SURVEY, ATOMIC, TERMINATE = ["Q"], ["Q"], ["X"]
+SURVEY, TRANSACTIONS, TERMINATE = ["Q"], ["Q"], ["X"]
 CALM = {"LOCK_TIMEOUT": "60s"}  # on a loaded machine a watch would soon open a connection to see what takes so long
 TASKS = ["prereqs", "fix", "slots-flags", "budget-report", "turn-metrics", "verify"]
 
 
-def through_proxy(db: Db, *words: str, parameters: str = "") -> tuple[Run, Conversation]:
+def through_proxy(db: Db, task: str, parameters: str = "", code: int = 0) -> Conversation:
     with Proxy(socket_of(db.cluster.sockets)) as proxy:
-        done = db.invoke(*words, env={"DATABASE_URL": proxy.url(db.name) + parameters} | CALM)
+        done = db.invoke(task, env={"DATABASE_URL": proxy.url(db.name) + parameters} | CALM)
         [conversation] = proxy.conversations
-    print(f"{' '.join(words)}: {conversation.round_trips} round trips, messages {conversation.kinds}")
-    return done, conversation
+    print(f"{task}: {conversation.round_trips} round trips, messages {conversation.kinds}")
+    assert done.code == code, done
+    return conversation
 
 
 def test_proxy_counts_as_documented(db: Db) -> None:
@@ -33,73 +33,46 @@ def test_proxy_counts_as_documented(db: Db) -> None:
     assert conversation.round_trips == 5
 
 
-def test_nothing_to_do_takes_5_round_trips(db: Db) -> None:
-    assert db.invoke("setup").code == 0
-    done, conversation = through_proxy(db, "setup")
-    assert done.code == 0
-    assert conversation.kinds == [*LOGIN, *SURVEY, *TERMINATE]
-    assert conversation.round_trips <= 5
-    asked = next(message.raw[5:].decode() for message in conversation.from_client if message.kind == "Q")
-    places = [asked.index(step.verification) for step in chain.load()]
-    assert places == sorted(places)  # one query: all the verifications, in the documented order
+def test_each_task_with_nothing_to_do_takes_5_round_trips(finished: Db) -> None:
+    for task in ("setup", *TASKS):
+        conversation = through_proxy(finished, task)
+        assert conversation.kinds == [*LOGIN, *SURVEY, *TERMINATE]
+        assert conversation.round_trips <= 5
+        [asked] = [message for message in conversation.from_client if message.kind == "Q"]
+        assert asked.raw[5:].decode().count(chain.load().verification) == 1
 
 
-def test_everything_from_nothing_takes_7_round_trips(db: Db) -> None:
-    done, conversation = through_proxy(db, "setup")
-    assert done.code == 0
+def test_everything_from_nothing_takes_7_round_trips_and_100_kb(db: Db) -> None:
+    conversation = through_proxy(db, "setup")
     assert db.differing() == {}
-    assert conversation.kinds == [*LOGIN, *SURVEY, *ATOMIC, *SURVEY, *TERMINATE]
+    assert conversation.kinds == [*LOGIN, *SURVEY, *TRANSACTIONS, *SURVEY, *TERMINATE]
     assert conversation.round_trips <= 7
+    sizes = [len(message.raw) for message in conversation.from_client if message.kind == "Q"]
+    print(f"the messages: {sizes} bytes")
+    assert max(sizes) <= 100_000
 
 
-def test_each_task_with_nothing_to_do_takes_5_round_trips(db: Db) -> None:
-    assert db.invoke("setup").code == 0
-    talks = {task: through_proxy(db, task) for task in TASKS}
-    assert {task: done.code for task, (done, _) in talks.items()} == dict.fromkeys(TASKS, 0)
-    assert max(conversation.round_trips for _, conversation in talks.values()) <= 5
-
-
-def test_online_work_costs_one_message_per_statement_and_three_per_step(db: Db) -> None:
-    """The settings and the turn (two) once; per step the SELECT for the statements, each alone, the line in the diary.
-
-    A second connection keeps the turn: first it is asked whether it answers, then its transaction stays open.
-    """
-    assert db.invoke("setup").code == 0
-    db.execute("DROP INDEX idx_games_owner, idx_games_world, idx_slots_type")
-    with Proxy(socket_of(db.cluster.sockets)) as proxy:
-        done = db.invoke("setup", env={"DATABASE_URL": proxy.url(db.name)} | CALM)
-    assert done.code == 0
-    assert db.differing() == {}
-    conversation, *others = proxy.conversations
-    [turn] = [other for other in others if any(b"advisory" in message.raw for message in other.from_client)]
+def test_concurrent_work_costs_one_message_per_statement_and_one_per_step(finished: Db) -> None:
+    """The settings and the turn once; per step each statement alone, then its line in the history."""
+    finished.execute("DROP INDEX idx_games_owner, idx_games_world, idx_slots_type")
+    conversation = through_proxy(finished, "setup")
+    assert finished.differing() == {}
     steps, statements = 2, 3
-    assert conversation.kinds == [
-        *LOGIN,
-        *SURVEY,
-        "Q",
-        "Q",
-        "Q",
-        *["Q"] * (2 * steps + statements),
-        *SURVEY,
-        *TERMINATE,
-    ]
-    assert turn.kinds == [*LOGIN, "Q", "Q", *TERMINATE]
+    assert conversation.kinds == [*LOGIN, *SURVEY, *["Q"] * (2 + statements + steps), *SURVEY, *TERMINATE]
 
 
 def test_failed_step_owes_one_rollback(db: Db) -> None:
     db.execute("CREATE FUNCTION refuse() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''no''; END'")
     db.execute("CREATE EVENT TRIGGER refuse ON ddl_command_start EXECUTE FUNCTION refuse()")
-    done, conversation = through_proxy(db, "setup")
-    assert done.code == 1
-    assert conversation.kinds == [*LOGIN, *SURVEY, *ATOMIC, "Q", *TERMINATE]
+    conversation = through_proxy(db, "setup", code=1)
+    assert conversation.kinds == [*LOGIN, *SURVEY, *TRANSACTIONS, "Q", *TERMINATE]
     assert conversation.from_client[-2].raw[5:-1] == b"ROLLBACK"
 
 
 def test_session_state_is_left_alone(db: Db) -> None:
     """A transaction pooler gives each transaction another session: no options, no SET, no prepared statement."""
     db.execute("CREATE SCHEMA app")
-    done, conversation = through_proxy(db, "setup", parameters="?schema=app&pgbouncer=true&connection_limit=1")
-    assert done.code == 0
+    conversation = through_proxy(db, "setup", "?schema=app&pgbouncer=true&connection_limit=1")
     assert db.value("SELECT to_regclass('app.turn_metrics') IS NOT NULL AND to_regclass('public.turns') IS NULL")
     assert set(conversation.startup) == {"user", "database", "application_name", "client_encoding"}
     assert {"P", "B", "E", "D", "F"}.isdisjoint(conversation.kinds)
@@ -114,8 +87,7 @@ def test_far_server_changes_nothing_but_the_time(db: Db) -> None:
         began = time.monotonic()
         done = db.invoke("setup", env={"DATABASE_URL": proxy.url(db.name)})
         taken = time.monotonic() - began
-    assert done.code == 0
-    assert db.differing() == {}
+    assert_done(db, done)
     round_trips = proxy.conversations[0].round_trips
     assert round_trips <= 7
     assert taken >= 2 * delay_s * (round_trips - 1)  # nobody waits for Terminate to arrive

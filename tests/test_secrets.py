@@ -19,13 +19,13 @@ from string import Template
 from urllib.parse import quote, quote_plus, unquote
 
 import pytest
+from budget_engine import env_file, libpq
+from budget_engine.errors import RecipeError
+from budget_engine.output import text as words
+from budget_engine.postgres.connection import Connection
+from budget_engine.settings import Settings, Target, completed, mask, parse_target
 from conftest import SEED, Run, clean_environment, run
 from test_command_line import peer, refuse_password
-
-from scripts import env_file, libpq, report
-from scripts.database import Database
-from scripts.errors import RecipeError
-from scripts.settings import Settings, Target, completed, mask, parse_target
 
 URLS, AT_ONCE = 10_000, 2_500
 PROCESSES = 36
@@ -33,21 +33,24 @@ RARE, ODD = "QXZJЖ", "@:/?#%&=+'\"\\$!;, é~^|<>{}[]()*-._"
 
 # {raw}: the secret as it is; {code}: percent-encoded; {half}: some of it is; {lower}: with codes in lower case;
 # {quoted}: as libpq's keyword form wants it. Left out is only what nobody can tell: whether in u:p@ss "ss" is a host.
-URL_SHAPES = r"""
-postgresql://app:{raw}@{host}/game
+# What may stand before the password of a URL, and behind it, between bars; and where else one may stand.
+HEADS = r"""
+postgresql://app|postgresql://app@server|postgresql://ap p|postgresql://|postgresql:///app|postgresql:/app|postgresql//app
+//app|app|mysql://app|https://app| postgresql://app|DATABASE_URL=postgresql://app
+"""
+TAILS = r"""
+@{host}|@/game?host=/nowhere|@{host},{host}/game?target_session_attrs=primary|@[::1]:1/game|@{host}:port/game|@[::1/game
+@ {host}/game|@{host}/ga@me|%00@{host}/game|%ff@{host}/game|\n@{host}/game|@{host}/game\n|@{host}/game?sslmode
+@{host}/game?sslmode=nonsense|@{host}/game?connect_timeout=soon|@{host}/game?port=1,2,3|@{host}/game?service=no-such-service
+@{host}/game?options=-c%20search_path%3Dapp
+"""
+OTHERS = r"""
 postgresql://app:{code}@{host}/game
 postgresql://app:{half}@{host}/game
 postgresql://app:{lower}@{host}/game
 postgres://app:{raw}@{host}/game?sslmode=disable
-postgresql+psycopg2://app:{code}@{host}/game?sslmode=prefer&pgbouncer=true
-postgresql://app@server:{raw}@{host}/game
-postgresql://ap p:{raw}@{host}/game
 postgresql://app%40server:{raw}@{host}/game?schema=app&connection_limit=1
-postgresql://:{raw}@{host}/game
-postgresql://app:{raw}@{host}
-postgresql://app:{raw}@/game?host=/nowhere
-postgresql://app:{raw}@{host},{host}/game?target_session_attrs=primary
-postgresql://app:{raw}@[::1]:1/game
+postgresql+psycopg2://app:{code}@{host}/game?sslmode=prefer&pgbouncer=true
 postgresql://app:{code}@{host}/game?password={code}
 postgresql://app@{host}/game?password={code}
 postgresql://app@{host}/game?password={half}&sslpassword={code}
@@ -56,7 +59,6 @@ postgresql://{host}/game?user=app&password={lower}
 postgresql://{host}/game?user=app:{code}
 postgresql://app%3A{code}@{host}/game
 postgresql://app%3A{code}%40{host}/game
-postgresql:///app:{raw}@{host}/game
 postgresql://app/{raw}@{host}/game
 postgresql://app {raw}@{host}/game
 postgresql://app@{raw}@{host}/game
@@ -64,26 +66,7 @@ postgresql://app#{raw}@{host}/game
 postgresql://app:{code}
 postgresql://app:{code}%40{host}/game
 postgresql://app:{code}@
-postgresql://app:{raw}@{host}:port/game
-postgresql://app:{raw}@{host}/game?sslmode
-postgresql://app:{raw}@[::1/game
-postgresql://app:{raw}@ {host}/game
-postgresql://app:{raw}@{host}/ga@me
-postgresql://app:{raw}@{host}/game?sslmode=nonsense
-postgresql://app:{raw}@{host}/game?connect_timeout=soon
-postgresql://app:{raw}@{host}/game?port=1,2,3
-postgresql://app:{raw}@{host}/game?service=no-such-service
-postgresql://app:{raw}@{host}/game?options=-c%20search_path%3Dapp
-postgresql://app:{raw}%00@{host}/game
-postgresql://app:{raw}%ff@{host}/game
-postgresql:/app:{raw}@{host}/game
-postgresql//app:{raw}@{host}/game
-//app:{raw}@{host}/game
-app:{raw}@{host}/game
-mysql://app:{raw}@{host}/game
 jdbc:postgresql://{host}/game?user=app&password={raw}
-https://app:{raw}@{host}/game
- postgresql://app:{raw}@{host}/game
 "postgresql://app:{raw}@{host}/game"
 'postgresql://app:{raw}@{host}/game
 “postgresql://app:{raw}@{host}/game”
@@ -92,10 +75,7 @@ psql postgresql://app:{raw}@{host}/game -c "SELECT 1"
 postgresql://app@{host}/game password={raw}
 postgresql://app@{host}/game?sslmode=disable password={raw}
 psql -h {host} -U app -W {raw}
-DATABASE_URL=postgresql://app:{raw}@{host}/game
 export DATABASE_URL='postgresql://app:{raw}@{host}/game'
-postgresql://app:{raw}\n@{host}/game
-postgresql://app:{raw}@{host}/game\n
 host={name} port=1 user=app dbname=game password={raw}
 host={name} port=1 user=app dbname=game password='{quoted}'
 host={name} port=1 user=app password={raw} dbname=game
@@ -106,8 +86,15 @@ host=postgresql://app:{code}@{host}/game
 dbname=postgresql://app:{code}@{host}/game
 {code}
 {raw}
-""".strip("\n")
-SHAPES = [shape.replace("\\n", "\n") for shape in URL_SHAPES.split("\n")]
+"""
+
+
+def listed(shapes: str) -> list[str]:
+    return [shape.replace("\\n", "\n") for shape in re.split(r"[|\n]", shapes.strip("\n"))]
+
+
+SHAPES = [f"{head}:{{raw}}@{{host}}/game" for head in listed(HEADS)] + listed(OTHERS)
+SHAPES += [f"postgresql://app:{{raw}}{tail}" for tail in listed(TAILS)]
 
 
 @dataclass(frozen=True)
@@ -167,10 +154,10 @@ def all_said(text: str, *, in_file: bool) -> Iterator[str]:
         yield repr(settings)
         assert settings.target is not None
         target = completed(settings.target, source)
-        yield from [repr(target), *report.target(target, settings), *echoes(target)]
-        Database(target, settings).close()
+        yield from [repr(target), words.target(target, settings), *words.notes(target, settings), *echoes(target)]
+        Connection(target, settings).close()
     except RecipeError as error:
-        yield from [*error.lines(), repr(error), *traceback.format_exception(error)]
+        yield from [*words.error(error), repr(error), *traceback.format_exception(error)]
 
 
 def echoes(target: Target) -> Iterator[str]:
@@ -260,7 +247,7 @@ def test_error_itself_is_masked() -> None:
     with peer(refuse_password) as port:
         target = parse_target(f"postgresql://app:QX%40ZJQX@127.0.0.1:{port}/game")
         with pytest.raises(RecipeError) as caught:
-            Database(target, Settings(target, ""))
-    said = [*caught.value.lines(), *traceback.format_exception(caught.value)]
+            Connection(target, Settings(target, ""))
+    said = [*words.error(caught.value), *traceback.format_exception(caught.value)]
     assert "password authentication failed: ***" in "".join(said)
     assert Slip("", "QX@ZJQX").shown_in("".join(said)) is None

@@ -19,17 +19,29 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import Db, Run, database, ended, private_server, until
+from budget_engine import errors
+from budget_engine.migration import chain
+from budget_engine.postgres import embedded
+from conftest import (
+    OURS,
+    WAITING,
+    Db,
+    assert_done,
+    assert_fails,
+    database,
+    ended,
+    holding,
+    postmaster,
+    private_server,
+    until,
+)
 from proxy import COMMITTED, Proxy, containing, on_nth, socket_of
 from psycopg.errors import DiskFull
 from states import by_hand, contents, lost, with_uuid
 
-from scripts import chain, embedded, errors
-
-STEMS = [step.stem for step in chain.load()]
+STEMS = [step.stem for step in chain.load().steps]
 MAX_CONNECTIONS = 8
-OURS = "FROM pg_stat_activity WHERE application_name = 'budget-engine-recipes' AND datname = current_database()"
-WAITS = f"SELECT count(*) {OURS} AND wait_event_type = 'Lock'"
+WRITER = "LOCK TABLE slots IN ROW EXCLUSIVE MODE"
 BUILD_PENDING = "DROP INDEX idx_slots_type"
 VALIDATION_PENDING = """
 ALTER TABLE prompt_snapshots DROP CONSTRAINT prompt_snapshots_turn_id_fkey;
@@ -38,7 +50,7 @@ ALTER TABLE prompt_snapshots ADD CONSTRAINT prompt_snapshots_turn_id_fkey
 
 
 @pytest.fixture(scope="module")
-def small_server() -> Iterator[embedded.Cluster]:
+def small_server(cluster: embedded.Cluster) -> Iterator[embedded.Cluster]:
     """A server of this module's own: it has few connections, and may be stopped."""
     with private_server(max_connections=str(MAX_CONNECTIONS)) as server:
         yield server
@@ -51,18 +63,8 @@ def small(small_server: embedded.Cluster) -> Iterator[Db]:
         yield db
 
 
-def assert_clear(done: Run, code: int, *words: str) -> None:
-    assert done.code == code, done
-    assert done.err.count("error: ") == 1, done
-    assert "Traceback" not in done.err, done
-    for word in words:
-        assert word in done.err, done
-
-
 def assert_next_run_finishes(db: Db, before: dict[str, Any], renamed: dict[str, str] | None = None) -> None:
-    again = db.invoke("setup")
-    assert again.code == 0, again
-    assert db.differing() == {}
+    assert_done(db)
     assert lost(before, contents(db), renamed or {}) == []
 
 
@@ -74,55 +76,19 @@ def finished_but_for(db: Db, pending: str) -> dict[str, Any]:
     return contents(db)
 
 
-@contextmanager
-def holding(db: Db, sql: str) -> Iterator[psycopg.Connection[Any]]:
-    with db.connect(autocommit=False) as holder:
-        holder.execute(sql)
-        yield holder
-        with suppress(psycopg.OperationalError):  # the server may have ended its session
-            holder.rollback()
-
-
 # ── no connection left ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@contextmanager
-def room_for(db: Db, connections: int) -> Iterator[list[psycopg.Connection[Any]]]:
-    """Others take all of the server's connections but so many."""
-    with ExitStack() as stack:
-        taken = [stack.enter_context(db.connect()) for _ in range(MAX_CONNECTIONS - connections)]
-        yield taken
-
-
-def test_all_connections_are_taken(small: Db) -> None:
-    with room_for(small, 0):
-        assert_clear(small.invoke("setup"), 4, "too many clients already")
-    assert_next_run_finishes(small, {})
-
-
-def test_no_room_for_the_second_connection(small: Db) -> None:
+def test_one_connection_is_enough(small: Db) -> None:
     small.execute(by_hand())
     before = contents(small)
-    with room_for(small, 1):
-        done = small.invoke("setup", env={"LOCK_WAIT": "1s"})
-    assert_clear(done, 4, "a second connection", "too many clients already", "LOCK_WAIT")
-    assert "waiting   online work needs a second connection" in done.out
-    assert {str(by).partition(" ")[2] for _, _, by in small.differing().values()} == {"online"}
-    assert_next_run_finishes(small, before)
-
-
-def test_room_for_the_second_connection_comes_in_time(small: Db) -> None:
-    small.execute(by_hand())
-    before = contents(small)
-    with room_for(small, 1) as taken:
-        process = small.start("setup")
-        assert process.stdout is not None
-        assert any("waiting   online work" in line for line in process.stdout)
-        for connection in taken[:2]:
-            connection.close()
-        done = ended(process)
-    assert done.code == 0, done
-    assert_next_run_finishes(small, before)
+    with ExitStack() as others:
+        taken = [others.enter_context(small.connect()) for _ in range(MAX_CONNECTIONS)]
+        assert_fails(small.invoke("setup"), 4, "too many clients already")
+        taken[0].close()
+        done = small.invoke("setup")
+    assert_done(small, done)
+    assert lost(before, contents(small), {}) == []
 
 
 # ── the server restarts ────────────────────────────────────────────────────────────────────────────────────────────
@@ -130,7 +96,7 @@ def test_room_for_the_second_connection_comes_in_time(small: Db) -> None:
 
 def restart(server: embedded.Cluster, how: signal.Signals) -> None:
     """Stop it as pg_ctl does (SIGINT: fast, SIGQUIT: immediate), and start it again."""
-    os.kill(int((server.data / "postmaster.pid").read_text().split()[0]), how)
+    os.kill(postmaster(server.data), how)
     embedded.stop(server)
     embedded.start(server)
 
@@ -147,27 +113,27 @@ def test_restart_between_two_steps(small: Db, commit: int, how: signal.Signals) 
     watcher = on_nth(containing(COMMITTED), commit, lambda: restart(small.cluster, how))
     with Proxy(socket_of(small.cluster.sockets), server_says=watcher) as proxy:
         done = small.invoke("setup", env={"DATABASE_URL": proxy.url(small.name)})
-    assert_clear(done, 4)
+    assert_fails(done, 4)
     assert_next_run_finishes(small, before, {"public.prompt_snapshots.turn_id": "turn_id_uuid"})
 
 
 # What is pending, and what keeps it waiting.
-ONLINE = {
-    "CREATE INDEX": (BUILD_PENDING, "LOCK TABLE slots IN ROW EXCLUSIVE MODE"),
+CONCURRENT = {
+    "CREATE INDEX": (BUILD_PENDING, WRITER),
     "VALIDATE": (VALIDATION_PENDING, "LOCK TABLE prompt_snapshots IN SHARE UPDATE EXCLUSIVE MODE"),
 }
 
 
 @pytest.mark.parametrize("how", [FAST, IMMEDIATE])
-@pytest.mark.parametrize(("pending", "lock"), ONLINE.values(), ids=ONLINE)
-def test_restart_in_online_work(small: Db, pending: str, lock: str, how: signal.Signals) -> None:
+@pytest.mark.parametrize(("pending", "lock"), CONCURRENT.values(), ids=CONCURRENT)
+def test_restart_in_concurrent_work(small: Db, pending: str, lock: str, how: signal.Signals) -> None:
     before = finished_but_for(small, pending)
     with holding(small, lock):
         process = small.start("setup")
-        until(lambda: small.value(WAITS), process)
+        until(lambda: small.value(WAITING), process)
         restart(small.cluster, how)
         done = ended(process)
-    assert_clear(done, 4)
+    assert_fails(done, 4)
     assert small.differing() != {}
     assert_next_run_finishes(small, before)
 
@@ -185,7 +151,7 @@ def test_server_is_still_starting(small: Db) -> None:
     try:
         while "starting up" not in refusal(small):
             assert starter.is_alive()
-        assert_clear(small.invoke("setup"), 4, "the database system is starting up", errors.NotReadyError.usual_remedy)
+        assert_fails(small.invoke("setup"), 4, "the database system is starting up", errors.NOT_READY.remedy)
     finally:
         go.touch()
         starter.join()
@@ -206,26 +172,26 @@ def refusal(db: Db) -> str:
 
 # ── an administrator ends a session ────────────────────────────────────────────────────────────────────────────────
 
-# Which of a run's three sessions, and how the run ends.
+# Which of a run's two sessions, and how the run ends.
 SESSIONS = {
     "working": ("query LIKE 'CREATE INDEX CONC%'", 4),
-    "turn": ("state = 'idle in transaction'", 0),
     "watch": ("query LIKE '%WITH ours AS%' AND state = 'idle'", 0),
 }
 
 
 @pytest.mark.parametrize(("session", "code"), SESSIONS.values(), ids=SESSIONS)
-def test_session_is_terminated_in_online_work(db: Db, session: str, code: int) -> None:
+def test_session_is_terminated_in_concurrent_work(db: Db, session: str, code: int) -> None:
     before = finished_but_for(db, BUILD_PENDING)
-    with holding(db, "LOCK TABLE slots IN ROW EXCLUSIVE MODE"):
+    ends = f"SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE {OURS} AND {session}"
+    with holding(db, WRITER):
         process = db.start("setup")
-        until(lambda: db.value(WAITS), process)
-        until(lambda: db.rows(f"SELECT pg_terminate_backend(pid, 10000) {OURS} AND {session}"), process)
-        if code:
-            assert_clear(ended(process), code, "terminating connection due to administrator command")
-    if not code:
-        done = ended(process)
-        assert (done.code, done.err) == (0, ""), done
+        until(lambda: db.value(WAITING), process)
+        until(lambda: db.rows(ends), process)
+        early = ended(process) if code else None
+    if early:
+        assert_fails(early, code, "terminating connection due to administrator command")
+    else:
+        assert assert_done(db, ended(process)).err == ""
     assert_next_run_finishes(db, before)
 
 
@@ -271,29 +237,26 @@ def full(disk: Path) -> Iterator[None]:
     filler.unlink()
 
 
-def test_disk_is_full_in_a_step(cramped: Db, small_disk: Path) -> None:
-    cramped.execute(by_hand())
-    cramped.migrate(*STEMS[:-1])
+@pytest.mark.parametrize(
+    ("state", "done", "words"),
+    [("", [], ["core_schema"]), (by_hand(), STEMS[:-1], ["turn_metrics", "No space left", "changed nothing"])],
+    ids=["the first", "the last"],
+)
+def test_disk_is_full_in_a_step(cramped: Db, small_disk: Path, state: str, done: list[str], words: list[str]) -> None:
+    cramped.execute(state)
+    cramped.migrate(*done)
     before, rows = cramped.dump(data=True), contents(cramped)
     with full(small_disk):
-        assert_clear(cramped.invoke("setup"), 1, "turn_metrics", "No space left", "left no trace", "Make room")
+        assert_fails(cramped.invoke("setup"), 1, *words, "Make room")
     assert cramped.dump(data=True) == before
     assert_next_run_finishes(cramped, rows)
 
 
-def test_disk_is_full_from_the_first_step_on(cramped: Db, small_disk: Path) -> None:
-    before = cramped.dump()
-    with full(small_disk):
-        assert_clear(cramped.invoke("setup"), 1, "core_schema", "Make room")
-    assert cramped.dump() == before
-    assert_next_run_finishes(cramped, {})
-
-
-def test_disk_is_full_in_online_work(cramped: Db, small_disk: Path) -> None:
+def test_disk_is_full_in_concurrent_work(cramped: Db, small_disk: Path) -> None:
     before = finished_but_for(cramped, BUILD_PENDING)
     with full(small_disk):
         with cramped.connect() as connection, pytest.raises(DiskFull):
-            connection.execute("CREATE TABLE t AS SELECT i FROM generate_series(1, 10000) AS i")
-        assert_clear(cramped.invoke("setup"), 1, "idx_slots_type", "Make room")
+            connection.execute("CREATE TABLE t AS SELECT generate_series(1, 10000)")
+        assert_fails(cramped.invoke("setup"), 1, "idx_slots_type", "Make room")
     assert contents(cramped) == before
     assert_next_run_finishes(cramped, before)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import psycopg
 import pytest
+import states
 import supabase
+from budget_engine.postgres import embedded
 from conftest import MIGRATIONS, Db
 from supabase import ADMIN, MIGRATOR, PLAYER
-
-from scripts import embedded
 
 _UUID = "'00000000-0000-4000-8000-{n:012}'"
 
@@ -72,16 +73,18 @@ ADMINS = {
 }
 NOTHING: set[tuple[str, str]] = set()
 
+WITHOUT_PROFILES = "note     Supabase without profiles"
+
 ADMIN_POLICIES = {
-    "slots policy slots_admin": "20250214_slots_templates",
-    "templates policy templates_admin": "20250214_slots_templates",
-    "prompt_snapshots policy prompt_snapshots_admin_select": "20250213_prompt_snapshots",
-    "prompt_snapshots policy prompt_snapshots_admin_insert": "20250213_prompt_snapshots",
-    "prompt_snapshots policy prompt_snapshots_admin_update": "20250213_prompt_snapshots",
-    "turn_metrics policy turn_metrics_admin_select": "20250222_turn_metrics",
+    "policy slots_admin": "slots_templates",
+    "policy templates_admin": "slots_templates",
+    "policy prompt_snapshots_admin_select": "prompt_snapshots",
+    "policy prompt_snapshots_admin_insert": "prompt_snapshots",
+    "policy prompt_snapshots_admin_update": "prompt_snapshots",
+    "policy turn_metrics_admin_select": "turn_metrics",
 }
 
-# Who has which powers, where profiles stands; without it nobody is an admin.
+# Who has which powers, where profiles exists; without it nobody is an admin.
 WHO = {
     "anon": ("anon", None, NOTHING),
     "anon with an admin's claims": ("anon", ADMIN, NOTHING),
@@ -179,7 +182,7 @@ def test_everybody_has_exactly_his_powers(db: Db, role: str, default_privileges:
     setup(db, role=role)
     fill(db)
     assert {who: powers(db, as_, user) for who, (as_, user, _) in WHO.items()} == {
-        who: promised for who, (_, _, promised) in WHO.items()
+        who: expected for who, (_, _, expected) in WHO.items()
     }
 
 
@@ -189,14 +192,16 @@ def test_without_profiles_there_are_no_admins_until_it_appears(db: Db) -> None:
     fill(db)
     assert powers(db, "authenticated", ADMIN) == NOTHING
     assert powers(db, "service_role", None) == EVERYTHING
-    assert "without profiles" in db.invoke("verify").out
+    for task in ("verify", "status"):
+        assert WITHOUT_PROFILES in db.invoke(task).out
 
     supabase.add_profiles(db)
-    missing = {item: (actual, by) for item, (_, actual, by) in db.differing().items()}
-    assert missing == {item: (None, by) for item, by in ADMIN_POLICIES.items()}
+    missing = {title: (actual, by) for title, (_, actual, by) in db.differing().items()}
+    assert missing == {title: (None, by) for title, by in ADMIN_POLICIES.items()}
     pending = db.invoke("verify")
     assert pending.code == 5
-    assert all(item in pending.out for item in ADMIN_POLICIES), pending
+    assert WITHOUT_PROFILES not in pending.out
+    assert all(title.removeprefix("policy ") in pending.out for title in ADMIN_POLICIES), pending
     assert powers(db, "authenticated", ADMIN) == NOTHING
 
     setup(db)
@@ -217,7 +222,7 @@ def test_every_table_of_the_chain_is_guarded(db: Db, profiles: bool) -> None:
     assert row_security(db) == dict.fromkeys(TABLES, True)
     service = {table for table, _, _, roles, cmd, _, _ in policies(db) if roles == ["service_role"] and cmd == "ALL"}
     assert service == set(TABLES)
-    assert {f"{table} policy {name}" for table, name, _, roles, *_ in policies(db) if roles != ["service_role"]} == (
+    assert {f"policy {name}" for _, name, _, roles, *_ in policies(db) if roles != ["service_role"]} == (
         set(ADMIN_POLICIES) if profiles else set()
     )
 
@@ -246,8 +251,8 @@ def test_a_user_who_goes_leaves_what_he_created(db: Db) -> None:
         "SELECT conrelid::regclass::text, pg_get_constraintdef(oid) FROM pg_constraint"
         " WHERE contype = 'f' AND confrelid = 'auth.users'::regclass AND conrelid <> 'auth.users'::regclass ORDER BY 1"
     )
-    promised = "FOREIGN KEY (created_by) REFERENCES auth.users(id) ON DELETE SET NULL"
-    assert keys == [("prompt_snapshots", promised), ("templates", promised)]
+    expected = "FOREIGN KEY (created_by) REFERENCES auth.users(id) ON DELETE SET NULL"
+    assert keys == [("prompt_snapshots", expected), ("templates", expected)]
     db.execute(f"DELETE FROM auth.users WHERE id = '{PLAYER}'")
     assert (
         db.rows("SELECT created_by FROM templates UNION ALL SELECT created_by FROM prompt_snapshots") == [(None,)] * 4
@@ -274,12 +279,62 @@ def test_a_table_with_somebody_elses_policy_keeps_its_policies(db: Db, keep_ours
         if name in dropped:
             db.execute(f"DROP POLICY {name} ON {table}")
     theirs = policies(db)
-    assert set(db.differing()) == {f"{table} row-level security" for table in CHAIN}
+    assert set(db.differing()) == {f"row-level security of {table}" for table in CHAIN}
 
     setup(db)
     assert policies(db) == theirs
     assert row_security(db) == dict.fromkeys(TABLES, True)
     assert db.differing() == {}
+
+
+@pytest.mark.parametrize("profiles", [True, False], ids=["profiles", "no profiles"])
+def test_the_policy_that_older_files_left_counts_as_none(db: Db, profiles: bool) -> None:
+    supabase.install(db)
+    db.execute(states.by_hand())
+    if profiles:
+        supabase.add_profiles(db)
+    older = [table for table in CHAIN if table != "turn_metrics"]
+    for table in older:
+        db.execute(
+            f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY;"
+            f"CREATE POLICY \"Service role can manage {table}\" ON {table} USING (auth.role() = 'service_role')"
+        )
+    setup(db)
+    names = {name for table, name, *_ in policies(db) if table in CHAIN}
+    assert names == {
+        *(f"{table}_service_role" for table in CHAIN),
+        *(f"Service role can manage {table}" for table in older),
+        *(title.removeprefix("policy ") for title in ADMIN_POLICIES if profiles),
+    }
+    assert db.differing() == {}
+    before = db.dump()
+    by_hand(db, DOCUMENTED_ORDER, "postgres")
+    assert db.dump() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "may"),
+    [
+        ("", "SELECT, INSERT, UPDATE, DELETE"),
+        ("REVOKE INSERT, UPDATE, DELETE ON turns FROM anon, authenticated", "SELECT"),
+        ("ALTER TABLE turns ENABLE ROW LEVEL SECURITY", ""),
+        ("REVOKE ALL ON turns FROM anon", ""),
+        ("DROP FUNCTION auth.uid()", ""),
+    ],
+    ids=["all", "read", "row-level security", "no grant", "plain"],
+)
+def test_status_says_what_anybody_may_do_with_core_tables_that_existed(db: Db, change: str, may: str) -> None:
+    supabase.install(db)
+    db.execute(states.CORE + change)
+    setup(db)
+    done = db.invoke("status", "--format", "json")
+    assert done.code == 0, done
+    said = {line["says"]: line["command"] for line in json.loads(done.out)["surroundings"]["unusual"]}
+    words = f"anon may {may} in turns: its row-level security is off"
+    command = "ALTER TABLE public.turns ENABLE ROW LEVEL SECURITY;"
+    assert [(says, command) for says, command in said.items() if " turns: " in says] == (
+        [(words, command)] if may else []
+    )
 
 
 @pytest.mark.parametrize(
@@ -291,7 +346,7 @@ def test_a_table_with_somebody_elses_policy_keeps_its_policies(db: Db, keep_ours
     ],
     ids=["nothing", "a policy", "a policy and row-level security"],
 )
-def test_core_tables_that_stood_keep_their_row_security_and_policies(db: Db, theirs: str) -> None:
+def test_core_tables_that_existed_keep_their_row_security_and_policies(db: Db, theirs: str) -> None:
     db.migrate("20250130000000_core_schema")  # on a database that is not Supabase yet
     supabase.install(db)
     supabase.add_profiles(db)
@@ -343,7 +398,7 @@ def test_an_auth_schema_of_another_kind_is_plain(db: Db, change: str) -> None:
     setup(db)
     assert policies(db) == []
     assert row_security(db) == dict.fromkeys(TABLES, False)
-    assert "plain PostgreSQL" in db.invoke("verify").out
+    assert json.loads(db.invoke("verify", "--format", "json").out)["server"]["row_security"] == "plain PostgreSQL"
     assert db.differing() == {}
 
 
@@ -388,7 +443,7 @@ def test_setup_needs_no_superuser(db: Db) -> None:
     setup(db, role=MIGRATOR)
     owners = db.rows(f"SELECT DISTINCT relowner::regrole::text FROM pg_class WHERE relname = ANY {_tables()}")
     assert owners == [(MIGRATOR,)]
-    assert db.value("SELECT count(DISTINCT step) FROM budget_engine.diary WHERE role_name = 'supabase_postgres'") > 0
+    assert db.value("SELECT count(DISTINCT step) FROM budget_engine.history WHERE role_name = 'supabase_postgres'") > 0
     assert db.differing() == {}
     before = db.dump()
     setup(db, role=MIGRATOR)
@@ -466,9 +521,9 @@ OFFENCES = {
     "0011_function_search_path_mutable": "ALTER FUNCTION set_critical_slot_defaults() RESET search_path",
     "0013_rls_disabled_in_public": "CREATE TABLE t ()",
     "0024_rls_policy_always_true": "CREATE POLICY p ON turns FOR INSERT TO authenticated WITH CHECK (true)",
-    "0028_anon_security_definer_function_executable": "GRANT EXECUTE ON FUNCTION set_critical_slot_defaults() TO anon",
+    "0028_anon_security_definer_function_executable": "ALTER FUNCTION set_critical_slot_defaults() SECURITY DEFINER",
     "0029_authenticated_security_definer_function_executable": (
-        "GRANT EXECUTE ON FUNCTION set_critical_slot_defaults() TO authenticated"
+        "ALTER FUNCTION set_critical_slot_defaults() SECURITY DEFINER"
     ),
 }
 

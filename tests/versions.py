@@ -16,10 +16,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-
-from scripts import embedded
-from scripts.chain import ROOT
-from scripts.database import OLDEST_VERSION
+from budget_engine.migration.chain import ROOT
+from budget_engine.postgres import embedded
+from budget_engine.postgres.connection import OLDEST_VERSION
 
 NEWEST = max(embedded.INSTALLATIONS)
 MAJOR = int(os.environ.get("TEST_POSTGRES") or NEWEST)
@@ -53,7 +52,7 @@ def concern(item: pytest.Item) -> bool:
     return not _SERVERS.isdisjoint(item.fixturenames) or not _STARTS_ONE.isdisjoint(vars(item.module))
 
 
-_SERVERS = {"db", "cluster"}  # the fixtures that all others with a server ask for
+_SERVERS = {"db", "finished", "cluster"}  # the fixtures that all others with a server ask for
 _STARTS_ONE = {"private_server", "locate", "MAJOR", "WAYS"}
 
 

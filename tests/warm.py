@@ -146,7 +146,13 @@ def _leave(code: object) -> None:
 
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
-    for module in ("invoke.main", "scripts.doctor", "scripts.flow", "scripts.views"):
+    sys.path.insert(1, str(ROOT / "scripts"))
+    for module in (
+        "invoke.main",
+        "budget_engine.commands.doctor",
+        "budget_engine.commands.setup",
+        "budget_engine.commands.inspect",
+    ):
         importlib.import_module(module)
     gc.freeze()
     signal.signal(signal.SIGINT, signal.default_int_handler)

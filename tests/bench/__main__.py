@@ -17,13 +17,18 @@ def _words(text: str) -> list[str]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("--load", action="store_true")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", type=_words, default=None)
-    parser.add_argument("--sizes", type=_words, default="10_000,1_000_000,10_000_000")
-    parser.add_argument("--slots", type=int, default=2_000_000)
-    parser.add_argument("--baseline", type=float, default=30)
-    parser.add_argument("--out", type=Path, default=CHARTS)
+    add = parser.add_argument
+    add("--load", action="store_true", help="the steps on tables of millions of rows, with readers and writers beside")
+    add("--rounds", type=int, default=9, help="how often each tool runs setup")
+    add(
+        "--only",
+        type=_words,
+        help="tools to compare setup with, by parts of their names: psql,dbmate,… (all there are)",
+    )
+    add("--sizes", type=_words, default="10_000,1_000_000,10_000_000", help="rows of prompt_snapshots and of turns")
+    add("--slots", type=int, default=2_000_000, help="rows of slots, at most twice as many as of the others")
+    add("--baseline", type=float, default=30, help="seconds of traffic without a step, to compare with")
+    add("--out", type=Path, default=CHARTS, help="the folder for the charts")
     return parser.parse_args()
 
 

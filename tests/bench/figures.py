@@ -13,9 +13,8 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import psycopg
 import pygal
+from budget_engine.postgres import embedded
 from pygal.style import CleanStyle
-
-from scripts import embedded
 
 _STYLE = CleanStyle(
     background="white",

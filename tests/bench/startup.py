@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from budget_engine.postgres import embedded
 from conftest import Db, clean_environment, database, private_server
 from conftest import run as run_command
 from proxy import Proxy, socket_of
@@ -19,7 +20,6 @@ from versions import packaged
 
 from bench.figures import Report, bar_chart
 from bench.tools import FLOOR, OURS, Tool, all_tools
-from scripts import embedded
 
 FAR_S = 0.05  # there and back
 CASES = ("from nothing", "nothing to do")

@@ -1,12 +1,14 @@
 """The tools that setup is measured against: each runs the SQL of db/migrations on a URL, as a process of its own.
 
-dbmate, alembic and yoyo know no \\gexec: they, and the bare script, get the online parts as the SELECTs that they are.
-On a database made from nothing those return no statement, so that all of them do the same work.
+dbmate, alembic and yoyo know none of psql's commands, and run a file as one transaction of theirs or one message: they,
+and the bare script, get what stands between BEGIN and COMMIT, and then the indexes without CONCURRENTLY. Their tables
+are new and empty, so that all of them do the same work.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -14,9 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from budget_engine.migration import chain
 from conftest import MIGRATIONS
-
-from scripts import chain
 
 FLOOR = "bare psycopg"
 OURS = "invoke setup"
@@ -60,8 +61,8 @@ steps = [step(apply)]
 
 def all_tools(psql: Path, workshop: Path) -> list[Tool]:
     """Return every tool, the floor first and ours next; what they need is written into the workshop."""
-    files = [MIGRATIONS / f"{step.stem}.sql" for step in chain.load()]
-    plain = list(_without_gexec(files, workshop))
+    files = [MIGRATIONS / f"{step.stem}.sql" for step in chain.load().steps]
+    plain = list(_without_psql(files, workshop))
     everything = workshop / "all.sql"
     everything.write_text("\n".join(file.read_text() for file in plain))
     return [
@@ -75,10 +76,11 @@ def all_tools(psql: Path, workshop: Path) -> list[Tool]:
     ]
 
 
-def _without_gexec(files: Sequence[Path], workshop: Path) -> Iterator[Path]:
+def _without_psql(files: Sequence[Path], workshop: Path) -> Iterator[Path]:
     for position, file in enumerate(files, start=1):
         plain = workshop / f"{position}_{file.stem}.sql"
-        plain.write_text(file.read_text().replace("\n\\gexec", ";"))
+        text = re.sub(r"^\\.*\n", "", file.read_text(), flags=re.M).replace(" CONCURRENTLY", "")
+        plain.write_text(re.sub(r"^(BEGIN|COMMIT);\n", "", text, flags=re.M))
         yield plain
 
 

@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from budget_engine.postgres import embedded
 from conftest import Db, private_server
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.text import Text
 from states import by_hand, with_uuid
 from terminal import on_terminal
-
-from scripts import embedded
 
 HERE = Path(__file__).parent
 COLUMNS = 100

@@ -1,0 +1,78 @@
+"""The tasks that bring a database to the schema: setup, its steps, prereqs --recreate, rehearse."""
+
+from __future__ import annotations
+
+from budget_engine import errors
+from budget_engine.commands.session import Session, opened
+from budget_engine.migration import recreate as recreating
+from budget_engine.migration.survey import Survey
+from budget_engine.output import text
+from budget_engine.output.console import CONSOLE
+from budget_engine.postgres.connection import Connection
+
+
+def run(task: str | None, *, dry: bool = False) -> None:
+    """Bring the steps of a task (None: the whole chain) to where their checks pass, or (dry) say what that takes."""
+    with opened(task, dry=dry) as (session, before):
+        if _is_to_be_done(session, before, dry=dry):
+            session.carry_out(before)
+
+
+def rehearse() -> None:
+    """Run every transaction that setup would run, verified, as one that is rolled back."""
+    with opened() as (session, before):
+        todo = session.todo(before)
+        session.refuse_what_cannot_be(todo, before)
+        if todo.transactions:
+            CONSOLE.say(text.line("note", "all that follows is rolled back at the end"))
+            CONSOLE.say(*text.rehearsal(session.rehearse(before), todo))
+        else:
+            CONSOLE.say(text.line("done", f"no transaction is due: {text.summary(before.checks)}"))
+
+
+def prereqs(*, recreate: bool, with_dependants: bool, yes: bool, dry: bool) -> None:
+    """Run the prerequisites; recreate: core tables in an older form move out of their way."""
+    if not recreate:
+        if with_dependants or yes:
+            options = ["--with-dependants"] * with_dependants + ["--yes"] * yes
+            raise errors.OPTION(options=" and ".join(options), of="--recreate")
+        run("prereqs", dry=dry)
+        return
+    kind = _WithDependants if with_dependants else Connection
+    with opened("prereqs", dry=dry, with_recreate=True, kind=kind) as (session, found):
+        moves = recreating.read(session.connection, session.chain, found, with_dependants=with_dependants)
+        said = text.moves(session.where, found.server, moves)
+        if not moves:
+            CONSOLE.say(text.line("note", "no core table has an older form: none is moved"))
+        elif dry:
+            CONSOLE.say(said)
+        session.moves = moves
+        session.wanted = recreating.wanted(session.wanted, session.chain, found.checks, moves)
+        if not _is_to_be_done(session, found, dry=dry):
+            return
+        # Tables without a row, of this machine, move without a question.
+        if not yes and any(move.rows is not None or not session.connection.is_near for move in moves):
+            CONSOLE.say(said)
+            if not CONSOLE.confirms("Move them?"):
+                raise errors.NOT_CONFIRMED()
+        session.carry_out(found)
+
+
+def _is_to_be_done(session: Session, found: Survey, *, dry: bool) -> bool:
+    """Say what is to be done, where that is all that was wanted; raise where it cannot be."""
+    todo = session.todo(found)
+    if dry:
+        CONSOLE.say(
+            *text.steps(todo, only_due=True), text.line("plan", f"{text.counted(todo)}; nothing was changed (--dry)")
+        )
+    session.refuse_what_cannot_be(todo, found)
+    return not dry
+
+
+class _WithDependants(Connection):
+    """A connection in whose transactions tables of others are told to move along."""
+
+    @property
+    def transaction_settings(self) -> str:
+        """Return the settings of any transaction, and this one: through a pooler it must come with each."""
+        return f"{super().transaction_settings}, set_config('budget_engine.with_dependants', 'on', true)"

@@ -1,0 +1,458 @@
+"""The runner: sends a plan, each step in a transaction of its own, all of them in one message.
+
+A step is BEGIN, our settings, the guard against other runs, its locks, its statements, its verification, its line in
+the history, COMMIT. After an error the server skips the rest: the steps before it are committed, it and those after it
+changed nothing. Then the concurrent part: each statement alone, outside any transaction.
+
+The verification travels once, as a setting of the session that ends with the message, and is executed in each step.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+from psycopg.errors import Diagnostic
+
+from budget_engine import errors
+from budget_engine.errors import StatementError
+from budget_engine.migration import survey, turn
+from budget_engine.migration.chain import Chain, Step, version
+from budget_engine.migration.checks import STRENGTH, Check, Kind, Lock
+from budget_engine.migration.plan import Action, Effect, Plan, StepPlan
+from budget_engine.migration.survey import Server, Survey, literal
+from budget_engine.postgres.connection import BEGIN, BEGIN_READ_ONLY, MISGUIDING, Connection, Rows
+
+_BUSY = "TB004"  # raised by the guard
+AT_WORK = "run is at work in this schema"
+_DEADLOCK = "40P01"
+_INTEGRITY = "23"  # the class of integrity constraint violations
+_DUPLICATE_TABLE = "42P07"
+_TIMEOUTS = {"57014", "55P03", "25P04"}  # what a role's own limits end a statement with
+_MOMENT_MS = 100  # shorter than deadlock_timeout: nobody dies in a deadlock with us
+
+# What runs as if nothing of others were there; for what follows, the search_path is as it was.
+_OURS = """DO ${tag}$
+DECLARE
+  path CONSTANT pg_catalog.text := pg_catalog.current_setting('search_path');
+  seen pg_catalog.text;
+BEGIN
+  PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+{does}
+  PERFORM set_config('search_path', path, true);
+END
+${tag}$"""
+_BUSY_IF = f"""\
+  IF {{condition}} THEN
+    RAISE EXCEPTION USING ERRCODE = '{_BUSY}', MESSAGE = 'another {AT_WORK}';
+  END IF;"""
+# How many checks find something, and how many pass: where that is not what was surveyed, somebody was at work since.
+_SEEN = """
+  EXECUTE 'SELECT concat_ws('' '', count(actual), count(*) FILTER (WHERE actual = expected)) FROM ('
+    || current_setting('budget_engine.verification') || ') AS checks' INTO seen;
+"""
+
+# All of them or none: who waits for one table while holding another holds up everybody who wants that one. So the queue
+# is for the first only, while nothing is held; what comes after it is waited for a moment at most.
+_LOCKS = """DO $locks$
+DECLARE
+  give_up CONSTANT pg_catalog.timestamptz :=
+    pg_catalog.clock_timestamp() + pg_catalog.current_setting('lock_timeout')::pg_catalog.interval;
+BEGIN
+  LOOP
+    BEGIN
+{locks}
+      EXIT;
+    EXCEPTION WHEN lock_not_available THEN  -- this lets go of those that were locked
+      IF pg_catalog.clock_timestamp() > give_up THEN
+        RAISE;
+      END IF;
+    END;
+    PERFORM pg_catalog.pg_sleep(0.02);
+  END LOOP;
+END
+$locks$"""
+_ONE_LOCK = """\
+      -- without the right to LOCK it, the statement itself has to wait
+      IF pg_catalog.has_table_privilege('{name}', 'UPDATE, DELETE, TRUNCATE') THEN
+        LOCK TABLE {table} IN {mode} MODE;
+        PERFORM pg_catalog.set_config('lock_timeout', '{moment_ms}ms', true);
+      END IF;"""
+
+_VERIFICATION = """\
+  EXECUTE 'SELECT string_agg(format(''%s %s is %s, expected %s'', kind, concat_ws(''.'', "table", nullif(name, '''')),
+                                    coalesce(actual, ''missing''), expected), E''\\n'')
+           FROM (' || current_setting('budget_engine.verification') || ') AS checks
+           WHERE actual IS DISTINCT FROM expected
+             AND (step = $1 AND (required OR "table" = ANY ($4))  -- of a table that it creates, all
+                  OR (kind, "table", name) IN (SELECT w ->> 0, w ->> 1, w ->> 2 FROM json_array_elements($2) AS w))
+             AND (kind, "table", name) NOT IN (SELECT w ->> 0, w ->> 1, w ->> 2 FROM json_array_elements($3) AS w)'
+    INTO seen USING {step}, {also}::json, {later}::json, {new_tables}::text[];
+  IF seen IS NOT NULL THEN
+    RAISE EXCEPTION USING ERRCODE = 'TB003', MESSAGE = {message}, DETAIL = seen;
+  END IF;"""
+
+# Where another run got there first, the transaction wrote nothing, and the history says nothing.
+HISTORY = """DO $history$
+BEGIN
+  -- Subscribers of all tables would stop at its rows, unless they have it.
+  IF EXISTS (SELECT FROM pg_catalog.pg_publication WHERE puballtables) THEN
+    RETURN;
+  END IF;
+  -- Who makes the history now is about to commit. Where locks were taken, a shorter moment is left.
+  PERFORM pg_catalog.set_config('lock_timeout', '1s', true)
+    WHERE pg_catalog.current_setting('lock_timeout')::pg_catalog.interval > '1s'::pg_catalog.interval;
+  IF NOT EXISTS (SELECT FROM pg_catalog.pg_class JOIN pg_catalog.pg_namespace AS n ON n.oid = relnamespace
+                 WHERE nspname = 'budget_engine' AND relname = 'history') THEN
+    BEGIN
+      CREATE SCHEMA IF NOT EXISTS budget_engine;
+      CREATE TABLE budget_engine.history (
+        id           bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT history_pkey PRIMARY KEY,
+        step         text        NOT NULL,
+        part         text        NOT NULL CONSTRAINT history_part_check CHECK (part IN ('transaction', 'concurrent')),
+        schema_name  text        NOT NULL,
+        finished_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+        duration     interval    NOT NULL,
+        role_name    text        NOT NULL DEFAULT session_user,
+        checksum     text        NOT NULL,
+        version      text        NOT NULL
+      );
+      COMMENT ON SCHEMA budget_engine IS 'Bookkeeping of the Budget Engine & Telemetry recipes';
+      COMMENT ON TABLE budget_engine.history IS 'Who ran which step when: for people to read, nothing decides by it';
+      COMMENT ON COLUMN budget_engine.history.checksum IS 'SHA-256 of the migration with LF line ends';
+      COMMENT ON COLUMN budget_engine.history.version IS 'Version of the recipes';
+    EXCEPTION WHEN unique_violation OR duplicate_table THEN  -- a run in another schema was faster: its history is ours
+    END;
+  END IF;
+  INSERT INTO budget_engine.history (step, part, schema_name, duration, checksum, version)
+  VALUES ({step}, {part}, {schema},
+          coalesce({duration}::pg_catalog.interval, pg_catalog.clock_timestamp() - pg_catalog.to_timestamp(
+                     pg_catalog.current_setting('budget_engine.started_at')::pg_catalog.float8)),
+          {checksum}, {version});
+EXCEPTION WHEN OTHERS THEN  -- a right that is missing, another table of that name: no reason to give up the step
+  RAISE NOTICE 'not written into the history: %', SQLERRM;
+END
+$history$"""
+
+# Not now(): in a message of many transactions that is the time at which the message came, for all of them.
+_CLOCK = "extract(epoch FROM pg_catalog.clock_timestamp())"
+_STARTED = f"pg_catalog.set_config('budget_engine.started_at', ({_CLOCK})::pg_catalog.text, true)"
+_TOOK = f"SELECT 1000 * ({_CLOCK} - pg_catalog.current_setting('budget_engine.started_at')::pg_catalog.numeric)"
+_NAME = "budget_engine.verification"
+
+_AS_BUILT = f"SELECT set_config(name, boot_val, false) FROM pg_settings WHERE {MISGUIDING}"
+# For the session that builds (transaction_timeout is new in 17).
+_UNLIMITED = """SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN '{lock_timeout_ms}' ELSE '0' END, false)
+FROM pg_settings WHERE name IN ('statement_timeout', 'transaction_timeout', 'lock_timeout')"""
+
+
+# Whether a session of others builds an index, or validates a key, on one of our tables.
+_BUILT = """EXISTS (
+  SELECT FROM pg_locks WHERE locktype = 'relation' AND mode = 'ShareUpdateExclusiveLock' AND pid <> pg_backend_pid()
+    AND relation = ANY ({tables}::regclass[])
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    AND pid NOT IN (SELECT pid FROM pg_stat_progress_vacuum UNION ALL SELECT pid FROM pg_stat_progress_analyze))"""
+
+
+class Part(Enum):
+    """What a statement of a step's transaction is there for."""
+
+    FRAME = "its transaction"
+    CLOCK = "its clock"
+    GUARD = "the lock against other runs"
+    LOCKS = "its locks"
+    MIGRATION = "its migration"
+    CONCURRENT = "its concurrent part"
+    VERIFICATION = "its verification"
+    DEFERRED = "its deferred triggers"  # of a rehearsal, which comes to no commit
+    HISTORY = "its line in the history"
+    COMMIT = "its commit"
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One statement of the message; action: the one of the plan that it is, if any."""
+
+    step: Step
+    part: Part
+    sql: str
+    action: Action | None = None
+
+
+Say = Callable[[Sent, Rows], None]  # what was done, and the rows that came back
+Notice = Callable[[Step, str], None]
+
+
+@dataclass(frozen=True)
+class Script:
+    """Writes the messages of one plan: chain, the survey that it was made of, and our settings for a transaction."""
+
+    chain: Chain
+    plan: Plan
+    found: Survey
+    settings: str
+
+    def transactions(self, *, rehearsed: bool = False) -> list[Sent]:
+        """Write the message that runs the plan's transactions, the verification noted for as long as it lasts.
+
+        rehearsed: as one transaction that is rolled back, in which only the first lock is queued for.
+        """
+        if not (steps := self.plan.transactions):
+            return []
+        pins = pinned(self.found.server)
+        noted = f", pg_catalog.set_config('{_NAME}', {literal(self.chain.verification)}, false)"
+        goes_on = f"SELECT pg_catalog.set_config('lock_timeout', '{_MOMENT_MS}ms', true), {pins}, {_STARTED}"
+        message: list[Sent] = []
+        for planned in steps:
+            first, step = planned is steps[0], planned.step
+            if first or not rehearsed:
+                begun = f"SELECT {self.settings}, {pins}, {_STARTED}{noted if first else ''}"
+                message += (Sent(step, Part.FRAME, sql) for sql in (*BEGIN, begun))
+                message.append(Sent(step, Part.GUARD, self._guard(compare=first)))
+            message += self._work(planned)
+            if rehearsed:
+                end = [(Part.DEFERRED, "SET CONSTRAINTS ALL IMMEDIATE"), (Part.CLOCK, _TOOK), (Part.FRAME, goes_on)]
+            else:
+                line = history(step, "transaction", self.found.server.schema, None)
+                end = [(Part.HISTORY, line), (Part.CLOCK, _TOOK), (Part.COMMIT, "COMMIT")]
+            message += (Sent(step, *part) for part in end)
+        last = [*survey.statements(self.chain), "ROLLBACK"] if rehearsed else [f"RESET {_NAME}"]
+        return [*message, *(Sent(steps[-1].step, Part.FRAME, sql) for sql in last)]
+
+    def _work(self, planned: StepPlan) -> list[Sent]:
+        """Write what a step's transaction is about: its locks, its statements, its verification."""
+        step = planned.step
+        locks = self._locks(planned.transaction)
+        actions = [Sent(step, Part.MIGRATION, sql, action) for action in planned.transaction for sql in action.sql]
+        verification = Sent(step, Part.VERIFICATION, self._verification(planned))
+        return [*([Sent(step, Part.LOCKS, locks)] if locks else []), *actions, verification]
+
+    def _guard(self, *, compare: bool) -> str:
+        does = _BUSY_IF.format(condition=f"NOT {self.found.turn.taken(turn.RUN)}")
+        if compare:
+            checks = self.found.checks
+            seen = f"{sum(check.actual is not None for check in checks)} {sum(check.passed for check in checks)}"
+            does += _SEEN + _BUSY_IF.format(condition=f"seen <> '{seen}'")
+        return _OURS.format(tag="guard", does=does)
+
+    def _locks(self, actions: Sequence[Action]) -> str:
+        """Write what takes the locks that the actions want, the strongest first."""
+        found = {check.table: check.found for check in self.plan.checks if check.found}
+        wanted: dict[str, Lock] = {}
+        for action in actions:
+            for table, lock in action.locks.items():
+                name = found.get(table, table)
+                wanted[name] = max(lock, wanted.get(name, lock), key=STRENGTH.index)
+        locks = [
+            _ONE_LOCK.format(table=name, name=name.replace("'", "''"), mode=lock.value, moment_ms=_MOMENT_MS)
+            for name, lock in sorted(wanted.items(), key=lambda item: -STRENGTH.index(item[1]))
+        ]
+        return _LOCKS.format(locks="\n".join(locks)) if locks else ""
+
+    def _verification(self, planned: StepPlan) -> str:
+        """Write what raises unless the step's checks pass, those excepted that come later or concurrently."""
+        checks = [check for action in planned.transaction for check in action.checks]
+        concurrent = {check.key for action in self.plan.concurrent for check in action.checks}
+        now = {check.key for check in checks} - concurrent
+        own = {check.key for check in self.plan.checks if check.step == planned.label and not check.passed}
+        does = _VERIFICATION.format(
+            step=literal(planned.label),
+            also=_keys(check.key for check in checks if check.step != planned.label and check.key in now),
+            later=_keys(own - now),
+            new_tables=literal([check.table for check in checks if check.kind is Kind.TABLE]),
+            message=literal(errors.BROKEN_STEP.says),
+        )
+        return _OURS.format(tag="verification", does=does)
+
+    def as_sql(self) -> str:
+        """Write what would be sent as a file for psql."""
+        message = [f"{sent.sql};" for sent in self.transactions()]
+        concurrent = [f"{sql};" for action in self.plan.concurrent for sql in action.sql]
+        if any(action.effect is Effect.SCAN for action in self.plan.concurrent):
+            message.append(f"SELECT {pinned(self.found.server, local=False)};")
+        return "\n".join([*message, *concurrent]) or "-- nothing to do"
+
+
+def pinned(server: Server, *, local: bool = True) -> str:
+    """Write what pins the search_path to the schemas that it leads to, and notes them for the verification."""
+    path = ", ".join(['"' + schema.replace('"', '""') + '"' for schema in server.path] + ["pg_temp"])
+    values = {"search_path": path, "budget_engine.path": json.dumps(server.path)}
+    return ", ".join(f"pg_catalog.set_config('{name}', {literal(value)}, {local})" for name, value in values.items())
+
+
+def _keys(keys: Iterable[tuple[Kind, str, str]]) -> str:
+    return literal(json.dumps(sorted((kind.value, table, name) for kind, table, name in keys)))
+
+
+def history(step: Step, part: str, schema: str | None, duration: str | None) -> str:
+    """Write the statement that adds a line to the history."""
+    values = {"step": step.label, "part": part, "schema": schema or "", "duration": duration}
+    values |= {"checksum": step.checksum, "version": version()}
+    return HISTORY.format(**{name: literal(value) for name, value in values.items()})
+
+
+def run_transactions(
+    connection: Connection, script: Script, say: Say, notice: Notice, *, rehearsed: bool = False
+) -> list[tuple[Sent, Rows]]:
+    """Run the plan's transactions in one message; return what was sent, and the rows that came back.
+
+    Raises BUSY where another run holds the lock or was faster, else what the server's error stands for.
+    """
+    message = script.transactions(rehearsed=rehearsed)
+    done = 0
+
+    def on_done(index: int, rows: Rows) -> None:
+        nonlocal done
+        say(message[index], rows)
+        done = index + 1
+
+    def on_notice(said: Diagnostic) -> None:
+        if not (said.sqlstate or "").startswith("42"):  # IF NOT EXISTS was asked for: that it exists is no news
+            notice(message[min(done, len(message) - 1)].step, said.message_primary or "")
+
+    try:
+        with connection.notices(on_notice):
+            return list(zip(message, connection.run([sent.sql for sent in message], on_done), strict=True))
+    except StatementError as error:
+        if error.sqlstate == _BUSY:
+            raise errors.BUSY(who=AT_WORK) from error
+        raise _failure(message[: error.index + 1], error) from error
+
+
+class Rehearsed(NamedTuple):
+    """How a rehearsal went: the checks at its end, and how long each step took, in milliseconds, by its label."""
+
+    checks: tuple[Check, ...]
+    duration_ms: dict[str, float]
+
+
+def rehearse(connection: Connection, script: Script, say: Say, notice: Notice) -> Rehearsed:
+    """Run the plan's transactions as one, verify each, survey, and roll back. Raises as run_transactions() does."""
+    answers = run_transactions(connection, script, say, notice, rehearsed=True)
+    took = {sent.step.label: float(rows[0][0] or 0) for sent, rows in answers if sent.part is Part.CLOCK}
+    return Rehearsed(survey.checks_of(answers[-2][1], script.chain), took)
+
+
+class Builder:
+    """Runs the concurrent part of one task's plans, round after round.
+
+    patience_s: how long a statement may wait for locks (seconds); None, through a pooler: as long as the role's
+    settings allow.
+    """
+
+    def __init__(self, connection: Connection, found: Survey, patience_s: float | None, say: Say) -> None:
+        self.connection, self.found, self.say = connection, found, say
+        self.refused: dict[str, str] = {}  # the statement, and why the rows refuse it
+        self._pooled = patience_s is None
+        self._patience = "pg_catalog.set_config('statement_timeout', '0', true)"
+        self._has_turn = False
+        if patience_s is not None:
+            self._patience += f", pg_catalog.set_config('lock_timeout', '{patience_s * 1000:.0f}ms', true)"
+            # The role's own limits are meant for queries. Through a pooler a SET would stay with another's session.
+            connection.run(["SET jit = off", _AS_BUILT, _UNLIMITED.format(lock_timeout_ms=round(patience_s * 1000))])
+
+    def run(self, plan: Plan) -> None:
+        """Run what is missing.
+
+        A statement that the rows themselves refuse (a key that is not unique, a reference to nothing) is noted in
+        `refused`, and passed over from then on: its check goes on failing. Raises BUSY where another run, or
+        another session, is building; else what the server's error stands for.
+        """
+        self._take_turn()
+        if any(check.being_built for action in plan.concurrent for check in action.checks):
+            raise errors.BUSY(who="session is building an index")
+        for step in plan.steps:
+            started = time.monotonic()
+            due = [action for action in step.concurrent if self.refused.keys().isdisjoint(action.sql)]
+            for action in due:
+                for sql in action.sql:
+                    self._run_alone(step.step, action, sql)
+            if any(self.refused.keys().isdisjoint(action.sql) for action in due):
+                took = f"{time.monotonic() - started} s"
+                line = history(step.step, "concurrent", self.found.server.schema, took)
+                self.connection.run([*BEGIN, f"SELECT {self.connection.transaction_settings}", line, "COMMIT"])
+
+    def _take_turn(self) -> None:
+        """Be the one who builds until the session ends.
+
+        A pooler's session is ours for a transaction: there we only look whether anybody builds. Who collides all the
+        same loses a deadlock, and tries again.
+        """
+        if self._has_turn:
+            return
+        free = self.found.turn.taken(turn.BUILD, session=not self._pooled)
+        if self._pooled:
+            tables = sorted({check.found for check in self.found.checks if check.found})
+            free += f" AND NOT {_BUILT.format(tables=literal(tables))}"
+        *_, rows, _ = self.connection.run([*BEGIN_READ_ONLY, survey.PIN, f"SELECT {free}", "COMMIT"])
+        if rows != [("t",)]:
+            self.connection.run(["SELECT pg_catalog.pg_advisory_unlock_all()"])  # those of some schemas, perhaps
+            raise errors.BUSY(who="run is building indexes in this schema")
+        self._has_turn = not self._pooled
+
+    def _run_alone(self, step: Step, action: Action, sql: str) -> None:
+        noticed: list[str | None] = []
+        sent = Sent(step, Part.CONCURRENT, sql, action)
+        frame = f"SELECT {self.connection.transaction_settings}, {pinned(self.found.server)}, {self._patience}"
+        message = [*BEGIN, frame, sql, "COMMIT"] if action.effect is Effect.SCAN else [sql]
+        try:
+            with self.connection.notices(lambda notice: noticed.append(notice.sqlstate)):
+                self.connection.run(message)
+        except StatementError as error:
+            if error.sqlstate == _DEADLOCK:  # two builds on one table waited for each other; the other one goes on
+                raise errors.BUSY(who="session is building an index on the same table") from error
+            if not (error.sqlstate or "").startswith(_INTEGRITY):
+                raise _failure([sent], error, pooled=self._pooled) from error
+            self.refused[sql] = "\n".join(filter(None, [error.message, error.detail]))
+        else:
+            if _DUPLICATE_TABLE in noticed:  # IF NOT EXISTS found that another session was faster
+                raise errors.BUSY(who="session is building the same index")
+            self.say(sent, [])
+
+
+def _failure(sent: Sequence[Sent], error: StatementError, *, pooled: bool = False) -> errors.RecipeError:
+    """Say what the server's error stands for; sent: those that were run, the failed one last."""
+    failed = sent[-1]
+    kind = errors.for_sqlstate(error.sqlstate)
+    ours = (error.sqlstate or "").startswith("TB")  # the message is our own, and says which step
+    done = [one.step.label for one in sent[:-1] if one.part is Part.COMMIT]
+    where = [
+        _place(failed, error.context),
+        error.where,
+        *error.holders,
+        _aftermath(failed, kind),
+        f"done before it: {', '.join(done)}" if done else "",
+    ]
+    in_a_step = kind.in_a_step.format(step=failed.step.label, part=failed.part.value, words=error.message)
+    return kind(
+        what=error.message if ours else in_a_step,
+        where="\n".join(line for line in where if line),
+        remedy=errors.LIMITS_OF_THE_ROLE if pooled and error.sqlstate in _TIMEOUTS else error.remedy,
+    )
+
+
+def _aftermath(failed: Sent, kind: errors.Case) -> str:
+    if failed.part is Part.CONCURRENT:
+        return "what it left unfinished, an INVALID index perhaps, the next run finishes"
+    if kind.exit_code == 4:  # the server has the whole message, and may go on without us
+        return "the next run reads from the catalogs how far it came"
+    return f"{failed.step.label} changed nothing"
+
+
+def _place(failed: Sent, context: str) -> str:
+    """File and line of the failure, and the statement."""
+    if failed.action is None:
+        return ""
+    statement = failed.action.statement
+    if failed.part is Part.CONCURRENT:
+        return f"{failed.step.file}: {failed.sql}"
+    inside = re.search(r"inline_code_block line (\d+)", context)
+    line = statement.line + (int(inside[1]) - 1 if inside else 0)
+    nested = re.search(r'SQL statement "(.*?)"\s*\n?PL/pgSQL', context, re.S)
+    words = nested[1] if nested else "" if inside else failed.sql
+    return f"{failed.step.file}, line {line}: {' '.join(words.split())[:200]}".removesuffix(": ")

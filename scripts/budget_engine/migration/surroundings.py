@@ -1,0 +1,78 @@
+"""The surroundings: what is around the chain's tables and no check is about, for status to tell."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from budget_engine.migration.chain import DB, Chain, query_of
+from budget_engine.migration.survey import PIN, Survey, literal
+from budget_engine.postgres.connection import Connection
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the history, as text; duration_ms: how long the part took."""
+
+    step: str
+    part: str
+    finished_at: str
+    duration_ms: str
+    role: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Unusual:
+    """Something worth knowing: what it is about, one line that says it, and the command that changes it ("": none)."""
+
+    what: str
+    says: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is worth knowing besides the checks.
+
+    history: the last entries, the newest first; changed: steps whose file is another than the one applied last.
+    """
+
+    unusual: tuple[Unusual, ...]
+    history: tuple[Entry, ...]
+    changed: tuple[str, ...]
+
+
+_HAS_HISTORY = """
+SELECT FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
+WHERE nspname = 'budget_engine' AND relname = 'history' AND has_schema_privilege(n.oid, 'USAGE')
+  AND has_table_privilege(pg_class.oid, 'SELECT')
+  AND 9 = (SELECT count(*) FROM pg_attribute WHERE attrelid = pg_class.oid AND NOT attisdropped
+           AND attname IN ('id', 'step', 'part', 'schema_name', 'finished_at', 'duration', 'role_name', 'checksum',
+                           'version'))"""
+
+_HISTORY = """
+SELECT step, part, to_char(finished_at, 'YYYY-MM-DD HH24:MI:SSOF'), round(1000 * extract(epoch FROM duration)),
+       role_name, version
+FROM budget_engine.history WHERE {ours}
+ORDER BY id DESC LIMIT 5"""
+
+_APPLIED = """
+SELECT DISTINCT ON (step) step, checksum FROM budget_engine.history
+WHERE {ours} ORDER BY step, id DESC"""
+
+
+def read(connection: Connection, chain: Chain, found: Survey) -> Surroundings:
+    """Look around the chain's tables; two messages at most, no lock but ACCESS SHARE on the history."""
+    tables = sorted({check.table for check in found.checks})
+    names = f"SELECT set_config('budget_engine.tables', {literal(json.dumps(tables))}, true)"
+    _, _, rows, has_history = connection.ask([PIN, names, query_of(DB / "unusual.sql"), _HAS_HISTORY])
+    ours = f"schema_name = ANY ({literal(list(found.turn.own))})"
+    about_us = [PIN, _HISTORY.format(ours=ours), _APPLIED.format(ours=ours)]
+    _, history, applied = connection.ask(about_us) if has_history else ([], [], [])
+    checksums = {step.label: step.checksum for step in chain.steps}
+    return Surroundings(
+        unusual=tuple(Unusual(str(what), str(says), str(command or "")) for what, says, command in rows),
+        history=tuple(Entry(*map(str, row)) for row in history),
+        changed=tuple(str(step) for step, checksum in applied if checksums.get(str(step), checksum) != checksum),
+    )

@@ -1,0 +1,1 @@
+"""PostgreSQL from outside: connections, the embedded server, and who holds what we wait for."""

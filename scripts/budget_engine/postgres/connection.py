@@ -1,0 +1,280 @@
+"""One connection, and messages of many statements over it: the only module that talks to PostgreSQL.
+
+A message travels by the simple query protocol (PostgreSQL manual, "Protocol Flow", "Multiple Statements in a Simple
+Query"): its statements run in order, after an error the rest is skipped. So the round trips are counted by messages.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+import psycopg
+from psycopg import generators, pq, sql
+from psycopg.abc import PQGen
+from psycopg.conninfo import make_conninfo
+from psycopg.errors import Diagnostic, error_from_result
+from psycopg.waiting import Ready
+
+from budget_engine import errors, libpq
+from budget_engine.errors import StatementError
+from budget_engine.settings import Settings, Target, mask
+
+if TYPE_CHECKING:
+    from budget_engine.postgres.blockers import Watch
+
+# What psycopg logs is for developers; users get our messages, and logging's last resort would print both.
+logging.getLogger("psycopg").addHandler(logging.NullHandler())
+
+Row = tuple[str | None, ...]
+Rows = list[Row]
+OnDone = Callable[[int, Rows], None]  # which statement is done, and its rows
+
+_STATEMENT_TIMEOUT = "60s"  # for catalog work, instead of what the role brings along for its queries
+_MOMENT_S = 0.1  # without an answer, after which a watcher may look around
+_CANCEL_S = 5.0  # how long a request to cancel may take to reach the server
+# What each transaction of ours begins with: to compile queries as large as ours takes longer than to run them, and
+# others wait for our locks meanwhile. (A SET is not planned, so that it is not compiled itself.)
+BEGIN = ("BEGIN ISOLATION LEVEL READ COMMITTED", "SET LOCAL jit = off")
+BEGIN_READ_ONLY = (f"{BEGIN[0]} READ ONLY", BEGIN[1])
+# Of pg_settings: what a role or database tells the planner for its own queries, and makes ours slow (a hundred times,
+# without index scans in large catalogs). Not a list, because each version has others; nor the category, which is
+# translated.
+MISGUIDING = """context = 'user' AND setting <> boot_val
+AND name ~ '^(enable_|geqo|min_parallel_)|_(cost|collapse_limit)$'"""
+_AS_BUILT = f"(SELECT count(set_config(name, boot_val, true)) FROM pg_settings WHERE {MISGUIDING})"
+# A pooler's other clients leave temporary tables in the session, which would be found first.
+_OTHERS_LAST = """set_config('search_path', current_setting('search_path')
+  || CASE WHEN current_schema() IS NULL THEN '' ELSE ', pg_temp' END, true)"""
+OLDEST_VERSION = 140000  # CREATE OR REPLACE TRIGGER and string_to_table came with PostgreSQL 14
+
+# Of a login that fails, libpq keeps only words, no SQLSTATE. These are the server's, PgBouncer's, libpq's and psycopg's
+# own; the first that fit decide, so that an answer counts for more than none. A server that speaks another language
+# (lc_messages) is not understood: then the remedy is the one for all.
+_REFUSALS: tuple[tuple[str, errors.Case], ...] = (
+    ("password authentication failed|no password supplied|SASL authentication failed", errors.PASSWORD),
+    (r'role ".*" (does not exist|is not permitted to log in)|no such user|user not found', errors.LOGIN),
+    (r"pg_hba\.conf|authentication failed", errors.LOGIN),
+    ('database ".*" does not exist|no such database', errors.NO_DATABASE),
+    ("permission denied for database", errors.NOT_PERMITTED),
+    ("too many (clients|connections)|connection slots are reserved|no more connections", errors.FULL_SERVER),
+    ("the database system is", errors.NOT_READY),
+    ("No space left on device", errors.NO_ROOM),
+    ("out of (shared )?memory", errors.NO_MEMORY),
+    ("unsupported startup parameter|(for|configuration) parameter", errors.STARTUP_OPTION),
+    ("invalid response to SSL negotiation|expected authentication request", errors.NOT_POSTGRES),
+    ("server closed the connection|SSL (SYSCALL|connection has)|reset by peer", errors.LOST_CONNECTION),
+    ("SSL|sslmode|certificate", errors.TLS),
+    ("resolve host (?!.*Servname)|translate host name|parse network address", errors.NO_SUCH_HOST),
+    ("'idna' codec|label empty or too long", errors.NO_SUCH_HOST),  # Python's words, the latter 3.12's
+    # No IPv4 address among those that were tried.
+    (r"(?s)^(?!.*\(\d+(\.\d+){3}\)).*\([0-9a-f:]+\).*(unreachable|assign requested address|expired)", errors.NO_ROUTE),
+    ("timeout expired|timed out|No route to host|unreachable", errors.SILENT_HOST),
+    ("Connection refused|No such file or directory", errors.NOBODY_THERE),
+)
+
+
+class Connection:
+    """A connection to the target. Raises UnreachableError where there is none to be had.
+
+    answer_s: how long an answer may take (seconds); then the connection counts as gone. A pooler lets everybody in, and
+    keeps waiting whom it has no server connection for: those that our own first one keeps, say.
+    """
+
+    def __init__(self, target: Target, settings: Settings, *, answer_s: float = math.inf) -> None:
+        self._target, self._answer_s, self.lock_timeout_ms = target, answer_s, settings.lock_timeout_ms
+        self.watch: Watch | None = None  # looks around while a message is on its way
+        defaults = {"application_name": "budget-engine-recipes", "connect_timeout": str(settings.connect_timeout_s)}
+        conninfo = defaults | target.conninfo | {"client_encoding": "UTF8"}
+        if conninfo.get("sslrootcert") == "system":
+            libpq.find_certificates()
+        try:
+            self._connection = psycopg.connect(make_conninfo(**conninfo), autocommit=True, prepare_threshold=None)
+        except (psycopg.Error, UnicodeError) as error:  # UnicodeError: of what can be no host's name
+            words = str(error)
+            where = mask(words.strip(), target.secrets)
+            raise errors.NO_CONNECTION(target=target.display, where=where, remedy=_cause(words).remedy) from None
+        if self._connection.info.server_version < OLDEST_VERSION:
+            version = self._connection.info.parameter_status("server_version")
+            self.close()
+            raise errors.TOO_OLD(target=target.display, where=f"the server is PostgreSQL {version}")
+        self.backend_pid = self._connection.info.backend_pid  # a pooler's, if there is one
+        self.is_encrypted = bool(self._connection.pgconn.ssl_in_use)
+
+    @property
+    def host(self) -> str:
+        """The host that answered, with its port where it is another than usual; of a socket the folder."""
+        info = self._connection.info
+        host = f"[{info.host}]" if ":" in info.host else info.host
+        return host if info.port == 5432 or host.startswith(("/", "@")) else f"{host}:{info.port}"
+
+    @property
+    def is_near(self) -> bool:
+        """Whether the server is on this machine, for all that its name says: a tunnel leads elsewhere."""
+        host, address = self._connection.info.host, self._connection.info.hostaddr
+        return host.startswith(("/", "@")) or all(_is_loopback(name) for name in (host, address))
+
+    @property
+    def sslmode(self) -> str:
+        """What libpq was told about TLS: in the URL, by PGSSLMODE, by a service."""
+        options = {option.keyword: option.val for option in self._connection.pgconn.info}
+        return (options[b"sslmode"] or b"").decode()
+
+    @property
+    def transaction_settings(self) -> str:
+        """SELECT list that makes our settings hold for this transaction."""
+        return transaction_settings(self._target, self.lock_timeout_ms)
+
+    @contextmanager
+    def notices(self, handler: Callable[[Diagnostic], None]) -> Iterator[None]:
+        """Call the handler with each notice as it arrives."""
+        self._connection.add_notice_handler(handler)
+        try:
+            yield
+        finally:
+            self._connection.remove_notice_handler(handler)
+
+    def run(self, statements: Sequence[str], on_done: OnDone = lambda index, rows: None) -> list[Rows]:
+        """Send the statements as one message; return the rows of each; tell on_done as each is done.
+
+        Raises StatementError, after rolling back a transaction that the message left open; KeyboardInterrupt, after
+        cancelling the statement that was running.
+        """
+        rows: list[Rows] = []
+        failure: StatementError | None = None
+        with self._cancelled_by_ctrl_c(), self.watch or nullcontext():
+            try:
+                for result in self._exchange(";\n".join(statements)):
+                    if result.status == pq.ExecStatus.FATAL_ERROR:
+                        failure = _refused(len(rows), error_from_result(result))
+                    else:
+                        rows.append(_rows(result))
+                        on_done(len(rows) - 1, rows[-1])
+            except psycopg.OperationalError as error:  # the connection is gone
+                failure = failure or _refused(len(rows), error)
+            if failure is not None:
+                if self._connection.pgconn.transaction_status == pq.TransactionStatus.INERROR:
+                    with suppress(psycopg.OperationalError):
+                        list(self._exchange("ROLLBACK"))
+                raise failure
+        return rows
+
+    def ask(self, queries: Sequence[str], *settings: str) -> list[Rows]:
+        """Send the queries as one message, a transaction that writes nothing; return the rows of each.
+
+        settings: what is to hold for it beside our own, as SELECT lists. Raises as run() does.
+        """
+        ours = ", ".join([self.transaction_settings, *settings])
+        answers = self.run([*BEGIN_READ_ONLY, f"SELECT {ours}", *queries, "COMMIT"])
+        return answers[len(BEGIN_READ_ONLY) + 1 : -1]
+
+    @contextmanager
+    def _cancelled_by_ctrl_c(self) -> Iterator[None]:
+        """Cancel on the server, and raise KeyboardInterrupt when the message has ended.
+
+        Python's own handler raises wherever it finds us; in the callback of a notice the exception would be lost.
+        """
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # somebody else's, or ignored
+            yield
+            return
+        pressed = False
+
+        def cancel(*_: object) -> None:
+            nonlocal pressed
+            pressed = True
+            with suppress(psycopg.Error):  # no way to the server: the message ends by itself
+                self._connection.cancel_safe(timeout=_CANCEL_S)
+
+        signal.signal(signal.SIGINT, cancel)
+        try:
+            yield
+        except StatementError:
+            if not pressed:
+                raise
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if pressed:
+            raise KeyboardInterrupt
+
+    def close(self) -> None:
+        """End the session."""
+        self._connection.close()
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _exchange(self, message: str) -> Iterator[pq.abc.PGresult]:
+        self._connection.pgconn.send_query(message.encode())
+        self._connection.wait(generators.send(self._connection.pgconn))
+        # A watcher has to see who holds it before the wait for the lock is over.
+        moment_s = min(_MOMENT_S, self.lock_timeout_ms / 10_000)
+        deadline = time.monotonic() + self._answer_s
+        while (result := self._connection.wait(self._idling(deadline), moment_s)) is not None:
+            yield result
+
+    def _idling(self, deadline: float) -> PQGen[pq.abc.PGresult | None]:
+        """Fetch a result as psycopg does; tell the watch of moments in which nothing came, raise at the deadline."""
+        fetching: PQGen[pq.abc.PGresult | None] = generators.fetch(self._connection.pgconn)
+        try:
+            wanted = next(fetching)
+            while True:
+                ready = yield wanted
+                if self.watch is not None:
+                    self.watch.idle() if ready == Ready.NONE else self.watch.answered()
+                if ready == Ready.NONE and time.monotonic() > deadline:
+                    self.close()
+                    raise psycopg.OperationalError(f"no answer within {self._answer_s} s")
+                wanted = fetching.send(ready)
+        except StopIteration as done:
+            result: pq.abc.PGresult | None = done.value
+            return result
+
+
+def transaction_settings(target: Target, lock_timeout_ms: int) -> str:
+    """SELECT list that makes settings hold for one transaction: through a pooler the next may be elsewhere."""
+    settings = {
+        "lock_timeout": f"{lock_timeout_ms}ms",
+        "statement_timeout": _STATEMENT_TIMEOUT,
+        "quote_all_identifiers": "off",  # definitions are compared as PostgreSQL prints them by itself
+    }
+    if target.search_path is not None:
+        settings["search_path"] = target.search_path
+    ours = [sql.SQL("set_config({}, {}, true)").format(name, value).as_string() for name, value in settings.items()]
+    return ", ".join([*ours, _OTHERS_LAST, _AS_BUILT])
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return name == "localhost" or ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def _rows(result: pq.abc.PGresult) -> Rows:
+    def text(row: int, column: int) -> str | None:
+        value = result.get_value(row, column)
+        return None if value is None else value.decode(errors="replace")  # of SQL_ASCII, where text is bytes
+
+    return [tuple(text(row, column) for column in range(result.nfields)) for row in range(result.ntuples)]
+
+
+def _cause(words: str) -> errors.Case:
+    """Return what a login that failed with these words stands for."""
+    return next((case for phrases, case in _REFUSALS if re.search(phrases, words)), errors.NO_CONNECTION)
+
+
+def _refused(index: int, error: psycopg.Error) -> StatementError:
+    said = error.diag
+    message = said.message_primary or str(error).strip()
+    detail, hint, context = (words or "" for words in (said.message_detail, said.message_hint, said.context))
+    return StatementError(index, error.sqlstate, message, detail, hint, context)

@@ -1,0 +1,204 @@
+"""What around a table keeps a column or a foreign key from being added: the first survey sees it, commands clear it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+import states
+from budget_engine.postgres.embedded import Cluster
+from conftest import Db
+
+
+def filled(table: str, columns: int = 1600) -> str:
+    """Write what uses up the columns of a table; all but the last ones that were added are dropped again."""
+    return f"""
+        DO $$ BEGIN
+          EXECUTE (SELECT format('ALTER TABLE {table} %s', string_agg('ADD c' || i || ' int', ','))
+                   FROM pg_class, generate_series(1, {columns} - relnatts) AS i WHERE oid = '{table}'::regclass);
+          EXECUTE (SELECT format('ALTER TABLE {table} %s', string_agg(format('DROP %I', attname), ','))
+                   FROM pg_attribute WHERE attrelid = '{table}'::regclass AND attname ~ '^c[0-9]+$');
+        END $$;"""
+
+
+TYPED = """
+CREATE TYPE slot AS (id uuid, type text, name text, description text, max_len int, priority int,
+                     created_at timestamptz, updated_at timestamptz);
+CREATE TABLE slots OF slot (PRIMARY KEY (id), UNIQUE (type, name), type NOT NULL, name NOT NULL, description NOT NULL,
+                            created_at NOT NULL, updated_at NOT NULL);
+"""
+WORLDS = """
+CREATE UNLOGGED TABLE worlds (id text PRIMARY KEY, version text NOT NULL, status text NOT NULL, doc jsonb NOT NULL,
+                              created_at timestamptz NOT NULL, updated_at timestamptz NOT NULL);
+"""
+NO_IDENTITY = "ALTER TABLE slots REPLICA IDENTITY NOTHING;"
+CHILD = "CREATE TABLE child ({}) INHERITS ({});"
+
+# A state, and what of it the survey reports.
+BLOCKED = {
+    "unlogged turns": (
+        states.by_hand() + "ALTER TABLE prompt_snapshots DROP CONSTRAINT prompt_snapshots_turn_id_fkey;"
+        "ALTER TABLE turns SET UNLOGGED",
+        {"foreign key prompt_snapshots (turn_id)", "foreign key turn_metrics (turn_id)"},
+    ),
+    "unlogged core": (
+        states.CORE + "ALTER TABLE turns SET UNLOGGED; ALTER TABLE games SET UNLOGGED;"
+        "ALTER TABLE entry_points SET UNLOGGED",
+        {
+            "foreign key prompt_snapshots (game_id)",
+            "foreign key prompt_snapshots (turn_id)",
+            "foreign key turn_metrics (turn_id)",
+        },
+    ),
+    "unlogged worlds": (WORLDS, {"foreign key entry_points (world_id)", "foreign key games (world_id)"}),
+    "uuid, unlogged turns": (
+        states.with_uuid() + "ALTER TABLE turns SET UNLOGGED",
+        {"foreign key prompt_snapshots (turn_id)", "foreign key turn_metrics (turn_id)"},
+    ),
+    "columns used up": (states.by_hand() + filled("slots"), {"slots.must_keep", "slots.min_chars"}),
+    "one column left": (states.by_hand() + filled("slots", 1599), {"slots.must_keep", "slots.min_chars"}),
+    "no column left for the fix": (
+        states.with_uuid() + filled("prompt_snapshots", 1599),
+        {"prompt_snapshots.turn_id", "prompt_snapshots.budget_report"},
+    ),
+    "a child with another type": (
+        states.by_hand() + CHILD.format("must_keep text NOT NULL", "slots"),
+        {"slots.must_keep"},
+    ),
+    "a child with another type in its primary key": (
+        states.by_hand() + CHILD.format("must_keep text PRIMARY KEY", "slots"),
+        {"slots.must_keep"},
+    ),
+    "a child's child": (
+        states.by_hand() + CHILD.format("", "slots") + "CREATE TABLE theirs (min_chars bigint) INHERITS (child)",
+        {"slots.min_chars"},
+    ),
+    "a child and the new name of its column": (
+        states.by_hand() + CHILD.format("must_keep text, must_keep_old int", "slots"),
+        {"slots.must_keep"},
+    ),
+    "a child that has its column from another table": (
+        states.by_hand() + "CREATE TABLE others (must_keep text);" + CHILD.format("", "slots, others"),
+        {"slots.must_keep"},
+    ),
+    "a child of prompt_snapshots": (
+        states.by_hand() + CHILD.format("budget_report text", "prompt_snapshots"),
+        {"prompt_snapshots.budget_report"},
+    ),
+    "a child without room": (
+        states.by_hand() + CHILD.format("", "slots") + filled("child"),
+        {"slots.must_keep", "slots.min_chars"},
+    ),
+    "typed slots": (TYPED, {"slots.must_keep", "slots.min_chars"}),
+    "published without identity": (
+        states.by_hand() + NO_IDENTITY + "CREATE PUBLICATION p FOR ALL TABLES",
+        {"slots.must_keep", "slots.min_chars"},
+    ),
+    "published, its identity's index is gone": (
+        states.by_hand() + "ALTER TABLE slots REPLICA IDENTITY USING INDEX uk_slots_type_name;"
+        "ALTER TABLE slots DROP CONSTRAINT uk_slots_type_name, ADD CONSTRAINT uk_slots_type_name UNIQUE (type, name);"
+        "CREATE PUBLICATION p FOR TABLE slots",
+        {"slots.must_keep", "slots.min_chars"},
+    ),
+    "a child published without identity": (
+        states.by_hand() + CHILD.format("", "slots") + "CREATE PUBLICATION p FOR TABLE child",
+        {"slots.must_keep", "slots.min_chars"},
+    ),
+    "more than one reason": (
+        states.by_hand()
+        + NO_IDENTITY
+        + CHILD.format("must_keep text", "slots")
+        + "CREATE PUBLICATION p FOR ALL TABLES;"
+        "ALTER TABLE prompt_snapshots DROP CONSTRAINT prompt_snapshots_turn_id_fkey; ALTER TABLE turns SET UNLOGGED",
+        {
+            "slots.must_keep",
+            "slots.min_chars",
+            "foreign key prompt_snapshots (turn_id)",
+            "foreign key turn_metrics (turn_id)",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_what_keeps_a_statement_from_working_is_seen_first_and_cleared_by_the_commands(
+    db: Db, tmp_path: Path, name: str
+) -> None:
+    state, titles = BLOCKED[name]
+    db.execute(state)
+    before, rows = db.dump(data=True), states.contents(db)
+    assert {check.title for check in db.checks() if check.conflict} == titles
+    for task in ("doctor", "status --check", "plan", "plan --sql", "rehearse", "setup"):
+        done = db.invoke(*task.split())
+        assert done.code == 6, (task, done)
+    assert db.dump(data=True) == before
+    commands = tmp_path / "commands.sql"
+    commands.write_text(db.invoke("verify", "--remedies").out)
+    assert db.psql("-f", str(commands)).code == 0, commands.read_text()
+    again = db.invoke("setup")
+    assert (again.code, db.differing()) == (0, {}), (commands.read_text(), again)
+    values = [set(map(str, row.values())) for table in states.contents(db).values() for row in table]
+    gone = [
+        row for table in rows.values() for row in table if not any(set(map(str, row.values())) <= v for v in values)
+    ]
+    assert gone == []
+
+
+def test_what_blocks_one_step_keeps_no_other_from_running(db: Db) -> None:
+    """The survey says more of such a check than the transaction's own verification: that is no other run's work."""
+    db.execute(states.by_hand() + CHILD.format("must_keep text", "slots"))
+    assert db.invoke("turn-metrics").code == 0
+    assert db.invoke("slots-flags").code == 6
+
+
+HARMLESS = {
+    "unlogged on both sides": states.by_hand() + "CREATE UNLOGGED TABLE other (turn bigint REFERENCES turns)",
+    "unlogged slots": states.by_hand() + "ALTER TABLE slots SET UNLOGGED",
+    "unlogged prompt_snapshots": states.by_hand("bigint") + "ALTER TABLE prompt_snapshots SET UNLOGGED",
+    "a child": states.by_hand() + CHILD.format("must_keep boolean NOT NULL DEFAULT true", "slots"),
+    "two columns left": states.by_hand() + filled("slots", 1598),
+    "identity nobody needs": states.by_hand() + NO_IDENTITY,
+    "inserts alone are published": states.by_hand()
+    + NO_IDENTITY
+    + "CREATE PUBLICATION p FOR TABLE slots WITH (publish = 'insert')",
+    "its whole rows are its identity": states.by_hand()
+    + "ALTER TABLE slots REPLICA IDENTITY FULL; CREATE PUBLICATION p FOR TABLE slots",
+    "nothing to update without identity": states.by_hand()
+    + "ALTER TABLE prompt_snapshots REPLICA IDENTITY NOTHING; CREATE PUBLICATION p FOR TABLE prompt_snapshots",
+}
+
+
+@pytest.mark.parametrize("state", HARMLESS.values(), ids=HARMLESS)
+def test_what_keeps_nothing_from_working_is_no_conflict(db: Db, state: str) -> None:
+    db.execute(state)
+    assert db.invoke("doctor").code == 0
+    assert db.invoke("setup").code == 0
+    assert db.differing() == {}
+
+
+@pytest.fixture(scope="module")
+def role(cluster: Cluster) -> Iterator[str]:
+    """A role that may log in, and nothing else."""
+    name = f"blocked_{os.getpid()}"
+    with psycopg.connect(cluster.url, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE {name} LOGIN".encode())
+        yield name
+        connection.execute(f"DROP ROLE {name}".encode())
+
+
+@pytest.mark.parametrize("column", ["", "ALTER TABLE slots ADD must_keep boolean NOT NULL, ADD min_chars int;"])
+def test_a_child_of_another_owner(db: Db, role: str, column: str) -> None:
+    """A column, or a default alone, that is added to the child, too."""
+    db.execute(states.by_hand() + "TRUNCATE slots;" + column + states.OWN.replace("{role}", role))
+    db.execute("CREATE TABLE child () INHERITS (slots)")
+    try:
+        before = db.dump(data=True)
+        for task in ("doctor", "plan", "setup"):
+            done = db.invoke(task, role=role)
+            assert (done.code, "ownership of table public.child" in done.out + done.err) == (8, True), done
+        assert db.dump(data=True) == before
+    finally:
+        db.execute(f"REASSIGN OWNED BY {role} TO postgres; DROP OWNED BY {role}")

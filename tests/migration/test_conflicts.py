@@ -1,0 +1,664 @@
+"""What clears a conflict: the commands as psql runs them, on real databases with rows in every table.
+
+Afterwards the check passes or a step fixes it, no row was written, and what was dropped comes back as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import supabase
+from budget_engine.migration import conflicts
+from budget_engine.migration.checks import Check, Kind
+from conftest import MIGRATIONS, SEED, Db
+from psycopg import sql
+from states import (
+    ANOTHER_FEATURE,
+    BIGINT,
+    CORE,
+    CORE_ROWS,
+    CORE_WITH_UUID_TURNS,
+    HANGING,
+    SLOTS_TEMPLATES,
+    altered,
+    by_hand,
+    old_metrics,
+    snapshots,
+    with_uuid,
+)
+from versions import MAJOR
+
+ROOT = MIGRATIONS.parents[1]
+VERIFY = (MIGRATIONS.parent / "verify.sql").read_text()
+BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"
+PIN = """
+SELECT pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true)
+FROM pg_catalog.set_config('budget_engine.path',
+       pg_catalog.array_to_json(pg_catalog.current_schemas(false))::pg_catalog.text, true)"""
+CHECKS = VERIFY[VERIFY.index("\nWITH ") : VERIFY.rindex("COMMIT;")]
+ON_REQUEST = "recreate_core_schema"
+
+
+def survey(db: Db) -> list[Check]:
+    """Return every check."""
+    with db.connect() as connection:
+        for statement in (BEGIN, PIN):
+            connection.execute(statement.encode())
+        cursor = connection.execute(CHECKS.encode())
+        names = [column.name for column in cursor.description or ()]
+        return [check(dict(zip(names, row, strict=True))) for row in cursor.fetchall()]
+
+
+def check(row: dict[str, Any]) -> Check:
+    by = row["fixed_by"]
+    return Check(
+        row["step"],
+        Kind(row["kind"]),
+        row["table"],
+        row["name"],
+        row["expected"],
+        row["actual"],
+        None if by == ON_REQUEST else by,
+        row["required"],
+        row["found"],
+        on_request=by if by == ON_REQUEST else None,
+    )
+
+
+def commands(db: Db) -> dict[Check, tuple[str, ...]]:
+    """Return what clears each conflict."""
+    checks = survey(db)
+    with db.connect() as connection:
+        for statement in (BEGIN, PIN):
+            connection.execute(statement.encode())
+        cursor = connection.execute(conflicts.query(checks).encode())
+        rows = [[as_text(value) for value in row] for row in cursor.fetchall()]
+    return conflicts.commands(checks, rows)
+
+
+def as_text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value)
+
+
+def script(cleared: dict[Check, tuple[str, ...]]) -> tuple[str, list[str]]:
+    """Return what `verify --remedies` prints: each command once, in order; and the tasks."""
+    every = dict.fromkeys(command for way in cleared.values() for command in way)
+    tasks = [command for command in every if command == conflicts.RECREATE]
+    return "\n".join(command for command in every if command not in tasks) + "\n", tasks
+
+
+def run(db: Db, folder: Path, text: str) -> None:
+    """Run a script as psql reads a pipe."""
+    (folder / "commands.sql").write_text(text, encoding="utf-8", newline="")
+    done = db.psql("-f", str(folder / "commands.sql"))
+    assert done.code == 0, f"{done}\n{text}"
+
+
+def rows(db: Db) -> dict[int, Any]:
+    """Return every row of every table, by its place, its writer and its values; sequences by where they are.
+
+    Equal: no table was rewritten, no row written, no column that was there dropped.
+    """
+    found: dict[int, Any] = {}
+    with db.connect() as connection:
+        tables = connection.execute("""
+            SELECT pg_class.oid::bigint, relfilenode::bigint, relkind::text, pg_class.oid::regclass::text, ARRAY(
+              SELECT attnum FROM pg_attribute WHERE attrelid = pg_class.oid AND attnum > 0 AND NOT attisdropped)
+            FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
+            WHERE relkind IN ('r', 'S') AND nspname !~ '^pg_|^information_schema$'""").fetchall()
+        for oid, file, kind, name, numbers in tables:
+            if kind == "S":
+                found[oid] = connection.execute(f"SELECT last_value, is_called FROM {name}".encode()).fetchall()
+                continue
+            columns = dict(
+                connection.execute(
+                    f"SELECT attnum, quote_ident(attname) FROM pg_attribute WHERE attrelid = {oid}".encode()
+                )
+            )
+            values = {
+                n: connection.execute(
+                    f"SELECT ctid::text, xmin::text, {columns[n]}::text FROM ONLY {name}".encode()
+                ).fetchall()
+                for n in numbers
+            }
+            found[oid] = (file, values)
+    return found
+
+
+def untouched(before: dict[int, Any], after: dict[int, Any]) -> bool:
+    """Whether all rows are as they were; columns may have come."""
+
+    def old(oid: int) -> Any:
+        if not isinstance(before[oid], tuple) or oid not in after:
+            return after.get(oid)
+        file, values = after[oid]
+        return file, {number: values.get(number) for number in before[oid][1]}
+
+    return all(old(oid) == rows for oid, rows in before.items())
+
+
+def restored(text: str) -> str:
+    """Return the definitions that the comments print, as somebody takes the marks away; what is first dropped, last."""
+    blocks = re.findall(r"^-- to restore it[^\n]*:\n((?:-- .*\n)+?-- COMMIT;\n)", text, re.M)
+    return "".join(re.sub("^-- ", "", block, flags=re.M) for block in reversed(list(dict.fromkeys(blocks))))
+
+
+ORDER = (
+    "core_schema",
+    "fix_prompt_snapshots_turn_id",
+    "slots_templates",
+    "prompt_snapshots",
+    "slots_flags",
+    "budget_report",
+    "turn_metrics",
+)
+STEM = {path.stem.partition("_")[2]: path.stem for path in MIGRATIONS.glob("*.sql")}
+
+
+def finish(db: Db) -> list[tuple[str, str | None, str]]:
+    """Run by hand each file that fixes something; return what does not pass then."""
+    for _ in ORDER * 2:
+        left = [c for c in survey(db) if c.required and not c.passed]
+        if label := next((label for label in ORDER for c in left if c.fixed_by == label), None):
+            db.migrate(STEM[label])
+    return [(c.title, c.actual, c.expected) for c in left]
+
+
+METRICS = altered(old_metrics())
+KEYED_BY_NAME = "ALTER TABLE slots DROP CONSTRAINT slots_pkey, ADD PRIMARY KEY (type, name);"
+NOTHING = "CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';"
+ON_ANOTHER = "DROP INDEX {0}; CREATE INDEX {0} ON {1};"
+
+WRONG = {
+    # tables
+    "a view": altered("ALTER TABLE templates RENAME TO texts; CREATE VIEW templates AS SELECT * FROM texts"),
+    "a materialized view": altered("CREATE MATERIALIZED VIEW turn_metrics AS SELECT id AS turn_id FROM turns"),
+    "a foreign table": altered(
+        "CREATE FOREIGN DATA WRAPPER away; CREATE SERVER away FOREIGN DATA WRAPPER away;"
+        "CREATE FOREIGN TABLE turn_metrics (turn_id bigint) SERVER away"
+    ),
+    "a partitioned table": CORE + CORE_ROWS + "CREATE TABLE slots (id uuid, type text) PARTITION BY LIST (type);"
+    "CREATE TABLE parts PARTITION OF slots FOR VALUES IN ('a'); INSERT INTO slots VALUES (NULL, 'a')",
+    "a partition": altered(
+        "CREATE TABLE every_slot (LIKE slots) PARTITION BY LIST (type);"
+        "ALTER TABLE every_slot ATTACH PARTITION slots DEFAULT"
+    ),
+    "a sequence": CORE
+    + "CREATE TABLE numbered (n int); CREATE SEQUENCE slots OWNED BY numbered.n; SELECT nextval('slots')",
+    "an index": "CREATE TABLE other (id int); CREATE INDEX worlds ON other (id)",
+    "a composite type": CORE + "CREATE TYPE slots AS (a int)",
+    "an enum": altered("CREATE TYPE turn_metrics AS ENUM ('a')"),
+    "a domain in use": CORE + "CREATE DOMAIN slots AS text; CREATE TABLE machines (s slots)",
+    "another feature's": CORE + CORE_ROWS + ANOTHER_FEATURE,
+    "two of other features, archives taken": CORE
+    + CORE_ROWS
+    + ANOTHER_FEATURE
+    + "CREATE TABLE turn_metrics (id int PRIMARY KEY);"
+    "CREATE SCHEMA archive; CREATE SCHEMA archive_2",
+    "another feature's, a table leads to it": CORE + CORE_ROWS + "CREATE TABLE slots (id int PRIMARY KEY, hour int);"
+    'INSERT INTO slots VALUES (1, 9); CREATE TABLE "Bookings" (slot int CONSTRAINT "of Slot" REFERENCES slots (id));'
+    'INSERT INTO "Bookings" VALUES (1); COMMENT ON CONSTRAINT "of Slot" ON "Bookings" IS \'a slot\'',
+    # columns
+    "an added column of another type": altered("ALTER TABLE slots ADD must_keep text DEFAULT 'x'"),
+    "an added column of another type, filled": altered(
+        "ALTER TABLE slots ADD must_keep int NOT NULL DEFAULT 2; ALTER TABLE slots ALTER must_keep DROP DEFAULT;"
+        "CREATE INDEX idx_slots_must_keep ON slots (must_keep); CREATE VIEW kept AS SELECT must_keep FROM slots"
+    ),
+    "an added column that leads elsewhere": altered(
+        "CREATE TABLE parents (id text PRIMARY KEY); INSERT INTO parents VALUES ('p');"
+        "ALTER TABLE prompt_snapshots DROP parent_id, ADD parent_id text NOT NULL DEFAULT 'p'"
+        " CONSTRAINT prompt_snapshots_parent_id_fkey REFERENCES parents (id);"
+        "CREATE INDEX idx_prompt_snapshots_parent_id ON prompt_snapshots (parent_id)"
+    ),
+    "an added column, its new name taken": altered("ALTER TABLE slots ADD min_chars bigint, ADD min_chars_old int"),
+    "turn_id text": by_hand("text", "'turn ' || i"),
+    "turn_id int": by_hand(BIGINT.replace("bigint", "int")),
+    "turn_id in the primary key": by_hand("text", "'turn ' || i")
+    + "ALTER TABLE prompt_snapshots DROP CONSTRAINT prompt_snapshots_parent_id_fkey,"
+    " DROP CONSTRAINT prompt_snapshots_pkey, ADD PRIMARY KEY (id, turn_id)",
+    "its own column of another type": altered("ALTER TABLE slots ALTER name TYPE varchar(80)"),
+    "its own column is missing, NULL is allowed": altered("ALTER TABLE slots DROP max_len"),
+    "NULL is refused": altered("ALTER TABLE slots ADD min_chars int NOT NULL DEFAULT 0"),
+    "NULL is allowed": altered("ALTER TABLE slots ADD must_keep boolean; UPDATE slots SET must_keep = true"),
+    "NULL is allowed, an earlier try": altered(
+        "ALTER TABLE slots ADD must_keep boolean; ALTER TABLE slots ADD CONSTRAINT slots_must_keep_given"
+        " CHECK (must_keep IS NOT NULL) NOT VALID; UPDATE slots SET must_keep = true"
+    ),
+    "generated": altered("ALTER TABLE slots ADD must_keep boolean GENERATED ALWAYS AS (type = 'ux') STORED NOT NULL"),
+    "an identity": altered("ALTER TABLE slots ADD min_chars int GENERATED ALWAYS AS IDENTITY (START 7)"),
+    "inherited": altered(
+        "ALTER TABLE slots ADD min_chars int NOT NULL DEFAULT 1, ADD must_keep text;"
+        "CREATE TABLE parent (LIKE slots); ALTER TABLE slots INHERIT parent"
+    ),
+    # defaults
+    "defaults": METRICS + "ALTER TABLE turn_metrics ALTER tokens_after SET DEFAULT 0, ALTER rejects SET DEFAULT '[]',"
+    " ALTER trims_count DROP DEFAULT",
+    # keys
+    "no key": altered("ALTER TABLE slots DROP CONSTRAINT uk_slots_type_name"),
+    "no key, its name taken": altered(
+        "ALTER TABLE slots DROP CONSTRAINT uk_slots_type_name; CREATE INDEX uk_slots_type_name ON slots (name)"
+    ),
+    "no key, the rest of a failed build": altered(
+        "ALTER TABLE slots DROP CONSTRAINT uk_slots_type_name; CREATE UNIQUE INDEX uk_slots_type_name ON"
+        " slots (type, name);"
+        "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'uk_slots_type_name'::regclass"
+    ),
+    "the name of a key to be made": CORE + "CREATE INDEX uk_prompt_snapshots_snapshot_id ON turns (role)",
+    "no primary key": altered(old_metrics("NOT NULL REFERENCES turns (id) ON DELETE CASCADE")),
+    "a unique key instead": altered(old_metrics("NOT NULL UNIQUE REFERENCES turns (id) ON DELETE CASCADE")),
+    "another primary key": altered(KEYED_BY_NAME + "ALTER TABLE slots DROP CONSTRAINT uk_slots_type_name"),
+    "another primary key, a table leads to it": altered(
+        KEYED_BY_NAME + "ALTER TABLE slots DROP CONSTRAINT uk_slots_type_name;"
+        "CREATE TABLE lines (type text, name text, FOREIGN KEY (type, name) REFERENCES slots); INSERT"
+        " INTO lines VALUES ('ux', 'hint')"
+    ),
+    "a key deferrable": altered(
+        "ALTER TABLE templates DROP CONSTRAINT uk_templates_type_slot_version,"
+        " ADD CONSTRAINT uk_templates_type_slot_version UNIQUE (type, slot, version) DEFERRABLE"
+    ),
+    "turns without primary key": altered("ALTER TABLE turns DROP CONSTRAINT turns_pkey CASCADE"),
+    # foreign keys
+    "another action": by_hand("bigint REFERENCES turns (id) ON DELETE CASCADE"),
+    "another target": "CREATE TABLE rounds (id bigint PRIMARY KEY); INSERT INTO rounds SELECT generate_series(1, 9);"
+    + by_hand("bigint REFERENCES rounds (id)"),
+    "a second key beside it": by_hand(BIGINT)
+    + "ALTER TABLE prompt_snapshots ADD CONSTRAINT other FOREIGN KEY (turn_id) REFERENCES turns (id) ON DELETE CASCADE",
+    "a key's name on a CHECK": by_hand("bigint")
+    + "ALTER TABLE prompt_snapshots ADD CONSTRAINT prompt_snapshots_turn_id_fkey CHECK (turn_id > 0)",
+    # indexes
+    "an index on another column": altered(ON_ANOTHER.format("idx_slots_type", "slots (name)")),
+    "an index, its new name taken": altered(
+        ON_ANOTHER.format("idx_slots_type", "slots (name)") + "CREATE INDEX idx_slots_type_old ON slots (name)"
+    ),
+    "turn_id's index on another column": with_uuid()
+    + ON_ANOTHER.format("idx_prompt_snapshots_turn_id", "prompt_snapshots (game_id)"),
+    # triggers and functions
+    "a constraint trigger": altered(
+        NOTHING + "CREATE CONSTRAINT TRIGGER trigger_slots_critical_defaults AFTER INSERT ON slots"
+        " FOR EACH ROW EXECUTE FUNCTION nothing()"
+    ),
+    "a function that returns a number": altered(
+        "CREATE FUNCTION set_critical_slot_defaults() RETURNS int LANGUAGE sql AS 'SELECT 1'"
+    ),
+    "a procedure": altered("CREATE PROCEDURE set_critical_slot_defaults() LANGUAGE sql AS 'SELECT 1'"),
+    "a function that others"
+    " use": "CREATE TABLE books (t text); CREATE FUNCTION update_entry_points_search_text() RETURNS trigger"
+    " LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'; CREATE TRIGGER x BEFORE INSERT ON books"
+    " FOR EACH ROW EXECUTE FUNCTION update_entry_points_search_text()",
+    # several at once
+    "much": by_hand("text", "i::text")
+    + old_metrics()
+    + "ALTER TABLE slots ADD must_keep text, ADD min_chars bigint, DROP CONSTRAINT uk_slots_type_name;"
+    "ALTER TABLE prompt_snapshots DROP parent_id, ADD parent_id text, ADD budget_report json;"
+    "ALTER TABLE turn_metrics ALTER tokens_before TYPE bigint; CREATE SEQUENCE idx_games_world;"
+    "ALTER TABLE templates ALTER version DROP NOT NULL",
+} | {f"on turn_id hangs {name}": with_uuid() + change for name, change in HANGING.items()}
+
+if MAJOR >= 18:
+    WRONG["NOT NULL is NOT VALID"] = altered(
+        "ALTER TABLE slots ADD must_keep boolean DEFAULT false; ALTER TABLE slots ADD CONSTRAINT nn NOT"
+        " NULL must_keep NOT VALID"
+    )
+    WRONG["generated, its values nowhere"] = altered(
+        "ALTER TABLE slots ADD must_keep boolean GENERATED ALWAYS AS (type = 'ux') VIRTUAL"
+    )
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_commands_clear_every_conflict_and_touch_no_row(db: Db, tmp_path: Path, name: str) -> None:
+    db.execute(WRONG[name])
+    text, tasks = script(commands(db))
+    assert tasks == []
+    before = rows(db)
+    run(db, tmp_path, text)
+    assert [(c.title, c.actual) for c in survey(db) if c.conflict] == []
+    assert untouched(before, rows(db))
+    assert finish(db) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "ALTER TABLE turns DROP CONSTRAINT turns_pkey CASCADE, ALTER id TYPE int",
+        "ALTER TABLE turns RENAME TO rounds; CREATE VIEW turns AS SELECT * FROM rounds",
+    ],
+)
+def test_where_the_core_has_an_older_form_the_task_is_named_that_moves_it(db: Db, change: str) -> None:
+    """And nothing about what moves with it."""
+    db.execute(by_hand("text", "i::text") + "ALTER TABLE slots ADD must_keep text;" + change)
+    assert script(commands(db)) == (
+        "ALTER TABLE public.slots RENAME COLUMN must_keep TO must_keep_old;\n",
+        ["invoke prereqs --recreate"],
+    )
+
+
+def test_what_recreate_moves_needs_no_command_of_its_own(db: Db) -> None:
+    db.execute(CORE_WITH_UUID_TURNS + CORE_ROWS + snapshots(BIGINT.replace("bigint", "uuid")) + SLOTS_TEMPLATES)
+    assert script(commands(db)) == ("\n", ["invoke prereqs --recreate"])
+
+
+# What hangs on turn_id, with all that a definition may be without; the literal is one that psql must not read.
+HUNG = r"""
+CREATE VIEW "Turn's view" WITH (security_barrier = true, check_option = local) AS
+  SELECT id, turn_id AS "The turn", source FROM prompt_snapshots WHERE source <> E'a\n-- \\! touch {marker}\n';
+ALTER VIEW "Turn's view" ALTER source SET DEFAULT 'manual';
+ALTER VIEW "Turn's view" OWNER TO pg_monitor;
+GRANT SELECT (id), UPDATE ("The turn") ON "Turn's view" TO pg_signal_backend WITH GRANT OPTION;
+GRANT SELECT ON "Turn's view" TO PUBLIC;
+GRANT INSERT, DELETE ON "Turn's view" TO pg_signal_backend WITH GRANT OPTION;
+GRANT UPDATE ON "Turn's view" TO pg_signal_backend;
+REVOKE TRUNCATE ON "Turn's view" FROM pg_monitor;
+COMMENT ON VIEW "Turn's view" IS E'it''s\n\\! touch {marker}\r\\! touch {marker}';
+COMMENT ON COLUMN "Turn's view"."The turn" IS 'a turn';
+CREATE FUNCTION instead() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+CREATE TRIGGER instead INSTEAD OF UPDATE ON "Turn's view" FOR EACH ROW EXECUTE FUNCTION instead();
+COMMENT ON TRIGGER instead ON "Turn's view" IS 'instead';
+CREATE RULE nothing AS ON DELETE TO "Turn's view" DO INSTEAD NOTHING;
+COMMENT ON RULE nothing ON "Turn's view" IS 'nothing';
+CREATE VIEW above AS SELECT "The turn" FROM "Turn's view";
+CREATE POLICY p ON prompt_snapshots AS RESTRICTIVE FOR UPDATE TO pg_monitor, pg_signal_backend
+  USING (turn_id IS NOT NULL) WITH CHECK (turn_id <> id);
+CREATE POLICY q ON slots FOR INSERT WITH CHECK (id IN (SELECT turn_id FROM prompt_snapshots));
+COMMENT ON POLICY p ON prompt_snapshots IS 'p';
+CREATE INDEX i ON prompt_snapshots (lower(source)) WHERE turn_id IS NULL;
+COMMENT ON INDEX i IS 'i';
+ALTER TABLE prompt_snapshots ADD CONSTRAINT c CHECK (turn_id <> id) NOT VALID,
+  ADD CONSTRAINT u UNIQUE (turn_id) DEFERRABLE;
+COMMENT ON CONSTRAINT c ON prompt_snapshots IS 'c';
+CREATE TRIGGER t BEFORE UPDATE OF turn_id ON prompt_snapshots FOR EACH ROW
+  WHEN (NEW.turn_id IS NULL) EXECUTE FUNCTION instead();
+CREATE PUBLICATION everything FOR TABLE prompt_snapshots, turns;
+"""
+RESTORED = {
+    "what hangs on turn_id": with_uuid() + HUNG,
+    "the same, with default privileges": with_uuid()
+    + HUNG
+    + "ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO pg_signal_backend, pg_read_all_stats",
+    "foreign keys": by_hand("bigint REFERENCES turns (id) ON DELETE CASCADE DEFERRABLE")
+    + "ALTER TABLE prompt_snapshots ADD CONSTRAINT o FOREIGN KEY (turn_id) REFERENCES turns (id) NOT VALID;"
+    "COMMENT ON CONSTRAINT o ON prompt_snapshots IS E'it''s\\r\\n\\\\! touch {marker}'",
+    "defaults": METRICS
+    + "ALTER TABLE turn_metrics ALTER rejects SET DEFAULT jsonb_build_object(E'\\r\\\\! touch {marker}', 1)",
+    "a partition": WRONG["a partition"],
+    "a child": with_uuid() + "CREATE TABLE parent (LIKE prompt_snapshots); ALTER TABLE prompt_snapshots INHERIT parent",
+}
+
+
+@pytest.mark.parametrize("name", RESTORED)
+def test_what_was_dropped_comes_back_byte_for_byte(db: Db, tmp_path: Path, name: str) -> None:
+    marker = tmp_path / "touched"
+    db.execute(RESTORED[name].replace("{marker}", str(marker)))
+    before = db.dump()
+    text, _ = script(commands(db))
+    run(db, tmp_path, text)
+    assert db.dump() != before
+    run(db, tmp_path, restored(text))
+    assert db.dump() == before
+    assert not marker.exists()
+
+
+def strange_names(chance: random.Random) -> list[str]:
+    """Return names of up to 63 bytes that end a line, begin a command of psql or a quote, or steer a terminal."""
+    signs = [
+        "\r",
+        "\n",
+        "\v",
+        "\f",
+        "\t",
+        "\x1b[2K",
+        "\x7f",
+        "\x85",
+        "\u2028",
+        "\u2029",
+        "\u202e",
+        "\xa0",
+        "\x1c",
+        "\x1e",
+        "\ufeff",
+    ]
+    signs += [
+        "'",
+        '"',
+        "\\",
+        "$$",
+        ";",
+        "--",
+        "/*",
+        ":x",
+        "%s",
+        " ",
+        "E'",
+        "\U0001f600",
+        chr(chance.randrange(0xE000, 0x110000)),
+    ]
+    names = [f"v{sign}\\! touch made_by_a_name;#" for sign in signs[:15]]
+    names += ["".join(chance.choices([*signs, "a", "é"], k=9)) for _ in range(20)]
+    return [name.encode()[:63].decode(errors="ignore") for name in names]
+
+
+def test_whatever_a_name_holds_nothing_else_runs(db: Db, tmp_path: Path) -> None:
+    """Names of views, columns, policies, indexes, constraints, and comments: printed, and run as they are."""
+    names = strange_names(random.Random(SEED))
+    db.execute(with_uuid())
+    for name in names:
+        q = sql.Identifier(name).as_string()
+        db.execute(
+            f"CREATE VIEW {q} AS SELECT turn_id AS {q} FROM prompt_snapshots; CREATE POLICY {q} ON"
+            f" prompt_snapshots USING (turn_id IS NULL);"
+            f"CREATE INDEX {sql.Identifier('i' + name[:40]).as_string()} ON prompt_snapshots (turn_id);"
+            f"ALTER TABLE prompt_snapshots ADD CONSTRAINT {q} CHECK (turn_id <> id);"
+            f"COMMENT ON VIEW {q} IS {sql.Literal(name).as_string()}"
+        )
+    before = db.dump()
+    cleared = commands(db)
+    text, _ = script(cleared)
+    assert [line for line in text.split("\n") if not line.isprintable()] == []
+    piped = subprocess.run(
+        [str(db.cluster.binaries / "psql"), db.url, "-XqAt", "-v", "ON_ERROR_STOP=1"],
+        input=text,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert (piped.returncode, piped.stdout) == (0, ""), piped.stderr
+    assert [c for c in survey(db) if c.conflict] == []
+    run(db, tmp_path, restored(text))
+    assert db.dump() == before
+    assert not any((place / "made_by_a_name").exists() for place in (tmp_path, ROOT))
+
+
+def test_a_schema_of_a_strange_name(db: Db, tmp_path: Path) -> None:
+    """What cannot be escaped is left out, and said."""
+    name = f"s\r\\! touch {tmp_path}/m"
+    q = sql.Identifier(name).as_string()
+    change = (
+        "ALTER TABLE slots ADD must_keep text, DROP CONSTRAINT uk_slots_type_name; ALTER TABLE slots DROP max_len;"
+        + old_metrics()
+    )
+    db.execute(
+        f"CREATE SCHEMA {q}; SET search_path = {q};"
+        + altered(change)
+        + "ALTER TABLE turn_metrics ALTER tokens_before TYPE text"
+    )
+    db.execute(f"ALTER DATABASE {db.name} SET search_path = {q}")
+    text, _ = script(commands(db))
+    assert [line for line in text.split("\n") if not line.isprintable()] == []
+    run(db, tmp_path, text)
+    assert [c.title for c in survey(db) if c.conflict] == ["key slots (type, name)"]
+    assert re.search("^-- left out, for what a name in it holds: CREATE UNIQUE INDEX CONCURRENTLY", text, re.M)
+    assert list(tmp_path.iterdir()) == [tmp_path / "commands.sql"]
+
+
+TYPES = (
+    "text",
+    "int",
+    "bigint",
+    "uuid",
+    "jsonb",
+    "json",
+    "boolean",
+    "varchar(9)",
+    "text[]",
+    "timestamp",
+    "numeric",
+    "smallint",
+)
+
+
+def wrong_forms(checks: list[Check], chance: random.Random) -> list[str]:
+    """Return statements that give what the checks are about another form, some of which no table will take."""
+    forms = []
+    for c in chance.sample(checks, chance.choice([1, 2, 4, 8, 25])):
+        table, column = c.found, c.name
+        alter = f"ALTER TABLE {table} ALTER {column}"
+        type_ = chance.choice(TYPES)
+        every = {
+            Kind.COLUMN: [
+                f"{alter} DROP DEFAULT; {alter} TYPE {type_} USING NULL::{type_}",
+                f"{alter} DROP DEFAULT; {alter} TYPE text; {alter} SET DEFAULT 'x'",
+                f"{alter} DROP NOT NULL",
+                f"{alter} SET NOT NULL",
+                f"ALTER TABLE {table} DROP {column} CASCADE; ALTER TABLE {table} ADD {column} {type_}",
+                f"ALTER TABLE {table} DROP {column} CASCADE; ALTER TABLE {table} ADD {column} int"
+                f" GENERATED ALWAYS AS (7) STORED",
+                f"ALTER TABLE {table} DROP {column} CASCADE",
+            ],
+            Kind.DEFAULT: [f"{alter} SET DEFAULT NULL::int", f"{alter} DROP DEFAULT", f"{alter} SET DEFAULT 3"],
+            Kind.KEY: [
+                f"ALTER TABLE {table} DROP CONSTRAINT {c.table}_pkey CASCADE",
+                f"ALTER TABLE {table} DROP CONSTRAINT uk_{c.table}_{column.replace(', ', '_')}",
+                f"ALTER TABLE {table} DROP CONSTRAINT {c.table}_pkey CASCADE, ADD PRIMARY KEY (id, created_at)",
+            ],
+            Kind.FOREIGN_KEY: [
+                f"ALTER TABLE {table} DROP CONSTRAINT {c.table}_{column}_fkey, ADD CONSTRAINT"
+                f" {c.table}_{column}_fkey CHECK (true)",
+                f"ALTER TABLE {table} ADD CONSTRAINT another FOREIGN KEY ({column})"
+                f" {c.expected.partition(' ON ')[0]} NOT VALID",
+            ],
+            Kind.INDEX: [
+                f"DROP INDEX {column}; CREATE INDEX {column} ON {table} (created_at, id)",
+                f"DROP INDEX {column}; CREATE VIEW {column} AS SELECT 1",
+            ],
+            Kind.TRIGGER: [
+                f"DROP TRIGGER {column} ON {table}; {NOTHING} CREATE CONSTRAINT TRIGGER {column} AFTER"
+                f" INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION nothing()"
+            ],
+            Kind.TABLE: [
+                f"CREATE TABLE p{c.table} (LIKE {table}); ALTER TABLE {table} INHERIT p{c.table}",
+                f"CREATE TABLE l{c.table} (x int); CREATE VIEW v{c.table} AS SELECT * FROM {table}",
+            ],
+        }
+        if ways := every.get(c.kind):
+            forms.append(chance.choice(ways))
+    return forms
+
+
+@pytest.mark.parametrize("number", range(int(os.environ.get("FAULT_POINTS", "4"))))
+def test_no_value_changes_whatever_the_form(db: Db, tmp_path: Path, number: int) -> None:
+    """Random wrong forms of everything that is required, several at once, with rows in all tables."""
+    chance = random.Random(f"{SEED} {number}")
+    db.execute(chance.choice([altered(old_metrics()), with_uuid() + old_metrics()]))
+    assert finish(db) == []
+    done = []
+    for form in wrong_forms([c for c in survey(db) if c.required], chance):
+        try:
+            db.execute(form)
+            done.append(form)
+        except psycopg.Error:
+            continue
+    asked = commands(db)
+    text, tasks = script(asked)
+    for table, column in re.findall(r"SELECT \* FROM (\S+) WHERE (\S+) IS NULL;", text):  # as its reader does
+        assert db.rows(f"SELECT * FROM {table} WHERE {column} IS NULL") is not None
+        db.execute(f"DELETE FROM {table} WHERE {column} IS NULL")
+    for columns, table in re.findall(r"SELECT ([^()*]+), count\(\*\) FROM (\S+) GROUP", text):
+        db.execute(f"DELETE FROM {table} AS t WHERE ctid NOT IN (SELECT min(ctid) FROM {table} GROUP BY {columns})")
+    before = rows(db)
+    run(db, tmp_path, text)
+    assert untouched(before, rows(db)), (done, text)
+    if not tasks:
+        assert [(c.title, c.actual) for c in survey(db) if c.conflict] == [], (done, text)
+
+
+def test_policies_that_say_something_else(db: Db, tmp_path: Path) -> None:
+    supabase.install(db)
+    supabase.add_profiles(db)
+    assert finish(db) == []
+    db.execute(
+        "ALTER POLICY slots_admin ON slots USING (true); DROP POLICY templates_admin ON templates;"
+        "CREATE POLICY templates_admin ON templates AS RESTRICTIVE FOR DELETE TO anon, authenticated"
+        " USING (body = E'it''s\\r\\n')"
+    )
+    before = db.dump()
+    text, _ = script(commands(db))
+    run(db, tmp_path, text)
+    assert [c.title for c in survey(db) if c.conflict] == []
+    run(db, tmp_path, restored(text))
+    assert db.dump() == before
+
+
+def test_a_restored_definition_means_what_it_meant(db: Db, tmp_path: Path) -> None:
+    """Though others have made a function since, in a schema that this path searches first."""
+    db.execute(with_uuid() + "CREATE VIEW lowered AS SELECT turn_id, lower(source) FROM prompt_snapshots;")
+    db.execute("CREATE FUNCTION public.lower(text) RETURNS text LANGUAGE sql AS 'SELECT ''theirs'''")
+    db.execute(f"ALTER DATABASE {db.name} SET search_path = public, pg_catalog")
+    before = db.dump()
+    text, _ = script(commands(db))
+    run(db, tmp_path, text)
+    run(db, tmp_path, restored(text))
+    assert db.dump() == before
+
+
+@pytest.mark.parametrize("name", ["another feature's, a table leads to it", "another primary key, a table leads to it"])
+def test_foreign_keys_of_others_come_back_to_what_moved_or_stayed(db: Db, tmp_path: Path, name: str) -> None:
+    db.execute(WRONG[name])
+    before = db.dump()
+    text, _ = script(commands(db))
+    run(db, tmp_path, text)
+    leading = "SELECT count(*) FROM pg_constraint WHERE contype = 'f' AND confrelid::regclass::text LIKE '%slots'"
+    assert db.value(leading) == 0
+    if "archive" in text:
+        db.execute("ALTER TABLE archive.slots SET SCHEMA public; DROP SCHEMA archive")
+        run(db, tmp_path, restored(text))
+        assert db.dump() == before
+    else:
+        run(
+            db,
+            tmp_path,
+            "".join(line for line in restored(text).splitlines(keepends=True) if " PRIMARY KEY " not in line),
+        )
+        assert db.value(leading) == 1
+
+
+UNRESTORABLE = {
+    "materialized view": HANGING["materialized view turn_matview"],
+    "function": HANGING["function turn_function"],
+    "statistics": HANGING["statistics object turn_statistics"],
+    "disabled trigger": HANGING["trigger turn_trigger"] + "; ALTER TABLE prompt_snapshots DISABLE TRIGGER turn_trigger",
+    "clustered index": HANGING["index turn_other_name"] + "; ALTER TABLE prompt_snapshots CLUSTER ON turn_other_name",
+    "sequence": "CREATE SEQUENCE s OWNED BY prompt_snapshots.turn_id; SELECT nextval('s')",
+    "grants by another": HANGING["view turn_view"]
+    + "; GRANT SELECT ON turn_view TO pg_monitor WITH GRANT OPTION; SET ROLE pg_monitor;"
+    " GRANT SELECT ON turn_view TO pg_read_all_stats; RESET ROLE",
+}
+
+
+@pytest.mark.parametrize("name", UNRESTORABLE)
+def test_what_no_command_restores_is_not_dropped(db: Db, tmp_path: Path, name: str) -> None:
+    db.execute(with_uuid() + UNRESTORABLE[name])
+    before = db.dump(data=True)
+    text, _ = script(commands(db))
+    assert re.search("^-- .* no command restores it", text)
+    run(db, tmp_path, text)
+    renamed = "ALTER TABLE prompt_snapshots RENAME turn_id_old TO turn_id;"
+    db.execute(renamed + "ALTER INDEX idx_prompt_snapshots_turn_id_old RENAME TO idx_prompt_snapshots_turn_id")
+    assert db.dump(data=True) == before

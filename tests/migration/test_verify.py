@@ -1,0 +1,834 @@
+"""A verification is trusted once it was seen to fail: each check is broken alone, seen to differ, and fixed.
+
+What each breakage makes differ, and what becomes of it, is worked out here from SCHEMA.md, not read from the
+verification: `missing_from_its_table` and `without_its_table` say it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pprint import pformat
+from typing import Any
+
+import psycopg
+import pytest
+import supabase
+from budget_engine import errors
+from budget_engine.commands import setup
+from budget_engine.migration import chain, plan, survey
+from budget_engine.migration.checks import Check, Kind
+from conftest import Db, as_text
+from states import COLUMNS
+from verification import VERIFY, verified
+from versions import MAJOR
+
+CHAIN = chain.load()
+CORE, SLOTS_TEMPLATES, SNAPSHOTS, FIX, FLAGS, REPORT, METRICS = (step.label for step in CHAIN.steps)
+RECREATE = "recreate_core_schema"  # fixes what is needed of core tables, but only where it is asked for
+CONFLICT, DOCUMENTED = "conflict", "told, no more"
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+Differences = dict[str, tuple[str | None, str]]  # title → actual; the step that fixes it, CONFLICT or DOCUMENTED
+Checks = dict[str, Check]  # by their titles
+
+
+class Something(str):
+    """Equal to every text: what is there, in whatever words."""
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str)
+
+
+SOMETHING = Something()
+
+# ── what SCHEMA.md says of a check ─────────────────────────────────────────────────────────────────────────────────
+
+CREATOR = {
+    **dict.fromkeys(("worlds", "rulesets", "entry_points", "prompt_segments", "games", "turns"), CORE),
+    **dict.fromkeys(("slots", "templates"), SLOTS_TEMPLATES),
+    "prompt_snapshots": SNAPSHOTS,
+    "turn_metrics": METRICS,
+}
+ADDED_LATER = (
+    "prompt_snapshots.parent_id",
+    "prompt_snapshots.turn_id",
+    "prompt_snapshots.budget_report",
+    "slots.must_keep",
+    "slots.min_chars",
+)
+GAME_IDX = "key turns (game_id, idx)"
+
+
+def documented(check: Check) -> bool:
+    """Whether it is told, but not required, of a table that exists."""
+    if check.step != CORE:
+        return check.kind is Kind.FOREIGN_KEY and check.name in ("game_id", "created_by")
+    needed = check.table in ("games", "turns") and check.name in ("", "id") and check.kind in _OUTLINE
+    return not needed and check.kind is not Kind.ROW_SECURITY
+
+
+_OUTLINE = (Kind.TABLE, Kind.COLUMN, Kind.KEY)
+
+
+def missing_from_its_table(check: Check, *, buildable: bool = True) -> str:
+    """What becomes of it where it is missing from a table that exists; buildable: of an index, its columns exist."""
+    if documented(check):
+        return CORE if buildable and (check.kind is Kind.INDEX or check.title == GAME_IDX) else DOCUMENTED
+    if check.kind in (Kind.COLUMN, Kind.KEY) and check.title not in ADDED_LATER:
+        return RECREATE if check.step == CORE else CONFLICT
+    return check.step
+
+
+def without_its_table(check: Check) -> str:
+    """Who creates it where its table is missing, too: whoever creates the table, as far as it creates this."""
+    with_the_table = (Kind.COLUMN, Kind.DEFAULT, Kind.KEY, Kind.INDEX, Kind.FOREIGN_KEY)
+    return CREATOR[check.table] if check.kind in with_the_table and check.step not in (FLAGS, REPORT) else check.step
+
+
+def in_another_form(check: Check) -> str:
+    """What becomes of it where something else is in its place."""
+    if documented(check):
+        return DOCUMENTED
+    return RECREATE if check.step == CORE and check.kind in _OUTLINE else CONFLICT
+
+
+def uses(check: Check, table: str, column: str) -> bool:
+    """Whether it goes when the column goes with CASCADE."""
+    of_columns = (Kind.DEFAULT, Kind.KEY, Kind.INDEX, Kind.FOREIGN_KEY, Kind.COMMENT, Kind.TRIGGER)
+    words = check.expected if check.kind in (Kind.INDEX, Kind.TRIGGER) else check.name
+    named = check.kind in of_columns and check.table == table and column in re.findall(r"\w+", words)
+    return named or f"REFERENCES {table}({column})" in check.expected
+
+
+@dataclass(frozen=True)
+class Breakage:
+    """SQL that breaks a check, and all that differs then; nothing, where that must not matter."""
+
+    check: Check
+    what: str
+    sql: str
+    differs: Differences
+
+    @property
+    def name(self) -> str:
+        return f"{self.check.title}: {self.what}"
+
+    @property
+    def refused(self) -> bool:
+        return any(becomes in (CONFLICT, RECREATE) for _, becomes in self.differs.values())
+
+
+def breakages(checks: Checks) -> list[Breakage]:
+    """Every breakage of every check, and what can hang on a uuid turn_id."""
+    own = [broken for check in checks.values() for broken in _BREAKERS[check.kind](check, checks)]
+    return [*own, *_hang(checks["prompt_snapshots.turn_id"], checks)]
+
+
+def _lost(checks: Iterable[Check], *, buildable: bool = True) -> Differences:
+    return {check.title: (None, missing_from_its_table(check, buildable=buildable)) for check in checks}
+
+
+def _pointing_to(table: str, checks: Checks) -> list[Check]:
+    return [check for check in checks.values() if f"REFERENCES {table}(" in check.expected and check.table != table]
+
+
+# ── tables ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_INSTEAD = {
+    "view": "CREATE VIEW {table} AS SELECT 1 AS other",
+    "materialized view": "CREATE MATERIALIZED VIEW {table} AS SELECT 1 AS other",
+    "partitioned table": "CREATE TABLE {table} (other int) PARTITION BY LIST (other)",
+    "sequence": "CREATE SEQUENCE {table}",
+    "type": "CREATE TYPE {table} AS (other int)",
+    "index": "CREATE TABLE other (other int); CREATE INDEX {table} ON other (other)",
+}
+
+
+def _break_table(check: Check, checks: Checks) -> Iterator[Breakage]:
+    table = check.table
+    within = [c for c in checks.values() if c.table == table and c.kind is not Kind.FUNCTION]  # a function stays
+    pointing = _pointing_to(table, checks)
+    missing: Differences = {c.title: (None, without_its_table(c)) for c in within}
+    # Supabase: of a core table only a new one's policy is asked for
+    if check.step == "core_schema" and f"row-level security of {table}" in checks:
+        missing[f"policy {table}_service_role"] = (None, check.step)
+    yield Breakage(check, "dropped", f"DROP TABLE {table} CASCADE", missing | _lost(pointing))
+
+    def leads_to(place: str) -> Differences:
+        return {
+            c.title: (c.expected.replace(f"REFERENCES {table}(", f"REFERENCES {place}("), in_another_form(c))
+            for c in pointing
+        }
+
+    move = f"CREATE SCHEMA IF NOT EXISTS older; ALTER TABLE {table} SET SCHEMA older"
+    yield Breakage(check, "moved", move, missing | leads_to(f"older.{table}"))
+    # RENAME leaves the names of the indexes where they are: those that the migration gives are taken.
+    older = f"older_{table}"
+    rename = f"ALTER TABLE {table} RENAME TO {older}"
+    indexes = [c for c in within if c.kind is Kind.INDEX]
+    keys: Differences = {
+        c.title: (_taken(_NAMED_KEYS[c.title], older), CONFLICT) for c in within if c.title in _NAMED_KEYS
+    }
+    taken: Differences = {index.title: (_taken(index.name, older), CONFLICT) for index in indexes}
+    yield Breakage(check, "renamed", rename, missing | leads_to(f"public.{older}") | taken | keys)
+    also = [f"ALTER INDEX {index.name} RENAME TO older_{index.name}" for index in indexes]
+    if indexes:
+        yield Breakage(
+            check, "renamed, indexes too", "; ".join([rename, *also]), missing | leads_to(f"public.{older}") | keys
+        )
+    for kind, statement in _INSTEAD.items():
+        yield _with_another(check, kind, statement, within, pointing)
+
+
+def _taken(index: str, table: str) -> str:
+    return f"missing, and its name {index} is taken by an index on public.{table}"
+
+
+def _with_another(
+    check: Check, kind: str, statement: str, within: Sequence[Check], pointing: Sequence[Check]
+) -> Breakage:
+    """Have something else bear the table's name."""
+    secured = [c for c in within if c.kind is Kind.ROW_SECURITY or (c.kind is Kind.POLICY and c.step == CORE)]
+    differs = _lost([c for c in within if c not in secured], buildable=False) | _lost(pointing)
+    if check.step != CORE:  # of a core table, only while it has our policy
+        differs |= {c.title: ("off", c.step) for c in secured}
+    differs[check.title] = kind, in_another_form(check)
+    if not kind.endswith(("table", "view")):  # what is no table or view, recreate leaves where it is
+        differs = {title: (actual, CONFLICT if by == RECREATE else by) for title, (actual, by) in differs.items()}
+    sql = f"DROP TABLE {check.table} CASCADE; {statement.format(table=check.table)}"
+    return Breakage(check, kind, sql, differs)
+
+
+# ── columns and their defaults ─────────────────────────────────────────────────────────────────────────────────────
+
+_NEAR = {
+    "text": "character varying(80)",
+    "text[]": "jsonb",
+    "integer": "bigint",
+    "bigint": "integer",
+    "boolean": "integer",
+    "uuid": "text",
+    "jsonb": "json",
+    "tsvector": "text",
+    "timestamp with time zone": "timestamp without time zone",
+}
+
+
+def _break_column(check: Check, checks: Checks) -> Iterator[Breakage]:
+    table, column = check.table, check.name
+    type_, not_null = check.expected.removesuffix(" NOT NULL"), check.expected.endswith(" NOT NULL")
+    used_by = [c for c in checks.values() if uses(c, table, column)]
+    drop = f"ALTER TABLE {table} DROP COLUMN {column} CASCADE"
+    yield Breakage(check, "dropped", drop, _lost(used_by, buildable=False) | _lost([check]))
+    default = checks.get(f"default of {check.title}")
+    nearly = _lost(used_by, buildable=type_ != "tsvector")  # an index can be built again, but by gin on text
+    if default:  # what comes back has none
+        nearly = {title: lost for title, lost in nearly.items() if title != default.title}
+        nearly |= {default.title: ("none", default.step)} if default.expected != "none" else {}
+
+    def as_another(what: str, form: str, becomes: str) -> Breakage:
+        return Breakage(check, what, f"{drop}, ADD COLUMN {column} {form}", nearly | {check.title: (form, becomes)})
+
+    yield as_another("another type", _NEAR[type_], in_another_form(check))
+    if check.title == "prompt_snapshots.turn_id":
+        nearly |= _lost([checks["default of prompt_snapshots.turn_id"]])  # it is that of another column
+        yield as_another("uuid", "uuid", FIX)
+        yield as_another("uuid NOT NULL", "uuid NOT NULL", FIX)
+    other_nullability = _with_the_other_nullability(check, checks, not_null=not_null)
+    yield other_nullability
+    if not_null and MAJOR >= 18:
+        yield _not_valid(other_nullability)
+    if not default:
+        yield Breakage(check, "no default", f"ALTER TABLE {table} ALTER COLUMN {column} DROP DEFAULT", {})
+
+
+def _with_the_other_nullability(check: Check, checks: Checks, *, not_null: bool) -> Breakage:
+    action = "DROP" if not_null else "SET"
+    sql = f"ALTER TABLE {check.table} ALTER COLUMN {check.name} {action} NOT NULL"
+    form = check.expected.removesuffix(" NOT NULL") if not_null else f"{check.expected} NOT NULL"
+    differs: Differences = {check.title: (form, in_another_form(check))}
+    primary = checks.get(f"key {check.table} ({check.name})")
+    if primary and primary.expected == "PRIMARY KEY":
+        sql = f"{_drop_key(primary)}; {sql}"
+        differs |= _lost([primary, *_pointing_to_key(primary, checks)])
+    return Breakage(check, f"{action} NOT NULL", sql, differs)
+
+
+def _not_valid(nullable: Breakage) -> Breakage:
+    """Bring a NOT NULL back that says nothing of the rows that exist."""
+    check = nullable.check
+    constraint = f"CONSTRAINT {check.name}_not_valid NOT NULL {check.name} NOT VALID"
+    form = f"{check.expected} NOT VALID", nullable.differs[check.title][1]
+    sql = f"{nullable.sql}; ALTER TABLE {check.table} ADD {constraint}"
+    return Breakage(check, "NOT NULL not valid", sql, nullable.differs | {check.title: form})
+
+
+_ANOTHER_DEFAULT = {
+    "boolean": "true",
+    "integer": "7",
+    "bigint": "7",
+    "uuid": "gen_random_uuid()",
+    "jsonb": "'[]'::jsonb",
+    "text[]": "'{x}'::text[]",
+    "timestamp with time zone": "clock_timestamp()",
+}
+
+
+def _break_default(check: Check, checks: Checks) -> Iterator[Breakage]:
+    alter = f"ALTER TABLE {check.table} ALTER COLUMN {check.name}"
+    if check.expected != "none":
+        yield Breakage(check, "none", f"{alter} DROP DEFAULT", {check.title: ("none", check.step)})
+    other = _ANOTHER_DEFAULT[checks[f"{check.table}.{check.name}"].expected.removesuffix(" NOT NULL")]
+    yield _as_another(check, "another", f"{alter} SET DEFAULT {other}", other)
+
+
+def _as_another(check: Check, what: str, sql: str, actual: str) -> Breakage:
+    return Breakage(check, what, sql, {check.title: (actual, in_another_form(check))})
+
+
+# ── keys ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_UNIQUE_KEYS = {
+    "key entry_points (slug)": "entry_points_slug_key",
+    GAME_IDX: "idx_turns_game_idx",
+    "key prompt_snapshots (snapshot_id)": "uk_prompt_snapshots_snapshot_id",
+    "key slots (type, name)": "uk_slots_type_name",
+    "key templates (type, slot, version)": "uk_templates_type_slot_version",
+}
+# Those whose names the migrations give: where such a name is taken, the key cannot be created.
+_NAMED_KEYS = {title: name for title, name in _UNIQUE_KEYS.items() if name.startswith(("uk_", "idx_"))}
+
+
+def _key_name(check: Check) -> str:
+    return f"{check.table}_pkey" if check.expected == "PRIMARY KEY" else _UNIQUE_KEYS[check.title]
+
+
+def _drop_key(check: Check) -> str:
+    name = _key_name(check)
+    constraint = f"ALTER TABLE {check.table} DROP CONSTRAINT {name} CASCADE"
+    return f"DROP INDEX {name}" if name.startswith("idx_") else constraint
+
+
+def _pointing_to_key(check: Check, checks: Checks) -> list[Check]:
+    return [other for other in checks.values() if f"REFERENCES {check.table}({check.name})" in other.expected]
+
+
+def _break_key(check: Check, checks: Checks) -> Iterator[Breakage]:
+    table, columns, name = check.table, check.name, _key_name(check)
+    drop = _drop_key(check)
+    lost = _lost([check, *_pointing_to_key(check, checks)])
+    yield Breakage(check, "dropped", drop, lost)
+    invalid = f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{name}'::regclass"
+    lost_alone = _lost([check])
+    if check.title == GAME_IDX:  # the only one that is built concurrently
+        lost_alone = {GAME_IDX: ("UNIQUE INVALID", CORE)}
+    yield Breakage(check, "invalid", invalid, lost_alone)
+    partial = f"CREATE UNIQUE INDEX other ON {table} ({columns}) WHERE created_at > '2000-01-01'"
+    yield Breakage(check, "partial", f"{drop}; {partial}", lost)
+    yield Breakage(check, "wider", f"{drop}; CREATE UNIQUE INDEX other_wider ON {table} ({columns}, created_at)", lost)
+    expression = f"CREATE UNIQUE INDEX other_expression ON {table} ({columns}, (1))"
+    yield Breakage(check, "expression", f"{drop}; {expression}", lost)
+    deferrable = f"ALTER TABLE {table} ADD CONSTRAINT other_deferrable {check.expected} ({columns}) DEFERRABLE"
+    yield Breakage(check, "deferrable", f"{drop}; {deferrable}", lost)
+    # Where the name of the index is taken, nobody can build it.
+    taken = f"{drop}; CREATE INDEX {name} ON {table} ({columns})"
+    in_its_place: Differences = {GAME_IDX: (_taken(name, table), DOCUMENTED)} if check.title == GAME_IDX else {}
+    yield Breakage(check, "not unique", taken, lost | in_its_place)
+    if check.expected == "PRIMARY KEY":
+        unique = f"{drop}; ALTER TABLE {table} ADD CONSTRAINT other UNIQUE ({columns})"
+        yield Breakage(check, "unique only", unique, lost | {check.title: ("UNIQUE", in_another_form(check))})
+    yield Breakage(check, "renamed", f"ALTER INDEX {name} RENAME TO other", {})
+    if check.expected == "UNIQUE":
+        covering = f"{drop}; CREATE UNIQUE INDEX other ON {table} ({columns}) INCLUDE (created_at)"
+        yield Breakage(check, "covering", covering, {})
+
+
+# ── indexes ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _break_index(check: Check, _: Checks) -> Iterator[Breakage]:
+    table, name, definition = check.table, check.name, check.expected
+    drop = f"DROP INDEX {name}"
+    where, always = " WHERE must_keep", " WHERE (created_at IS NOT NULL)"
+    yield Breakage(check, "dropped", drop, _lost([check]))
+    invalid = f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{name}'::regclass"
+    yield Breakage(check, "invalid", invalid, {check.title: (f"{definition} INVALID", check.step)})
+    forms = {
+        "other column": "btree (created_at)",
+        "one column more": definition.replace(")", ", created_at)" if "btree" in definition else ", tags)", 1),
+        "other predicate": definition.removesuffix(where) if where in definition else definition + always,
+    }
+    for what, form in forms.items():
+        if form != definition.replace("gin (tags)", "gin (tags, tags)"):
+            yield _as_another(check, what, f"{drop}; CREATE INDEX {name} ON {table} USING {form}", form)
+    if definition.startswith("btree"):
+        unique = f"{drop}; CREATE UNIQUE INDEX {name} ON {table} USING {definition}"
+        yield _as_another(check, "unique", unique, f"UNIQUE {definition}")
+    yield _as_another(check, "elsewhere", f"{drop}; CREATE INDEX {name} ON worlds (id)", _taken(name, "worlds"))
+    no_index = f"missing, and its name {name} is taken by no index"
+    yield _as_another(check, "not an index", f"{drop}; CREATE SEQUENCE {name}", no_index)
+    option = "fillfactor = 70" if definition.startswith("btree") else "fastupdate = off"
+    yield Breakage(check, "with an option", f"ALTER INDEX {name} SET ({option})", {})
+    if where in definition:
+        yield Breakage(check, "= true", f"{drop}; CREATE INDEX {name} ON {table} USING {definition} = true", {})
+
+
+# ── foreign keys, comments ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _break_foreign_key(check: Check, checks: Checks) -> Iterator[Breakage]:
+    alter, name = f"ALTER TABLE {check.table}", f"{check.table}_{check.name}_fkey"
+    drop = f"{alter} DROP CONSTRAINT {name}"
+    key, type_ = f"FOREIGN KEY ({check.name})", checks[f"{check.table}.{check.name}"].expected.split()[0]
+
+    def with_key(definition: str) -> str:
+        return f"{drop}; {alter} ADD CONSTRAINT {name} {key} {definition}"
+
+    yield Breakage(check, "dropped", drop, _lost([check]))
+    not_valid, deferrable = f"{check.expected} NOT VALID", f"{check.expected} DEFERRABLE"
+    unfinished = DOCUMENTED if documented(check) else check.step
+    yield Breakage(check, "not valid", with_key(not_valid), {check.title: (not_valid, unfinished)})
+    no_action = check.expected.partition(" ON DELETE")[0]
+    yield _as_another(check, "no action", with_key(no_action), no_action)
+    set_null = "SET NULL" in check.expected
+    action = check.expected.replace("SET NULL", "CASCADE") if set_null else f"{no_action} ON DELETE SET DEFAULT"
+    yield _as_another(check, "other action", with_key(action), action)
+    elsewhere = re.sub(r"REFERENCES [\w.]+", "REFERENCES public.other", check.expected)
+    other = f"CREATE TABLE other (id {type_} PRIMARY KEY)"
+    yield _as_another(check, "elsewhere", f"{other}; {with_key(elsewhere)}", elsewhere)
+    named = f"{drop}; {alter} ADD CONSTRAINT {name} CHECK ({check.name} IS NOT NULL) NOT VALID"
+    taken = f"missing, and its name {name} is taken by CHECK (({check.name} IS NOT NULL)) NOT VALID"
+    yield _as_another(check, "its name taken", named, taken)
+    yield Breakage(check, "renamed", f"{alter} RENAME CONSTRAINT {name} TO other", {})
+    second = f"{alter} ADD CONSTRAINT a_second_one {key} {{}}"
+    yield Breakage(check, "the same again", second.format(check.expected), {})
+    yield Breakage(check, "the same again, not valid", second.format(not_valid), {})
+    yield _as_another(check, "a second one", second.format(no_action), no_action)
+    yield _as_another(check, "a second one, deferrable", second.format(deferrable), deferrable)
+
+
+def _break_comment(check: Check, _: Checks) -> Iterator[Breakage]:
+    whose = f"COLUMN {check.table}.{check.name}" if check.name else f"TABLE {check.table}"
+    yield Breakage(check, "removed", f"COMMENT ON {whose} IS NULL", _lost([check]))
+    yield Breakage(check, "another", f"COMMENT ON {whose} IS 'what our team says'", {})
+
+
+# ── row-level security ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _break_row_security(check: Check, _: Checks) -> Iterator[Breakage]:
+    sql = f"ALTER TABLE {check.table} DISABLE ROW LEVEL SECURITY"
+    yield Breakage(check, "disabled", sql, {check.title: ("off", check.step)})
+
+
+def _break_policy(check: Check, _: Checks) -> Iterator[Breakage]:
+    name, table = check.name, check.table
+    role = check.expected.split()[2]
+    drop = f"DROP POLICY {name} ON {table}"
+    yield Breakage(check, "dropped", drop, {} if check.step == CORE else _lost([check]))
+    for other in ("PUBLIC", "anon", f"anon, {role}"):
+        sql = f"ALTER POLICY {name} ON {table} TO {other}"
+        yield _as_another(check, f"to {other}", sql, check.expected.replace(f" TO {role}", f" TO {other}"))
+    another = f"{drop}; CREATE POLICY {name} ON {table} FOR DELETE TO {role} USING (false)"
+    yield _as_another(check, "for another command", another, SOMETHING)
+
+
+# ── triggers and functions ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _break_trigger(check: Check, _: Checks) -> Iterator[Breakage]:
+    name, table = check.name, check.table
+    replaced = DOCUMENTED if documented(check) else check.step
+    yield Breakage(check, "dropped", f"DROP TRIGGER {name} ON {table}", _lost([check]))
+    disable = f"ALTER TABLE {table} DISABLE TRIGGER {name}"
+    yield Breakage(check, "disabled", disable, {check.title: (f"{check.expected}, disabled", replaced)})
+    events = re.sub("INSERT( OR UPDATE.*?)? ON ", "INSERT OR DELETE ON ", check.expected)
+    forms = {
+        "after": check.expected.replace("BEFORE", "AFTER"),
+        "for other events": re.sub(r" WHEN \(.*\) EXECUTE", " EXECUTE", events),
+        "always": re.sub(r" WHEN \(.*\) EXECUTE", " EXECUTE", check.expected),
+    }
+    for what, form in forms.items():
+        if form != check.expected:
+            sql = f"CREATE OR REPLACE TRIGGER {name} {form}"
+            yield Breakage(check, what, sql, {check.title: (form, replaced)})
+    # PostgreSQL does not replace a constraint trigger: it is its owner's to drop.
+    constraint = forms["after"].replace(" FOR", " NOT DEFERRABLE INITIALLY IMMEDIATE FOR")
+    sql = f"DROP TRIGGER {name} ON {table}; CREATE CONSTRAINT TRIGGER {name} {constraint}"
+    yield _as_another(check, "constraint", sql, SOMETHING)
+
+
+def _break_function(check: Check, checks: Checks) -> Iterator[Breakage]:
+    name = f"{check.name}()"
+    by = [other for other in checks.values() if other.kind is Kind.TRIGGER and f" {name}" in other.expected]
+    replaced = DOCUMENTED if documented(check) else check.step
+    yield Breakage(check, "dropped", f"DROP FUNCTION {name} CASCADE", _lost([check, *by]))
+    definer = check.expected.replace(", source", ", SECURITY DEFINER, source")
+    yield Breakage(check, "definer", f"ALTER FUNCTION {name} SECURITY DEFINER", {check.title: (definer, replaced)})
+    body = "BEGIN RETURN NULL; END"
+    broken = f"UPDATE pg_proc SET prosrc = '{body}' WHERE oid = '{name}'::regprocedure"
+    md5 = hashlib.md5(body.encode(), usedforsecurity=False).hexdigest()
+    source = re.sub("[0-9a-f]{32}", md5, check.expected)
+    yield Breakage(check, "another body", broken, {check.title: (source, replaced)})
+    # Nor a function by one that returns something else.
+    number = f"DROP FUNCTION {name} CASCADE; CREATE FUNCTION {name} RETURNS int LANGUAGE sql AS 'SELECT 1'"
+    yield Breakage(check, "another kind", number, _lost(by) | {check.title: (SOMETHING, in_another_form(check))})
+    elsewhere = f"CREATE SCHEMA IF NOT EXISTS older; ALTER FUNCTION {name} SET SCHEMA older"
+    moved: Differences = {
+        c.title: (c.expected.replace(name, f"older.{name}"), DOCUMENTED if documented(c) else c.step) for c in by
+    }
+    yield Breakage(check, "moved", elsewhere, moved | _lost([check]))
+
+
+# ── what hangs on a uuid turn_id ───────────────────────────────────────────────────────────────────────────────────
+
+_TABLE = "table public.prompt_snapshots"
+_HANGING = {
+    "CREATE VIEW v AS SELECT turn_id FROM prompt_snapshots": "rule _RETURN on view public.v",
+    "CREATE INDEX other ON prompt_snapshots (turn_id)": "index public.other",
+    "CREATE INDEX other ON prompt_snapshots (created_at) WHERE turn_id IS NULL": "index public.other",
+    "CREATE UNIQUE INDEX idx_prompt_snapshots_turn_id ON prompt_snapshots (turn_id)": (
+        "index public.idx_prompt_snapshots_turn_id"
+    ),
+    "CREATE POLICY p ON prompt_snapshots USING (turn_id IS NULL)": f"policy p on {_TABLE}",
+    "ALTER TABLE prompt_snapshots ADD COLUMN g text GENERATED ALWAYS AS (turn_id::text) STORED": (
+        f"{'default value for ' if MAJOR >= 15 else ''}column g of {_TABLE}"
+    ),
+    "ALTER TABLE prompt_snapshots ADD CONSTRAINT c CHECK (turn_id IS NOT NULL)": f"constraint c on {_TABLE}",
+    "CREATE STATISTICS s ON turn_id, game_id FROM prompt_snapshots": "statistics object public.s",
+    f"CREATE PUBLICATION p FOR TABLE prompt_snapshots{COLUMNS}": (
+        f"publication of {_TABLE} in publication p"
+        if COLUMNS
+        else "publication p: its subscribers lack the kept column"
+    ),
+    "CREATE TABLE other (id uuid PRIMARY KEY);"
+    "ALTER TABLE prompt_snapshots ADD CONSTRAINT c FOREIGN KEY (turn_id) REFERENCES other": f"constraint c on {_TABLE}",
+    "CREATE TRIGGER t AFTER UPDATE OF turn_id ON prompt_snapshots FOR EACH ROW"
+    " EXECUTE FUNCTION suppress_redundant_updates_trigger()": f"trigger t on {_TABLE}",
+}
+
+
+def _hang(column: Check, checks: Checks) -> Iterator[Breakage]:
+    uuid_instead = next(b for b in _break_column(column, checks) if b.what == "uuid")
+    dependants = replace(column, kind=Kind.DEPENDANTS, expected="none", actual=None)
+    for statement, hanging in _HANGING.items():
+        differs = uuid_instead.differs | {dependants.title: (hanging, CONFLICT)}
+        if "idx_prompt_snapshots_turn_id" in hanging:
+            differs["index idx_prompt_snapshots_turn_id"] = ("UNIQUE btree (turn_id)", CONFLICT)
+        if "FOREIGN KEY" in statement:
+            differs["foreign key prompt_snapshots (turn_id)"] = ("REFERENCES public.other(id)", CONFLICT)
+        yield Breakage(dependants, statement, f"{uuid_instead.sql}; {statement}", differs)
+
+
+_BREAKERS: dict[Kind, Callable[[Check, Checks], Iterator[Breakage]]] = {
+    Kind.TABLE: _break_table,
+    Kind.COLUMN: _break_column,
+    Kind.DEFAULT: _break_default,
+    Kind.KEY: _break_key,
+    Kind.INDEX: _break_index,
+    Kind.FOREIGN_KEY: _break_foreign_key,
+    Kind.COMMENT: _break_comment,
+    Kind.ROW_SECURITY: _break_row_security,
+    Kind.POLICY: _break_policy,
+    Kind.TRIGGER: _break_trigger,
+    Kind.FUNCTION: _break_function,
+}
+
+
+# ── the tests ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(params=["plain", "supabase"])
+def ready(request: pytest.FixtureRequest, db: Db) -> Db:
+    """Return a database that setup has brought to the schema."""
+    if request.param == "supabase":
+        supabase.install(db)
+        supabase.add_profiles(db)
+    assert db.invoke("setup").code == 0
+    return db
+
+
+@contextmanager
+def verifying(db: Db) -> Iterator[tuple[Connection, Callable[[], list[Check]]]]:
+    """Open a session, and a look at all the checks from inside it; the verification is planned once."""
+    pin, query = survey.statements(CHAIN)
+    with db.connect() as connection:
+        connection.prepare_threshold = None  # what psycopg prepares by itself, it forgets with DEALLOCATE ALL
+        connection.execute("SET jit = off; SET client_min_messages = error")
+        with connection.transaction():
+            connection.execute(pin.encode())
+            connection.execute(f"PREPARE verification AS {query}".encode())
+
+        def look() -> list[Check]:
+            with connection.transaction(force_rollback=True):
+                connection.execute(pin.encode())
+                rows = connection.execute("EXECUTE verification").fetchall()
+            return list(survey.checks_of([as_text(row) for row in rows], CHAIN, with_recreate=True))
+
+        yield connection, look
+
+
+def complete(found: Iterable[Check]) -> Checks:
+    return {check.title: check for check in found}
+
+
+def differing(found: Iterable[Check]) -> Differences:
+    return {c.title: (c.actual, c.fixed_by or (CONFLICT if c.required else DOCUMENTED)) for c in found if not c.passed}
+
+
+def test_every_check_is_known_and_has_its_breakages(ready: Db) -> None:
+    found = ready.checks()
+    assert differing(found) == {}
+    checks = complete(found)
+    assert len(checks) == len(found)
+    broken = {broken.check.title for broken in breakages(checks) if broken.differs}
+    assert broken == {*checks, "dependants of prompt_snapshots.turn_id"}
+    assert {check.table for check in found} == set(CREATOR)
+
+
+@pytest.mark.slow
+def test_each_check_differs_when_it_is_broken_and_nothing_else_does(ready: Db) -> None:
+    wrong: dict[str, tuple[object, object]] = {}
+    with verifying(ready) as (connection, look):
+        for broken in breakages(complete(look())):
+            with connection.transaction(force_rollback=True):
+                connection.execute(broken.sql.encode())
+                found = look()
+            if differing(found) != broken.differs:
+                wrong[broken.name] = (
+                    _without_equals(differing(found), broken.differs),
+                    _without_equals(broken.differs, differing(found)),
+                )
+            if (refused := _refuses(found)) != broken.refused:
+                wrong[broken.name + " (plan)"] = (refused, broken.refused)
+    assert not wrong, pformat(wrong, width=200)
+
+
+def _refuses(found: Iterable[Check]) -> bool:
+    """Whether setup would refuse: it has no recreate at hand."""
+    without = [replace(check, fixed_by=None) if check.fixed_by == RECREATE else check for check in found]
+    return plan.make(CHAIN, CHAIN.steps, without).conflicts != ()
+
+
+def _without_equals(these: Differences, others: Differences) -> Differences:
+    return {title: how for title, how in these.items() if others.get(title, ()) != how}
+
+
+@pytest.mark.slow
+def test_setup_fixes_what_fixed_by_says_and_leaves_what_is_documented(ready: Db) -> None:
+    fixable = [broken for broken in breakages(complete(ready.checks())) if broken.differs and not broken.refused]
+    for batch in batches(fixable):
+        with copy(ready) as copied:
+            copied.execute(";\n".join(broken.sql for broken in batch))
+            names = [broken.name for broken in batch]
+            expected = {title: how for broken in batch for title, how in broken.differs.items()}
+            assert differing(copied.checks()) == expected, names
+            done = copied.invoke("setup")
+            left = {title: how for title, how in expected.items() if how[1] == DOCUMENTED}
+            assert (done.code, differing(copied.checks())) == (0, left), f"{names}\n{done}"
+
+
+def batches(fixable: list[Breakage]) -> list[list[Breakage]]:
+    """Put together what does not meet: no check differs twice, and a table that goes takes all its own along."""
+    done: list[list[Breakage]] = []
+    for broken in fixable:
+        for batch in done:
+            if not any(_meet(broken, other) for other in batch):
+                batch.append(broken)
+                break
+        else:
+            done.append([broken])
+    return done
+
+
+def _meet(one: Breakage, other: Breakage) -> bool:
+    """Whether two breakages have to do with each other; what is required of the core depends on which tables exist."""
+    whole = Kind.TABLE in (one.check.kind, other.check.kind)
+    both_core = one.check.step == other.check.step == CORE
+    tables = [{title.split()[-2] for title in broken.differs if " (" in title} for broken in (one, other)]
+    near = one.check.table == other.check.table or bool(tables[0] & tables[1])
+    same_names = any(name in one.sql and name in other.sql for name in (" other", "a_second_one", "worlds"))
+    return bool(one.differs.keys() & other.differs.keys()) or same_names or (whole and (both_core or near))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ready", ["supabase"], indirect=True)
+def test_setup_refuses_a_conflict_and_changes_nothing(ready: Db, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One breakage of each kind, and all that may hang on turn_id; that the plan refuses the others was seen above."""
+    refused = {
+        (broken.check.kind, broken.what if broken.check.kind is Kind.DEPENDANTS else ""): broken
+        for broken in breakages(complete(ready.checks()))
+        if broken.refused
+    }
+    outcomes = {}
+    for broken in refused.values():
+        with copy(ready) as copied:
+            copied.execute(broken.sql)
+            before = fingerprint(copied)
+            monkeypatch.setenv("DATABASE_URL", copied.url)
+            with pytest.raises(errors.RecipeError) as ended:
+                setup.run(None)
+            outcomes[broken.name] = ended.value.exit_code, fingerprint(copied) == before
+    wrong = {name: outcome for name, outcome in outcomes.items() if outcome != (6, True)}
+    assert not wrong, pformat(wrong, width=200)
+
+
+_LOOSENED = {
+    "policy opened to everybody": (
+        "policy slots_admin",
+        "ALTER POLICY slots_admin ON slots USING (true) WITH CHECK (true)",
+    ),
+    "policy for reading opened": (
+        "policy turn_metrics_admin_select",
+        "ALTER POLICY turn_metrics_admin_select ON turn_metrics USING (true)",
+    ),
+    "policy for writing opened": (
+        "policy prompt_snapshots_admin_insert",
+        "ALTER POLICY prompt_snapshots_admin_insert ON prompt_snapshots WITH CHECK (true)",
+    ),
+    "policy closed to the service": (
+        "policy templates_service_role",
+        "ALTER POLICY templates_service_role ON templates USING (false)",
+    ),
+    "policy made restrictive": (
+        "policy slots_admin",
+        "DROP POLICY slots_admin ON slots; CREATE POLICY slots_admin ON slots AS RESTRICTIVE FOR ALL TO authenticated"
+        " USING (EXISTS (SELECT FROM profiles AS p WHERE p.id = (SELECT auth.uid()) AND p.role = 'admin'))",
+    ),
+    "trigger for replicas only": (
+        "trigger trigger_slots_critical_defaults",
+        "ALTER TABLE slots ENABLE REPLICA TRIGGER trigger_slots_critical_defaults",
+    ),
+    "function without search_path": (
+        "function set_critical_slot_defaults()",
+        "ALTER FUNCTION set_critical_slot_defaults() RESET search_path",
+    ),
+    "function of another role": (
+        "function set_critical_slot_defaults()",
+        "GRANT CREATE ON SCHEMA public TO anon; ALTER FUNCTION set_critical_slot_defaults() OWNER TO anon",
+    ),
+    "function with its owner's rights": (
+        "function set_critical_slot_defaults()",
+        "ALTER FUNCTION set_critical_slot_defaults() SECURITY DEFINER",
+    ),
+    "function that those who insert may not call": (
+        "function critical_slot_defaults()",
+        "REVOKE EXECUTE ON FUNCTION critical_slot_defaults() FROM PUBLIC",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", _LOOSENED)
+def test_nothing_is_loosened_in_silence(db: Db, what: str) -> None:
+    """What keeps the name and the outline of what is expected, but not its effect."""
+    supabase.install(db)
+    supabase.add_profiles(db)
+    assert db.invoke("setup").code == 0
+    title, loosen = _LOOSENED[what]
+    db.execute(loosen)
+    found = db.differing()
+    assert set(found) == {title}
+    _, _, fixed_by = found[title]
+    done = db.invoke("setup")
+    assert (done.code, set(db.differing())) == ((6, {title}) if fixed_by is None else (0, set())), done
+
+
+def test_the_same_foreign_key_again_is_no_obstacle(db: Db) -> None:
+    assert db.invoke("setup").code == 0
+    db.execute(
+        "ALTER TABLE turn_metrics ADD CONSTRAINT again FOREIGN KEY (turn_id) REFERENCES turns (id) ON DELETE CASCADE;"
+        "COMMENT ON TABLE turn_metrics IS NULL"
+    )
+    assert set(db.differing()) == {"comment of turn_metrics"}
+    done = db.invoke("setup")
+    assert done.code == 0, done
+    assert db.differing() == {}
+
+
+def test_on_an_empty_database_everything_is_missing_and_fixed_by_a_step(db: Db) -> None:
+    found = verified(db)
+    assert {(check.actual, check.required, check.found) for check in found} == {(None, True, None)}
+    assert {check.fixed_by for check in found} <= {step.label for step in CHAIN.steps}
+    assert {check.step for check in found} == {step.label for step in CHAIN.steps}
+    assert len(found) > 150
+
+
+def test_the_engine_sends_the_query_that_psql_runs(db: Db) -> None:
+    """Of a database in which all kinds of checks pass, differ and are missing."""
+    supabase.install(db)
+    db.migrate("20250130000000_core_schema", "20250214_slots_templates")
+    db.execute("ALTER TABLE slots DROP priority; ALTER TABLE turns DROP costs")
+    by_psql = {(c.step, c.kind, c.table, c.name): (c.expected, c.actual, c.fixed_by, c.required) for c in verified(db)}
+    sent = db.checks()
+    assert by_psql == {
+        (c.step, c.kind.value, c.table, c.name): (c.expected, c.actual, c.fixed_by, c.required) for c in sent
+    }
+    assert list(by_psql) == [(c.step, *(part if isinstance(part, str) else part.value for part in c.key)) for c in sent]
+    verdicts = {(c.kind, c.table, c.name): c.verdict for c in verified(db)}
+    assert verdicts["column", "slots", "priority"] == "missing, conflict"
+    assert verdicts["column", "turns", "costs"] == "missing, not required"
+    assert verdicts["table", "turn_metrics", ""] == "missing, fixed by turn_metrics"
+    assert verdicts["table", "slots", ""] == "ok"
+
+
+def test_the_verification_is_one_select_that_only_reads(db: Db) -> None:
+    assert db.psql("-f", str(VERIFY)).code == 0
+    with db.connect() as connection:
+        connection.execute("SET default_transaction_read_only = on; SET budget_engine.path = '[\"public\"]'")
+        connection.execute("SET search_path = pg_catalog, pg_temp")
+        connection.execute(f"PREPARE one_statement AS {CHAIN.verification}".encode())  # refuses a second one
+        assert connection.execute("EXECUTE one_statement").rowcount > 150
+
+
+def test_the_verification_waits_for_nobody_but_access_exclusive(ready: Db) -> None:
+    tables = ready.rows(
+        "SELECT format('%I.%I', schemaname, tablename) FROM pg_tables WHERE schemaname IN ('public', 'auth')"
+    )
+    with ready.connect(autocommit=False) as holder, ready.connect(autocommit=False) as reader:
+        holder.execute(f"LOCK TABLE {', '.join(table for (table,) in tables)} IN EXCLUSIVE MODE".encode())
+        reader.execute("SET lock_timeout = '1s'")
+        for statement in survey.statements(CHAIN):
+            reader.execute(statement.encode())
+        modes = reader.execute(
+            "SELECT DISTINCT mode FROM pg_locks WHERE pid = pg_backend_pid() AND relation > 0"
+        ).fetchall()
+    assert modes == [("AccessShareLock",)]
+
+
+@contextmanager
+def copy(db: Db) -> Iterator[Db]:
+    """Copy a database to which nobody is connected, for what breaks it."""
+    copied = replace(db, name=f"test_{uuid.uuid4().hex}")
+    with psycopg.connect(db.cluster.url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {copied.name} TEMPLATE {db.name}".encode())
+        yield copied
+        connection.execute(f"DROP DATABASE {copied.name} WITH (FORCE)".encode())
+
+
+def fingerprint(db: Db) -> str:
+    """Say which version of which row is where in the catalogs: every change of the schema changes it."""
+    catalogs = [
+        "pg_class",
+        "pg_attribute",
+        "pg_attrdef",
+        "pg_constraint",
+        "pg_index",
+        "pg_proc",
+        "pg_trigger",
+        "pg_policy",
+        "pg_description",
+        "pg_namespace",
+        "pg_type",
+        "pg_rewrite",
+        "pg_depend",
+    ]
+    rows = " UNION ALL ".join(f"SELECT '{catalog}', ctid, xmin::text FROM {catalog}" for catalog in catalogs)
+    return str(db.value(f"SELECT md5(string_agg(rows::text, '' ORDER BY rows::text)) FROM ({rows}) AS rows"))

@@ -2,19 +2,19 @@
 --
 -- Rows of kind, table, name (the check that it is about), what, command, restore (what brings back that which the command drops),
 -- more (JSON). Reads the catalogs only, with the search_path pinned as in verify.sql, so that names come qualified and quoted.
--- :'checks' is a JSON list of the checks; "bears": the name that it has, or is to have, and something else may bear.
+-- :'checks' is a JSON list of the checks; "our_name": the name that it has, or is to have, unless something else has it.
 WITH RECURSIVE checks AS MATERIALIZED (
   SELECT * FROM json_to_recordset(:'checks')
-    AS checks (kind text, table_name text, name text, expected text, bears text, taken boolean, found text, conflict boolean)
+    AS checks (kind text, table_name text, name text, expected text, our_name text, taken boolean, found text, conflict boolean)
 ), tables (table_name, relid, relkind, home, owner, sort) AS (
   SELECT table_name, pg_class.oid, relkind, coalesce(relnamespace, quote_ident(current_setting('budget_engine.path')::json ->> 0)::regnamespace), relowner,
          upper((pg_identify_object('pg_class'::regclass, pg_class.oid, 0)).type)
   FROM checks LEFT JOIN pg_class ON pg_class.oid = to_regclass(found)::oid WHERE kind = 'table'
 ), family (table_name, root, oid) AS (  -- a table, and those that inherit from it
   SELECT table_name, relid, relid FROM tables UNION SELECT table_name, root, inhrelid FROM family JOIN pg_inherits ON inhparent = family.oid
-), given (base, name) AS (  -- what something may be called: the name, or one like it that nothing bears yet
+), given (base, name) AS (  -- what something may be called: the name, or one like it that nothing has yet
   SELECT DISTINCT ON (base) base, quote_ident(candidate)
-  FROM (SELECT bears || ending FROM checks CROSS JOIN unnest('{"",_old}'::text[]) AS ending) AS names (base)
+  FROM (SELECT our_name || ending FROM checks CROSS JOIN unnest('{"",_old}'::text[]) AS ending) AS names (base)
   CROSS JOIN generate_series(1, 20) AS n CROSS JOIN concat(base, '_' || nullif(n, 1)) AS candidate
   WHERE candidate NOT IN (
     SELECT relname FROM pg_class UNION ALL SELECT typname FROM pg_type UNION ALL SELECT conname FROM pg_constraint UNION ALL SELECT tgname FROM pg_trigger
@@ -60,7 +60,7 @@ WITH RECURSIVE checks AS MATERIALIZED (
   FROM hanging JOIN depends ON refclassid = hanging.classid AND refobjid = hanging.objid
   WHERE hanging.objsubid = 0 AND level < 32  -- functions and views can be replaced until they call each other
 ), keys AS (  -- "other": the primary key, where another one is expected
-  SELECT kind, table_name, name, bears, relid, other.oid AS other, other.conindid, other.conkey,
+  SELECT kind, table_name, name, our_name, relid, other.oid AS other, other.conindid, other.conkey,
          (SELECT string_agg(quote_ident(part), ', ' ORDER BY n) FROM string_to_table(name, ', ') WITH ORDINALITY AS parts (part, n)) AS columns
   FROM checks JOIN tables USING (table_name) LEFT JOIN pg_constraint AS other ON conrelid = relid AND contype = 'p' AND expected = 'PRIMARY KEY'
   WHERE conflict AND kind = 'key' AND relkind = 'r'
@@ -90,12 +90,12 @@ WITH RECURSIVE checks AS MATERIALIZED (
              format(E'\nALTER VIEW %s OWNER TO %s;', identity, relowner::regrole)), true
     FROM pg_class WHERE classid = 'pg_class'::regclass AND oid = objid AND relkind = 'v' AND objsubid = 0
     UNION ALL
-    SELECT NULL, pg_get_indexdef(oid) || ';', reltablespace = 0 AND NOT indisclustered AND NOT indisreplident AND relname NOT IN (SELECT bears FROM checks)
+    SELECT NULL, pg_get_indexdef(oid) || ';', reltablespace = 0 AND NOT indisclustered AND NOT indisreplident AND relname NOT IN (SELECT our_name FROM checks)
     FROM pg_class JOIN pg_index ON indexrelid = oid WHERE classid = 'pg_class'::regclass AND oid = objid
     UNION ALL  -- what was the primary key comes back as a unique one
     SELECT format('ALTER TABLE %s DROP CONSTRAINT %I;', conrelid::regclass, conname), format('ALTER TABLE %s ADD %s;', conrelid::regclass,
              CASE WHEN kind = 'dependants' AND contype = 'p' THEN 'UNIQUE' || substr(definition, 12) ELSE format('CONSTRAINT %I %s', conname, definition) END),
-           (kind <> 'dependants' OR contype = 'p' OR conname NOT IN (SELECT bears FROM checks)) AND NOT EXISTS (
+           (kind <> 'dependants' OR contype = 'p' OR conname NOT IN (SELECT our_name FROM checks)) AND NOT EXISTS (
              SELECT FROM pg_class JOIN pg_index ON indexrelid = pg_class.oid WHERE contype <> 'f' AND indexrelid = conindid
              AND (reltablespace <> 0 OR indisclustered OR indisreplident OR reloptions IS NOT NULL OR obj_description(conindid, 'pg_class') <> ''))
     FROM pg_constraint CROSS JOIN pg_get_constraintdef(oid) AS definition WHERE classid = 'pg_constraint'::regclass AND oid = objid
@@ -138,36 +138,37 @@ WITH RECURSIVE checks AS MATERIALIZED (
   ) AS rights (privileges, grantee, is_grantable, by_owner, position)
   WHERE relkind = 'v' AND oid IN (SELECT objid FROM dropped) AND (relacl IS NOT NULL OR EXISTS (SELECT FROM pg_default_acl WHERE defaclobjtype = 'r')
     OR EXISTS (SELECT FROM pg_attribute WHERE attrelid = oid AND attacl IS NOT NULL)) GROUP BY oid
-), bearers (kind, table_name, name, what, position, command, bears) AS (  -- a column, and what bears a name of ours on it
+), holders (kind, table_name, name, what, position, command, our_name) AS (  -- a column, and what has a name of ours on it
   SELECT kind, table_name, name, 'rename', 0, format('ALTER TABLE %s RENAME COLUMN %I', relid::regclass, name), name FROM columns WHERE kind <> 'default'
   UNION ALL
   SELECT kind, table_name, name, 'rename', 1, format('ALTER INDEX %s RENAME', oid::regclass), relname
   FROM columns JOIN pg_depend ON refobjid = relid AND refobjsubid = attnum AND classid = 'pg_class'::regclass JOIN pg_class ON oid = objid
-  WHERE pg_class.relkind = 'i' AND kind <> 'default' AND relname IN (SELECT listed.bears FROM checks AS listed)
+  WHERE pg_class.relkind = 'i' AND kind <> 'default' AND relname IN (SELECT listed.our_name FROM checks AS listed)
   UNION ALL
   SELECT kind, table_name, name, 'rename', 1, format('ALTER TABLE %s RENAME CONSTRAINT %I', conrelid::regclass, conname), conname
   FROM columns JOIN pg_constraint ON conrelid = relid AND attnum = ANY (conkey)
-  WHERE kind <> 'default' AND conname IN (SELECT listed.bears FROM checks AS listed)
-  UNION ALL  -- what bears the name of a check; "elsewhere": it stays when the table moves
+  WHERE kind <> 'default' AND conname IN (SELECT listed.our_name FROM checks AS listed)
+  UNION ALL  -- what has the name of a check; "elsewhere": it stays when the table moves
   SELECT kind, table_name, checks.name, CASE WHEN indrelid = relid THEN 'rename' ELSE 'elsewhere' END, 0, format('ALTER %s %s RENAME',
-           replace(upper((pg_identify_object('pg_class'::regclass, pg_class.oid, 0)).type), 'COMPOSITE ', ''), pg_class.oid::regclass), bears
-  FROM checks JOIN tables USING (table_name) JOIN pg_class ON relname = bears AND relnamespace = home LEFT JOIN pg_index ON indexrelid = pg_class.oid
+           replace(upper((pg_identify_object('pg_class'::regclass, pg_class.oid, 0)).type), 'COMPOSITE ', ''), pg_class.oid::regclass), our_name
+  FROM checks JOIN tables USING (table_name) JOIN pg_class ON relname = our_name AND relnamespace = home LEFT JOIN pg_index ON indexrelid = pg_class.oid
   WHERE conflict AND (kind = 'index' OR taken AND kind = 'key' OR kind = 'table' AND pg_class.relkind IN ('S', 'i', 'I', 'c'))
   UNION ALL
-  SELECT kind, table_name, checks.name, 'rename', 0, format('ALTER TABLE %s RENAME CONSTRAINT %I', relid::regclass, conname), bears
-  FROM checks JOIN tables USING (table_name) JOIN pg_constraint ON conrelid = relid AND conname = bears
+  SELECT kind, table_name, checks.name, 'rename', 0, format('ALTER TABLE %s RENAME CONSTRAINT %I', relid::regclass, conname), our_name
+  FROM checks JOIN tables USING (table_name) JOIN pg_constraint ON conrelid = relid AND conname = our_name
   LEFT JOIN pg_attribute ON attrelid = relid AND attname = checks.name
   WHERE conflict AND kind = 'foreign key' AND (contype, conkey) IS DISTINCT FROM ('f'::"char", ARRAY[attnum])
   UNION ALL  -- a trigger; a function, and the trigger that calls it
   SELECT kind, table_name, checks.name, 'rename', 0, format('ALTER TRIGGER %I ON %s RENAME', tgname, relid::regclass), tgname
   FROM checks JOIN tables USING (table_name) JOIN pg_trigger ON tgrelid = relid AND NOT tgisinternal JOIN pg_proc ON pg_proc.oid = tgfoid
-  WHERE conflict AND (kind = 'trigger' AND tgname = bears OR kind = 'function' AND proname = bears AND tgname IN (SELECT listed.bears FROM checks AS listed))
+  WHERE conflict AND (kind = 'trigger' AND tgname = our_name
+    OR kind = 'function' AND proname = our_name AND tgname IN (SELECT listed.our_name FROM checks AS listed))
   UNION ALL
-  SELECT kind, table_name, checks.name, 'elsewhere', 1, format('ALTER ROUTINE %s RENAME', pg_proc.oid::regprocedure), bears
-  FROM checks JOIN tables USING (table_name) JOIN pg_proc ON pronamespace = home AND proname = bears AND pronargs = 0 WHERE conflict AND kind = 'function'
+  SELECT kind, table_name, checks.name, 'elsewhere', 1, format('ALTER ROUTINE %s RENAME', pg_proc.oid::regprocedure), our_name
+  FROM checks JOIN tables USING (table_name) JOIN pg_proc ON pronamespace = home AND proname = our_name AND pronargs = 0 WHERE conflict AND kind = 'function'
   UNION ALL
-  SELECT kind, table_name, checks.name, 'elsewhere', 0, format('ALTER TYPE %s RENAME', pg_type.oid::regtype), bears
-  FROM checks JOIN tables USING (table_name) JOIN pg_type ON typname = bears AND typnamespace = home WHERE conflict AND kind = 'table' AND relid IS NULL
+  SELECT kind, table_name, checks.name, 'elsewhere', 0, format('ALTER TYPE %s RENAME', pg_type.oid::regtype), our_name
+  FROM checks JOIN tables USING (table_name) JOIN pg_type ON typname = our_name AND typnamespace = home WHERE conflict AND kind = 'table' AND relid IS NULL
 ), facts (kind, table_name, name, what, position, command, restore, more) AS (
   SELECT kind, table_name, name, CASE WHEN is_whole THEN what ELSE 'cannot' END, position,
          CASE WHEN is_whole THEN command ELSE pg_describe_object(classid, d.objid, objsubid) END,
@@ -179,8 +180,8 @@ WITH RECURSIVE checks AS MATERIALIZED (
     SELECT whole AND all_by_owner IS NOT FALSE AND NOT (d.objsubid = 0 AND (
       EXISTS (SELECT FROM pg_depend AS part WHERE part.classid = d.classid AND part.objid = d.objid AND deptype IN ('e', 'x'))
       OR EXISTS (SELECT FROM pg_seclabel WHERE classoid = d.classid AND objoid = d.objid)))) AS it (is_whole)
-  UNION ALL SELECT kind, table_name, bearers.name, what, position, format('%s TO %s;', command, given.name), NULL, NULL
-  FROM bearers JOIN given ON base = bears || '_old'
+  UNION ALL SELECT kind, table_name, holders.name, what, position, format('%s TO %s;', command, given.name), NULL, NULL
+  FROM holders JOIN given ON base = our_name || '_old'
   UNION ALL  -- who reaches a table has to reach it in another schema, too: foreign keys are checked with the rights of the owner
   SELECT 'table', table_name, '', 'table', 0, format('ALTER %s %s', sort, relid::regclass),
          (SELECT CASE WHEN bool_or(r = 0) THEN 'PUBLIC' ELSE string_agg(r::regrole::text, ', ') END
@@ -214,8 +215,8 @@ WITH RECURSIVE checks AS MATERIALIZED (
              AND NOT EXISTS (SELECT FROM hanging WHERE classid = 'pg_constraint'::regclass AND objid = other) AND NOT EXISTS (
                SELECT FROM pg_index WHERE indrelid = relid AND indexrelid <> keys.conindid AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL
                  AND indexprs IS NULL AND indkey::int2[] <@ conkey)))
-  FROM keys JOIN given ON base = bears JOIN given AS kept ON kept.base = bears || '_old' LEFT JOIN LATERAL (
-    SELECT pg_class.oid FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid WHERE indrelid = relid AND relname = bears AND NOT indisvalid
+  FROM keys JOIN given ON base = our_name JOIN given AS kept ON kept.base = our_name || '_old' LEFT JOIN LATERAL (
+    SELECT pg_class.oid FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid WHERE indrelid = relid AND relname = our_name AND NOT indisvalid
       AND NOT EXISTS (SELECT FROM pg_constraint AS c WHERE c.conindid = indexrelid)) AS l (left_over) ON true
   UNION ALL  -- what keeps a column or a foreign key from being added
   SELECT kind, table_name, name, 'unlogged', -max(level), format('ALTER TABLE %s SET LOGGED;', oid::regclass), NULL, NULL

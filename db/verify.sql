@@ -120,7 +120,7 @@ WITH path (schema, position) AS (
       ('slots_flags', 'trigger', 'slots', 'trigger_slots_critical_defaults',
        'BEFORE INSERT ON slots FOR EACH ROW WHEN (NOT new.must_keep AND new.min_chars IS NULL) EXECUTE FUNCTION set_critical_slot_defaults()',
        true, NULL, NULL))
-    -- Supabase: of core tables, those that the step creates (they bear its policy); policies where none of others is
+    -- Supabase: of core tables, those that the step creates (they have its policy); policies where none of others is
     UNION ALL SELECT step, 'row-level security', table_name, '', 'on', true, NULL, NULL
     FROM created JOIN tables USING (table_name) CROSS JOIN supabase WHERE here AND (step <> 'core_schema' OR tables.relation IS NULL
       OR EXISTS (SELECT FROM pg_policy WHERE polrelid = tables.relation AND polname = table_name || '_service_role'))

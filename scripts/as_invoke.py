@@ -34,7 +34,7 @@ except ImportError as error:
 
 
 class _Settings(Config):
-    """Invoke's settings, from files and variables that bear this project's name instead of Invoke's, and --config."""
+    """Invoke's settings, from files and variables that have this project's name instead of Invoke's, and --config."""
 
     prefix = "budget_engine_recipes"
 

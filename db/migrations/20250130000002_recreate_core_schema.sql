@@ -16,7 +16,7 @@ SET LOCAL lock_timeout = '2s';
 
 DO $$ DECLARE
   names CONSTANT text[] := '{worlds,rulesets,entry_points,prompt_segments,games,turns,prompt_snapshots,turn_metrics}';
-  named oid[];    -- what bears the names
+  named oid[];    -- what has the names
   path CONSTANT text := current_setting('search_path');
   schemas CONSTANT name[] := pg_catalog.current_schemas(false);
   with_dependants CONSTANT boolean := coalesce(current_setting('budget_engine.with_dependants', true), '') = 'on';

@@ -61,7 +61,7 @@ DO $$ BEGIN
 END $$;
 
 -- Supabase (read from the catalogs: schema auth may be closed to us): service_role, and who is an admin in profiles.
--- A table that bears a policy of others keeps its policies as they are.
+-- A table that has a policy of others keeps its policies as they are.
 DO $$ DECLARE
   has CONSTANT name[] := ARRAY(SELECT polname FROM pg_policy WHERE polrelid = 'prompt_snapshots'::regclass::oid);
 BEGIN

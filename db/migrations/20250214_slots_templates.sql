@@ -77,7 +77,7 @@ BEGIN
 END $$;
 
 -- Supabase (read from the catalogs: schema auth may be closed to us): service_role, and who is an admin in profiles.
--- A table that bears a policy of others keeps its policies as they are.
+-- A table that has a policy of others keeps its policies as they are.
 DO $$ DECLARE
   admins CONSTANT boolean := 2 = (SELECT pg_catalog.count(*) FROM pg_attribute WHERE attrelid = to_regclass('profiles')::oid
                                     AND (attname = 'role' OR attname = 'id' AND atttypid = 'uuid'::regtype::oid));

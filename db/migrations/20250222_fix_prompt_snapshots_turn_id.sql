@@ -22,7 +22,7 @@ END $$;
 -- The uuid values stay, in turn_id_uuid, whose comment says how to go back. What hangs on the column would silently follow it to its
 -- new name: its default, NOT NULL and documented index are known, everything else is its owner's to decide about.
 DO $$ DECLARE
-  snapshots CONSTANT oid := 'prompt_snapshots'::regclass;  -- named once, used by its OID: a copy in another schema may bear the name
+  snapshots CONSTANT oid := 'prompt_snapshots'::regclass;  -- named once, used by its OID: a copy in another schema may have the name
   path CONSTANT text := current_setting('search_path');
   target text;   -- the table, qualified and quoted
   home text;     -- its schema, quoted

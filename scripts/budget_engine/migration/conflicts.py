@@ -1,6 +1,6 @@
 """The commands that clear conflicts: one short rule for each kind, none of which changes a value.
 
-What bears a name of ours is renamed. What can be restored is dropped, and its definition printed. A column of another
+What has a name of ours is renamed. What can be restored is dropped, and its definition printed. A column of another
 type is renamed where a step adds it again; where it came with its table, the table moves to a new schema. All this is
 computed from the checks and from facts that one query reads (db/conflicts.sql).
 """
@@ -18,7 +18,7 @@ from budget_engine.migration.checks import Check, Kind
 
 _TARGET = re.compile(r"(?<=^REFERENCES )[^(]+")  # of a foreign key
 _ESCAPES = {"\\": r"\\", "'": "''", "$": r"\u0024", "\n": r"\n"}
-_NAMED = (Kind.TABLE, Kind.KEY, Kind.FOREIGN_KEY, Kind.INDEX, Kind.TRIGGER)  # a name of theirs may be borne on a column
+_NAMED = (Kind.TABLE, Kind.KEY, Kind.FOREIGN_KEY, Kind.INDEX, Kind.TRIGGER)  # things on a column may have their names
 _PRIMARY = "PRIMARY KEY"
 _ALONE = ("CREATE UNIQUE INDEX CONCURRENTLY ", "DROP INDEX CONCURRENTLY ")  # refused within DO
 
@@ -44,18 +44,18 @@ class Fact:
 def query(checks: Sequence[Check]) -> str:
     """Write the query for the facts around the conflicts; checks: all of the survey."""
     found = {check.table: check.found for check in checks if check.kind is Kind.TABLE}
-    words = ("kind", "table_name", "name", "expected", "bears", "taken", "found", "conflict")
+    words = ("kind", "table_name", "name", "expected", "our_name", "taken", "found", "conflict")
     listed = []
     for check in (check for check in checks if check.conflict or check.kind in _NAMED):
         expected = _TARGET.sub(lambda target: found.get(target[0]) or target[0], check.expected)
         taken = "".join(re.findall(r"its name (\S+) is taken", check.actual or ""))
-        rest = (expected, taken or _bears(check), taken != "", check.found, check.conflict)
+        rest = (expected, taken or _our_name(check), taken != "", check.found, check.conflict)
         listed.append(dict(zip(words, (check.kind.value, check.table, check.name, *rest), strict=True)))
     literal = json.dumps(listed).replace("\\", "\\\\").replace("'", "''")
     return query_of(DB / "conflicts.sql").replace(":'checks'", f"E'{literal}'")
 
 
-def _bears(check: Check) -> str:
+def _our_name(check: Check) -> str:
     """Return the name that a step, or a command, gives to what the check is about."""
     if check.kind is Kind.FOREIGN_KEY:
         return f"{check.table}_{check.name}_fkey"
@@ -196,7 +196,7 @@ class _Clearing:
         return [*lines, *_filled(given)] if filled else lines
 
     def renamed(self, check: Check) -> list[str] | None:
-        """Rename a column, with what bears names of ours on it; None where its table has to go instead."""
+        """Rename a column, with what has names of ours on it; None where its table has to go instead."""
         [given] = self.of(check, "column")
         if given.more["in_key"] or any(
             c.step == check.step for c in self.checks if (c.kind, c.table) == (Kind.TABLE, check.table)

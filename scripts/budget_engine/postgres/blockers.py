@@ -47,7 +47,7 @@ class Bystander:
         return _who(self.session)
 
 
-# Through a pooler nobody knows which server process is ours: then it is any that bears our name.
+# Through a pooler nobody knows which server process is ours: then it is any that has our name.
 _MINE = """
 WITH ours AS (
   SELECT pid FROM pg_stat_activity

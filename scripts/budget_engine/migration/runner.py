@@ -151,14 +151,6 @@ _UNLIMITED = """SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN '{loc
 FROM pg_settings WHERE name IN ('statement_timeout', 'transaction_timeout', 'lock_timeout')"""
 
 
-# Whether a session of others builds an index, or validates a key, on one of our tables.
-_BUILT = """EXISTS (
-  SELECT FROM pg_locks WHERE locktype = 'relation' AND mode = 'ShareUpdateExclusiveLock' AND pid <> pg_backend_pid()
-    AND relation = ANY ({tables}::regclass[])
-    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    AND pid NOT IN (SELECT pid FROM pg_stat_progress_vacuum UNION ALL SELECT pid FROM pg_stat_progress_analyze))"""
-
-
 class Part(Enum):
     """What a statement of a step's transaction is there for."""
 
@@ -388,11 +380,11 @@ class Builder:
         free = self.found.turn.taken(turn.BUILD, session=not self._pooled)
         if self._pooled:
             tables = sorted({check.found for check in self.found.checks if check.found})
-            free += f" AND NOT {_BUILT.format(tables=literal(tables))}"
+            free += f" AND NOT {turn.being_built(f'{literal(tables)}::regclass[]')}"
         *_, rows, _ = self.connection.run([*BEGIN_READ_ONLY, survey.PIN, f"SELECT {free}", "COMMIT"])
         if rows != [("t",)]:
             self.connection.run(["SELECT pg_catalog.pg_advisory_unlock_all()"])  # those of some schemas, perhaps
-            raise errors.BUSY(who="run is building indexes in this schema")
+            raise errors.BUSY(who=f"{'session' if self._pooled else 'run'} is building indexes in this schema")
         self._has_turn = not self._pooled
 
     def _run_alone(self, step: Step, action: Action, sql: str) -> None:

@@ -12,7 +12,7 @@ from budget_engine import errors
 from budget_engine.errors import StatementError
 from budget_engine.migration.chain import Chain
 from budget_engine.migration.checks import Check, Kind
-from budget_engine.migration.turn import Turn
+from budget_engine.migration.turn import Turn, being_built
 from budget_engine.postgres.connection import Connection, Rows
 
 
@@ -104,13 +104,7 @@ SELECT c.position,
               THEN 'USAGE on schema auth'
             ELSE led_to.lacking END AS lacking,
        row_security_active(relation.oid) AS rows_hidden,
-       c.actual LIKE '% INVALID' AND EXISTS (
-         SELECT FROM pg_locks
-         WHERE locktype = 'relation' AND pg_locks.relation = relation.oid AND mode = 'ShareUpdateExclusiveLock'
-           AND granted AND pid <> pg_backend_pid()
-           AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-           AND pid NOT IN (SELECT pid FROM pg_stat_progress_vacuum UNION ALL SELECT pid FROM pg_stat_progress_analyze)
-       ) AS being_built, blocked.how, blocked.says
+       c.actual LIKE '% INVALID' AND {being_built} AS being_built, blocked.how, blocked.says
 FROM (
 SELECT *, count(*) FILTER (WHERE is_added) OVER (PARTITION BY "table") AS wanted
 FROM json_to_recordset(current_setting('budget_engine.checks')::json) AS checks
@@ -195,9 +189,8 @@ def read(connection: Connection, chain: Chain, *, with_recreate: bool = False) -
 
     with_recreate: that step is at hand.
     """
-    rights = _RIGHTS.replace(
-        "{updated}", literal([f"{step.label} {table}" for step in chain.steps for table in step.updates])
-    )
+    updated = literal([f"{step.label} {table}" for step in chain.steps for table in step.updates])
+    rights = _RIGHTS.replace("{being_built}", being_built("ARRAY[relation.oid]")).replace("{updated}", updated)
     asked = [_CHECKS.replace("{verification}", chain.verification), _IF_NEEDED.replace("{rights}", rights), _NOTED]
     try:
         [server], _, [[noted]], _, [[able]] = connection.ask([_SERVER, PIN, *asked])

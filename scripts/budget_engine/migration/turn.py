@@ -42,5 +42,14 @@ class Turn:
     SELECT oid FROM pg_namespace WHERE {_among(self.path)} AND (mode = 'ExclusiveLock' OR {_among(self.own)}))"""
 
 
+def being_built(tables: str) -> str:
+    """Condition: a session of others builds an index, or validates a key, on one of these tables, an array in SQL."""
+    return f"""EXISTS (
+    SELECT FROM pg_locks WHERE locktype = 'relation' AND pg_locks.relation = ANY ({tables}) AND pid <> pg_backend_pid()
+      AND mode = 'ShareUpdateExclusiveLock' AND granted
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND pid NOT IN (SELECT pid FROM pg_stat_progress_vacuum UNION ALL SELECT pid FROM pg_stat_progress_analyze))"""
+
+
 def _among(names: tuple[str, ...]) -> str:
     return f"nspname = ANY ({sql.Literal(list(names)).as_string()}::name[])"

@@ -60,6 +60,7 @@ def test_the_trigger_lends_its_rights_to_no_other_trigger(db: Db) -> None:
         other.execute("INSERT INTO slots (type, name, description) VALUES ('world', 'tone', '')")
         with pytest.raises(RaiseException, match=f"ran as {db.name}"):  # only with his own rights
             other.execute("UPDATE slots SET priority = 1")
+        other.execute("DROP FUNCTION pg_temp.evil CASCADE")  # the session's end would drop it in its own time
     db.execute(f"DROP OWNED BY {db.name}; DROP ROLE {db.name}")
 
 

@@ -243,6 +243,11 @@ WRONG = {
     " ALTER trims_count DROP DEFAULT",
     # keys
     "no key": altered("ALTER TABLE slots DROP CONSTRAINT uk_slots_type_name"),
+    "a column of another type, its key's name taken": altered(
+        "ALTER TABLE prompt_snapshots DROP CONSTRAINT prompt_snapshots_parent_id_fkey;"
+        "ALTER TABLE prompt_snapshots ALTER parent_id TYPE text,"
+        " ADD CONSTRAINT prompt_snapshots_parent_id_fkey CHECK (true)"
+    ),
     "no key, its name taken": altered(
         "ALTER TABLE slots DROP CONSTRAINT uk_slots_type_name; CREATE INDEX uk_slots_type_name ON slots (name)"
     ),

@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import psycopg
@@ -16,7 +15,7 @@ import pytest
 import supabase
 from budget_engine.migration import chain
 from budget_engine.postgres import embedded
-from conftest import MIGRATIONS, Db, Run, ended, until
+from conftest import MIGRATIONS, Db, Run, database, ended, until
 from proxy import Proxy, socket_of
 from states import (
     BIGINTS,
@@ -213,15 +212,6 @@ def rows(db: Db, oids: Sequence[int]) -> dict[int, Any]:
     return {oid: db.value(query.format(name)) for oid, name in names.items()}
 
 
-@contextmanager
-def copy(db: Db) -> Iterator[Db]:
-    copied = replace(db, name=f"test_{uuid.uuid4().hex}")
-    with psycopg.connect(db.cluster.url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {copied.name} TEMPLATE {db.name}".encode())
-        yield copied
-        connection.execute(f"DROP DATABASE {copied.name} WITH (FORCE)".encode())
-
-
 def dated(dump: str) -> str:
     """Return the dump with the moment in the archive's comment taken out."""
     return re.sub(r"as it was until [^,]*,", "as it was,", dump)
@@ -261,7 +251,7 @@ def test_what_gives_way_moves_whole_and_what_comes_is_empty(db: Db, state: str, 
 @pytest.mark.parametrize("name", ["turns.id uuid", "turns partitioned", "a view"])
 def test_by_psql_alone_it_is_what_the_task_makes(db: Db, name: str) -> None:
     db.execute(OLD[name][0])
-    with copy(db) as other:
+    with database(db.cluster, db.name) as other:
         assert other.invoke(*TASK).code == 0
         assert by_psql(db).code == 0
         db.migrate(*AFTERWARDS[: 3 if "turn_metrics" in OLD[name][1] else 2])
@@ -287,7 +277,7 @@ def test_run_again_it_does_nothing_and_locks_nothing(db: Db, name: str) -> None:
 
 
 def test_on_an_empty_database_it_is_the_core_schema(db: Db) -> None:
-    with copy(db) as other:
+    with database(db.cluster, db.name) as other:
         other.migrate(CORE_SCHEMA)
         db.migrate(STEM)
         assert db.dump() == other.dump()
@@ -301,7 +291,7 @@ def test_on_an_empty_database_it_is_the_core_schema(db: Db) -> None:
 def test_where_it_is_not_needed_the_task_is_prereqs(db: Db, state: str) -> None:
     if state:
         db.execute(state)
-    with copy(db) as other:
+    with database(db.cluster, db.name) as other:
         assert other.invoke("prereqs").code == 0
         done = db.invoke("prereqs", "--recreate")
         assert done.code == 0, done

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from budget_engine import errors
 from budget_engine.commands import setup
 from budget_engine.migration import chain, plan, survey
 from budget_engine.migration.checks import Check, Kind
-from conftest import Db, as_text
+from conftest import Db, as_text, database
 from states import COLUMNS
 from verification import VERIFY, verified
 from versions import MAJOR
@@ -626,7 +625,7 @@ def _without_equals(these: Differences, others: Differences) -> Differences:
 def test_setup_fixes_what_fixed_by_says_and_leaves_what_is_documented(ready: Db) -> None:
     fixable = [broken for broken in breakages(complete(ready.checks())) if broken.differs and not broken.refused]
     for batch in batches(fixable):
-        with copy(ready) as copied:
+        with database(ready.cluster, ready.name) as copied:
             copied.execute(";\n".join(broken.sql for broken in batch))
             names = [broken.name for broken in batch]
             expected = {title: how for broken in batch for title, how in broken.differs.items()}
@@ -670,7 +669,7 @@ def test_setup_refuses_a_conflict_and_changes_nothing(ready: Db, monkeypatch: py
     }
     outcomes = {}
     for broken in refused.values():
-        with copy(ready) as copied:
+        with database(ready.cluster, ready.name) as copied:
             copied.execute(broken.sql)
             before = fingerprint(copied)
             monkeypatch.setenv("DATABASE_URL", copied.url)
@@ -801,16 +800,6 @@ def test_the_verification_waits_for_nobody_but_access_exclusive(ready: Db) -> No
             "SELECT DISTINCT mode FROM pg_locks WHERE pid = pg_backend_pid() AND relation > 0"
         ).fetchall()
     assert modes == [("AccessShareLock",)]
-
-
-@contextmanager
-def copy(db: Db) -> Iterator[Db]:
-    """Copy a database to which nobody is connected, for what breaks it."""
-    copied = replace(db, name=f"test_{uuid.uuid4().hex}")
-    with psycopg.connect(db.cluster.url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {copied.name} TEMPLATE {db.name}".encode())
-        yield copied
-        connection.execute(f"DROP DATABASE {copied.name} WITH (FORCE)".encode())
 
 
 def fingerprint(db: Db) -> str:

@@ -673,7 +673,8 @@ def test_lines_fit_the_terminal(db: Db, task: str, columns: int) -> None:
     long = [line for line in seen.splitlines() if len(line) > columns]
     assert [line for line in long if len(line.split()) > 3 and not line.endswith(";")] == []
     if task != "rehearse":  # which says how long it took
-        assert seen.split() == plain.split()
+        seen_words, plain_words = (re.sub(r"\b\d+ rows", "some rows", said).split() for said in (seen, plain))
+        assert seen_words == plain_words  # how many rows: 14 learns it a moment later
     assert all(line.startswith(" ") for line in seen.splitlines() if line and not re.match(r"\S+( |$)", line))
 
 

@@ -222,8 +222,9 @@ def _plan_step(step: Step, checks: Sequence[Check], due: _Due, new_tables: set[s
         actions = []
     inside = {action.statement: action for action in actions if not action.concurrent}
     if inside:  # what creates nothing by itself, a guard, runs with its step
-        guards = (st for st in step.statements if not st.concurrent and not any(st.creates(c) for c in checks))
-        inside |= {st: Action(step.label, (st.text,), st) for st in guards if st not in inside}
+        others = [st for st in step.statements if not st.concurrent and st not in inside]
+        guards = (st for st in others if not any(st.creates(check) for check in checks))
+        inside |= {st: Action(step.label, (st.text,), st) for st in guards}
     transaction = tuple(inside[st] for st in step.statements if st in inside)
     concurrent = tuple(action for action in actions if action.concurrent)
     begun = any(check.passed and check.kind in (Kind.TABLE, Kind.COLUMN) for check in own)

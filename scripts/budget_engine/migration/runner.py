@@ -126,7 +126,11 @@ BEGIN
       COMMENT ON TABLE budget_engine.history IS 'Who ran which step when: for people to read, nothing decides by it';
       COMMENT ON COLUMN budget_engine.history.checksum IS 'SHA-256 of the migration with LF line ends';
       COMMENT ON COLUMN budget_engine.history.version IS 'Version of the recipes';
-    EXCEPTION WHEN unique_violation OR duplicate_table THEN  -- a run in another schema was faster: its history is ours
+    EXCEPTION WHEN unique_violation OR duplicate_table THEN
+      -- A run in another schema was faster: its history is ours. Our caches hear of it a moment after its commit, and
+      -- look for news where a table is opened.
+      PERFORM pg_catalog.pg_sleep(0.1);
+      PERFORM FROM pg_catalog.pg_class LIMIT 1;
     END;
   END IF;
   INSERT INTO budget_engine.history (step, part, schema_name, duration, checksum, version)

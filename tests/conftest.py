@@ -25,6 +25,7 @@ import psutil  # type: ignore[import-untyped]
 import psycopg
 import pytest
 import warm
+from budget_engine.errors import RecipeError
 from budget_engine.migration import chain, survey, turn
 from budget_engine.migration.chain import ROOT
 from budget_engine.migration.checks import Check
@@ -271,7 +272,7 @@ def private_server(
         for name, value in settings.items():
             patch.setitem(embedded.SETTINGS, name, value)
         try:
-            embedded.start(cluster)
+            _start(cluster)
             if not durable:
                 _administer(cluster, "ALTER SYSTEM SET fsync = off")
                 _administer(cluster, "SELECT pg_reload_conf()")
@@ -279,6 +280,14 @@ def private_server(
         finally:
             embedded.stop(cluster)
             shutil.rmtree(home, ignore_errors=True)
+
+
+def _start(cluster: embedded.Cluster) -> None:
+    """Start it; where it does not, show the server's own words, which an error's one sentence leaves out."""
+    try:
+        embedded.start(cluster)
+    except RecipeError as error:
+        raise AssertionError(f"{error}\n{error.where}") from error
 
 
 @contextmanager
@@ -317,7 +326,7 @@ def packaged_cluster() -> Iterator[embedded.Cluster]:
                 pytest.skip(f"the PostgreSQL in {binaries.parent} has no JIT")
             connection.execute("ALTER SYSTEM SET shared_preload_libraries = pg_stat_statements")
         embedded.stop(cluster)
-        embedded.start(cluster)
+        _start(cluster)
         _administer(cluster, "CREATE EXTENSION pg_stat_statements")
         yield cluster
 

@@ -4,7 +4,8 @@ A step is BEGIN, our settings, the guard against other runs, its locks, its stat
 the history, COMMIT. After an error the server skips the rest: the steps before it are committed, it and those after it
 changed nothing. Then the concurrent part: each statement alone, outside any transaction.
 
-The verification travels once, as a setting of the session that ends with the message, and is executed in each step.
+The verification travels once, and is planned once: as a prepared statement, which ends with the message and is executed
+in each step.
 """
 
 from __future__ import annotations
@@ -51,11 +52,33 @@ _BUSY_IF = f"""\
   IF {{condition}} THEN
     RAISE EXCEPTION USING ERRCODE = '{_BUSY}', MESSAGE = 'another {AT_WORK}';
   END IF;"""
-# How many checks find something, and how many pass: where that is not what was surveyed, somebody was at work since.
-_SEEN = """
-  EXECUTE 'SELECT concat_ws('' '', count(actual), count(*) FILTER (WHERE actual = expected)) FROM ('
-    || current_setting('budget_engine.verification') || ') AS checks' INTO seen;
+# Without a step: how many checks find something, and how many pass. With one: what differs that it must have brought;
+# also, later: kinds, tables and names of what more it brings, and of what others do later; new_tables: all of theirs.
+_NAME = "budget_engine_verification"
+_PREPARE = f"""
+  IF EXISTS (SELECT FROM pg_prepared_statements WHERE name = '{_NAME}') THEN  -- of a message that failed
+    DEALLOCATE {_NAME};
+  END IF;
+  EXECUTE {{prepare}};"""
+_VERIFICATION = f"""PREPARE {_NAME} (text, json, json, text[]) AS
+SELECT CASE WHEN $1 IS NULL THEN concat_ws(' ', count(actual), count(*) FILTER (WHERE actual = expected))
+            ELSE string_agg(format('%s %s is %s, expected %s', kind, concat_ws('.', "table", nullif(name, '')),
+                                   coalesce(actual, 'missing'), expected), E'\\n')
+                 FILTER (WHERE actual IS DISTINCT FROM expected
+                           AND (step = $1 AND (required OR "table" = ANY ($4))
+                                OR (kind, "table", name) IN (SELECT w ->> 0, w ->> 1, w ->> 2 FROM json_array_elements($2) AS w))
+                           AND (kind, "table", name) NOT IN (SELECT w ->> 0, w ->> 1, w ->> 2 FROM json_array_elements($3) AS w))
+       END
+FROM ({{verification}}) AS checks"""
+_VERIFIED = f"EXECUTE {_NAME} ({{step}}, {{also}}, {{later}}, {{new_tables}})"
+_SEEN = f"""
+  PERFORM set_config('plan_cache_mode', 'force_generic_plan', true);
+  EXECUTE {{execute}} INTO seen;
 """
+_BROKEN_IF_SEEN = """\
+  IF seen IS NOT NULL THEN
+    RAISE EXCEPTION USING ERRCODE = 'TB003', MESSAGE = {message}, DETAIL = seen;
+  END IF;"""
 
 # All of them or none: who waits for one table while holding another holds up everybody who wants that one. So the queue
 # is for the first only, while nothing is held; what comes after it is waited for a moment at most.
@@ -83,19 +106,6 @@ _ONE_LOCK = """\
         LOCK TABLE {table} IN {mode} MODE;
         PERFORM pg_catalog.set_config('lock_timeout', '{moment_ms}ms', true);
       END IF;"""
-
-_VERIFICATION = """\
-  EXECUTE 'SELECT string_agg(format(''%s %s is %s, expected %s'', kind, concat_ws(''.'', "table", nullif(name, '''')),
-                                    coalesce(actual, ''missing''), expected), E''\\n'')
-           FROM (' || current_setting('budget_engine.verification') || ') AS checks
-           WHERE actual IS DISTINCT FROM expected
-             AND (step = $1 AND (required OR "table" = ANY ($4))  -- of a table that it creates, all
-                  OR (kind, "table", name) IN (SELECT w ->> 0, w ->> 1, w ->> 2 FROM json_array_elements($2) AS w))
-             AND (kind, "table", name) NOT IN (SELECT w ->> 0, w ->> 1, w ->> 2 FROM json_array_elements($3) AS w)'
-    INTO seen USING {step}, {also}::json, {later}::json, {new_tables}::text[];
-  IF seen IS NOT NULL THEN
-    RAISE EXCEPTION USING ERRCODE = 'TB003', MESSAGE = {message}, DETAIL = seen;
-  END IF;"""
 
 # Where another run got there first, the transaction wrote nothing, and the history says nothing.
 HISTORY = """DO $history$
@@ -147,7 +157,6 @@ $history$"""
 _CLOCK = "extract(epoch FROM pg_catalog.clock_timestamp())"
 _STARTED = f"pg_catalog.set_config('budget_engine.started_at', ({_CLOCK})::pg_catalog.text, true)"
 _TOOK = f"SELECT 1000 * ({_CLOCK} - pg_catalog.current_setting('budget_engine.started_at')::pg_catalog.numeric)"
-_NAME = "budget_engine.verification"
 
 _AS_BUILT = f"SELECT set_config(name, boot_val, false) FROM pg_settings WHERE {MISGUIDING}"
 # For the session that builds (transaction_timeout is new in 17).
@@ -201,13 +210,12 @@ class Script:
         if not (steps := self.plan.transactions):
             return []
         pins = pinned(self.found.server)
-        noted = f", pg_catalog.set_config('{_NAME}', {literal(self.chain.verification)}, false)"
         goes_on = f"SELECT pg_catalog.set_config('lock_timeout', '{_MOMENT_MS}ms', true), {pins}, {_STARTED}"
         message: list[Sent] = []
         for planned in steps:
             first, step = planned is steps[0], planned.step
             if first or not rehearsed:
-                begun = f"SELECT {self.settings}, {pins}, {_STARTED}{noted if first else ''}"
+                begun = f"SELECT {self.settings}, {pins}, {_STARTED}"
                 message += (Sent(step, Part.FRAME, sql) for sql in (*BEGIN, begun))
                 message.append(Sent(step, Part.GUARD, self._guard(compare=first)))
             message += self._work(planned)
@@ -217,8 +225,8 @@ class Script:
                 line = history(step, "transaction", self.found.server.schema, None)
                 end = [(Part.HISTORY, line), (Part.CLOCK, _TOOK), (Part.COMMIT, "COMMIT")]
             message += (Sent(step, *part) for part in end)
-        last = [*survey.statements(self.chain), "ROLLBACK"] if rehearsed else [f"RESET {_NAME}"]
-        return [*message, *(Sent(steps[-1].step, Part.FRAME, sql) for sql in last)]
+        last = [*survey.statements(self.chain), "ROLLBACK"] if rehearsed else []
+        return [*message, *(Sent(steps[-1].step, Part.FRAME, sql) for sql in (f"DEALLOCATE {_NAME}", *last))]
 
     def _work(self, planned: StepPlan) -> list[Sent]:
         """Write what a step's transaction is about: its locks, its statements, its verification."""
@@ -233,7 +241,8 @@ class Script:
         if compare:
             checks = self.found.checks
             seen = f"{sum(check.actual is not None for check in checks)} {sum(check.passed for check in checks)}"
-            does += _SEEN + _BUSY_IF.format(condition=f"seen <> '{seen}'")
+            prepare = literal(_VERIFICATION.format(verification=self.chain.verification))
+            does += _PREPARE.format(prepare=prepare) + _seen() + _BUSY_IF.format(condition=f"seen <> '{seen}'")
         return _OURS.format(tag="guard", does=does)
 
     def _locks(self, actions: Sequence[Action]) -> str:
@@ -256,14 +265,14 @@ class Script:
         concurrent = {check.key for action in self.plan.concurrent for check in action.checks}
         now = {check.key for check in checks} - concurrent
         own = {check.key for check in self.plan.checks if check.step == planned.label and not check.passed}
-        does = _VERIFICATION.format(
-            step=literal(planned.label),
-            also=_keys(check.key for check in checks if check.step != planned.label and check.key in now),
-            later=_keys(own - now),
-            new_tables=literal([check.table for check in checks if check.kind is Kind.TABLE]),
-            message=literal(errors.BROKEN_STEP.says),
+        seen = _seen(
+            literal(planned.label),
+            _keys(check.key for check in checks if check.step != planned.label and check.key in now),
+            _keys(own - now),
+            literal([check.table for check in checks if check.kind is Kind.TABLE]),
         )
-        return _OURS.format(tag="verification", does=does)
+        broken = _BROKEN_IF_SEEN.format(message=literal(errors.BROKEN_STEP.says))
+        return _OURS.format(tag="verification", does=seen + broken)
 
     def as_sql(self) -> str:
         """Write what would be sent as a file for psql."""
@@ -279,6 +288,11 @@ def pinned(server: Server, *, local: bool = True) -> str:
     path = ", ".join(['"' + schema.replace('"', '""') + '"' for schema in server.path] + ["pg_temp"])
     values = {"search_path": path, "budget_engine.path": json.dumps(server.path)}
     return ", ".join(f"pg_catalog.set_config('{name}', {literal(value)}, {local})" for name, value in values.items())
+
+
+def _seen(step: str = "NULL", also: str = "NULL", later: str = "NULL", new_tables: str = "NULL") -> str:
+    """Write what executes the prepared verification; each argument as SQL writes it."""
+    return _SEEN.format(execute=literal(_VERIFIED.format(step=step, also=also, later=later, new_tables=new_tables)))
 
 
 def _keys(keys: Iterable[tuple[Kind, str, str]]) -> str:

@@ -285,7 +285,8 @@ def test_each_step_is_a_transaction_with_all_its_parts(everything: Everything, c
     if expected:
         expected.append((expected[-1][0], part.FRAME))  # the verification is forgotten
     assert kinds(message) == expected
-    assert sum(sent.sql.count(survey.literal(CHAIN.verification)) for sent in message) == bool(message)
+    assert sum(sent.sql.count("PREPARE budget_engine_verification") for sent in message) == bool(message)
+    assert sum(sent.sql.count("supabase (here)") for sent in message) == bool(message)
     assert sum("seen <>" in sent.sql for sent in message) == bool(message)  # compared with the survey
     for sent in message:
         assert not sent.sql.rstrip().endswith(";")
@@ -317,7 +318,7 @@ def test_the_messages_are_made_of_the_plan(everything: Everything, chosen: Chose
 # ── one list ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 OF_THE_ENGINE = re.compile(
-    r"BEGIN|COMMIT|ROLLBACK|SET |RESET |SELECT |WITH |DO \$(guard|locks|rights|verification|history)\$"
+    r"BEGIN|COMMIT|ROLLBACK|SET |DEALLOCATE |SELECT |WITH |DO \$(guard|locks|rights|verification|history)\$"
 )
 
 

@@ -52,28 +52,29 @@ _BUSY_IF = f"""\
   IF {{condition}} THEN
     RAISE EXCEPTION USING ERRCODE = '{_BUSY}', MESSAGE = 'another {AT_WORK}';
   END IF;"""
-# Without a step: how many checks find something, and how many pass. With one: what differs that it must have brought;
-# also, later: kinds, tables and names of what more it brings, and of what others do later; new_tables: all of theirs.
 _NAME = "budget_engine_verification"
 _PREPARE = f"""
   IF EXISTS (SELECT FROM pg_prepared_statements WHERE name = '{_NAME}') THEN  -- of a message that failed
     DEALLOCATE {_NAME};
   END IF;
   EXECUTE {{prepare}};"""
+# Without a step ($1): how many checks find something, and how many pass. With one: what differs of that which it must
+# have brought. $2: kinds, tables and names of what more it brings; $3: of a concurrent part; $4: its new tables.
+_KEYS = "(SELECT key ->> 0, key ->> 1, key ->> 2 FROM json_array_elements({}) AS key)"
 _VERIFICATION = f"""PREPARE {_NAME} (text, json, json, text[]) AS
 SELECT CASE WHEN $1 IS NULL THEN concat_ws(' ', count(actual), count(*) FILTER (WHERE actual = expected))
             ELSE string_agg(format('%s %s is %s, expected %s', kind, concat_ws('.', "table", nullif(name, '')),
                                    coalesce(actual, 'missing'), expected), E'\\n')
                  FILTER (WHERE actual IS DISTINCT FROM expected
-                           AND (step = $1 AND (required OR "table" = ANY ($4))
-                                OR (kind, "table", name) IN (SELECT w ->> 0, w ->> 1, w ->> 2 FROM json_array_elements($2) AS w))
-                           AND (kind, "table", name) NOT IN (SELECT w ->> 0, w ->> 1, w ->> 2 FROM json_array_elements($3) AS w))
+                           AND (step = $1 AND (required OR "table" = ANY ($4))  -- of a table that it creates, all
+                                OR (kind, "table", name) IN {_KEYS.format("$2")})
+                           AND (kind, "table", name) NOT IN {_KEYS.format("$3")})
        END
 FROM ({{verification}}) AS checks"""
 _VERIFIED = f"EXECUTE {_NAME} ({{step}}, {{also}}, {{later}}, {{new_tables}})"
-_SEEN = f"""
+_SEEN = """
   PERFORM set_config('plan_cache_mode', 'force_generic_plan', true);
-  EXECUTE {{execute}} INTO seen;
+  EXECUTE {execute} INTO seen;
 """
 _BROKEN_IF_SEEN = """\
   IF seen IS NOT NULL THEN

@@ -14,6 +14,7 @@ PATTERNS = (
     ".ci/*",
     "scripts/inv",
     "scripts/**/*.py",
+    "docs/*.md",
     "db/*.md",
     "db/**/*.sql",
     "tests/**/*.py",
@@ -29,15 +30,13 @@ def cited(pattern: str) -> set[tuple[str, str]]:
 
 
 def test_files_are_there() -> None:
-    paths = cited(r"(?<![\w/.-])((?:scripts|tests|db|\.ci|\.github)/[\w/.-]*\.[a-z]{2,4})\b")
+    paths = cited(r"(?<![\w/.-])((?:scripts|tests|db|docs|\.ci|\.github)/[\w/.-]*\.[a-z]{2,4})\b")
     assert len({name for name, _ in paths}) > 5
     assert sorted((name, path) for name, path in paths if not (ROOT / path).exists()) == []
 
 
 def test_sections_of_the_readme_are_there() -> None:
-    titles = set(re.findall(r"^(?:#+ |- \*\*)(.*?)(?:\.\*\*.*)?$", TEXTS["README.md"], re.M))
+    titles = set(re.findall(r"^#+ (.*)$", TEXTS["README.md"], re.M))
     sections = cited(r'README(?:\.md)?, "([^"]+)"')
-    assert len(sections) >= 5
+    assert sections
     assert sorted((name, title) for name, title in sections if title not in titles) == []
-    anchors = {title.lower().replace(" ", "-") for title in titles}
-    assert set(re.findall(r"\]\(#([\w-]+)\)", TEXTS["README.md"])) <= {re.sub(r"[^\w-]", "", a) for a in anchors}

@@ -1,4 +1,4 @@
-"""Every way to end: README's "Troubleshooting" lists it, what helps is what helps, and nothing ends in a traceback."""
+"""Every way to end: docs/troubleshooting.md lists it, what helps is what helps, and nothing ends in a traceback."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ from states import CORE_ROWS, CORE_WITH_UUID_TURNS
 from test_command_line import hang_up, peer, recipe, speak_http, stay_silent, tree
 
 __all__ = ["tree"]  # the fixture
-README = (chain.ROOT / "README.md").read_text(encoding="utf-8")
+README, TROUBLESHOOTING = ((chain.ROOT / name).read_text("utf-8") for name in ("README.md", "docs/troubleshooting.md"))
 SCRIPTS = sorted((chain.ROOT / "scripts").rglob("*.py"))
 STEMS = [step.stem for step in chain.load().steps if step.task != "fix"]
 SAID = "\nhelp     "
 
 
-# ── README, "Troubleshooting" ──────────────────────────────────────────────────────────────────────────────────────
+# ── docs/troubleshooting.md ────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,8 @@ class Row:
         return code == self.code and any(re.fullmatch(pattern, template, re.S) for pattern in patterns)
 
 
-def section(title: str) -> str:
-    return README.partition(f"\n{title}\n")[2].partition("\n#")[0]
-
-
 def rows() -> list[Row]:
-    cells = re.findall(r"^\| *(\d*) *\| (`.*?) \|", section("## Troubleshooting"), re.M)
+    cells = re.findall(r"^\| *(\d*) *\| (`.*?) \|", TROUBLESHOOTING, re.M)
     return [Row(code, tuple(re.findall("`(.*?)`", messages))) for code, messages in cells]
 
 
@@ -167,7 +163,7 @@ def test_every_row_is_about_something() -> None:
 
 
 def test_exit_codes_are_the_documented_ones() -> None:
-    documented = re.findall(r"^\| (\d+) \|", section("### Exit codes"), re.M)
+    documented = re.findall(r"^\| (\d+) \|", README.partition("\n### Exit codes\n")[2].partition("\n#")[0], re.M)
     assert sorted(map(int, documented)) == sorted({0, *(case.exit_code for case in CASES.values())})
 
 

@@ -1,4 +1,4 @@
-"""Every way in which a recipe can end badly: its message, its exit code, and what helps. README, "Troubleshooting"."""
+"""Every way in which a recipe can end badly: its message, its exit code, and what helps (docs/troubleshooting.md)."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ class StatementError(Exception):
 
     @property
     def where(self) -> str:
-        """The details, and the SQLSTATE, by which README's "Troubleshooting" knows it: the words may be translated."""
+        """The details, and the SQLSTATE, by which docs/troubleshooting.md knows it: the words may be translated."""
         ours = self.sqlstate is None or self.sqlstate.startswith("TB")
         return "\n".join(filter(None, [self.detail, "" if ours else f"SQLSTATE {self.sqlstate}"]))
 

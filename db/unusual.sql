@@ -22,6 +22,17 @@ WITH tables (name, relation) AS (
   FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
   WHERE relname IN (SELECT json_array_elements_text(current_setting('budget_engine.tables')::json)) AND relkind IN ('r', 'p', 'v', 'm', 'f')
     AND pg_class.oid NOT IN (SELECT relation FROM tables) AND nspname !~ '^pg_' AND nspname <> 'information_schema'
+), supabase (profiles) AS (  -- a row where auth.uid() exists: its profiles, or NULL where they make no admins
+  SELECT (SELECT attrelid FROM pg_attribute WHERE attrelid = (
+            SELECT pg_class.oid FROM json_array_elements_text(current_setting('budget_engine.path')::json) WITH ORDINALITY AS path (schema, position)
+            JOIN pg_namespace ON nspname = path.schema JOIN pg_class ON relname = 'profiles' AND relnamespace = pg_namespace.oid AND relkind IN ('r', 'p')
+            ORDER BY position LIMIT 1) AND (attname = 'role' OR attname = 'id' AND atttypid = 'uuid'::regtype)
+          GROUP BY attrelid HAVING count(*) = 2 AND to_regrole('authenticated') IS NOT NULL)
+  FROM pg_proc JOIN pg_namespace AS n ON n.oid = pronamespace WHERE nspname = 'auth' AND proname = 'uid' AND pronargs = 0
+), applying AS (  -- the policies of profiles that let users of the API do something
+  SELECT polname, polcmd, concat_ws(' ', pg_get_expr(polqual, polrelid), pg_get_expr(polwithcheck, polrelid)) AS condition
+  FROM supabase JOIN pg_policy ON polrelid = profiles
+  WHERE polpermissive AND polroles && ARRAY[0::oid, to_regrole('authenticated')::oid, to_regrole('anon')::oid]
 )
 SELECT 'roles', format('%s may insert into turns, but not into turn_metrics', role),
        format('GRANT INSERT ON %s TO %s;', metrics.relation::regclass, role)
@@ -43,8 +54,33 @@ FROM tables JOIN pg_class ON pg_class.oid = relation AND NOT relrowsecurity CROS
   SELECT string_agg(privilege, ', ') FROM unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) AS privilege
   WHERE has_table_privilege(to_regrole('anon'), relation, privilege)
 ) AS may (what)
-WHERE may.what IS NOT NULL AND EXISTS (SELECT FROM pg_proc JOIN pg_namespace AS n ON n.oid = pronamespace
-                                       WHERE nspname = 'auth' AND proname = 'uid' AND pronargs = 0)
+WHERE may.what IS NOT NULL AND EXISTS (SELECT FROM supabase)
+UNION ALL  -- what the policies of ours ask, authenticated has to be able to read
+SELECT 'profiles', 'authenticated may not read id and role of profiles, so that nobody counts as an admin',
+       format('GRANT SELECT (id, role) ON %s TO authenticated;', profiles::regclass)
+FROM supabase WHERE profiles IS NOT NULL AND 2 > (SELECT count(*) FROM pg_attribute WHERE attrelid = profiles AND attname IN ('id', 'role')
+                         AND has_column_privilege(to_regrole('authenticated'), attrelid, attname, 'SELECT'))
+UNION ALL
+SELECT 'profiles', 'no policy of profiles shows a user his own row, so that nobody counts as an admin',
+       format('CREATE POLICY profiles_own ON %s FOR SELECT TO authenticated USING (id = (SELECT auth.uid()));', profiles::regclass)
+FROM supabase JOIN pg_class ON pg_class.oid = profiles AND relrowsecurity
+WHERE NOT EXISTS (SELECT FROM applying WHERE polcmd IN ('r', '*'))
+UNION ALL  -- unless a trigger may keep him from it
+SELECT 'profiles', format('authenticated may %s profiles.role%s: any user can make himself an admin', string_agg(lower(may.what), ' and '),
+                          ' (policy ' || string_agg(DISTINCT polname, ', ') || ')'),
+       format('REVOKE INSERT, UPDATE ON %1$s FROM PUBLIC, anon, authenticated; GRANT INSERT (%2$s), UPDATE (%2$s) ON %1$s TO authenticated;', profiles::regclass,
+              (SELECT string_agg(quote_ident(attname), ', ' ORDER BY attnum) FROM pg_attribute
+               WHERE attrelid = profiles AND attnum > 0 AND NOT attisdropped AND attgenerated = '' AND attname <> 'role'))
+FROM supabase JOIN pg_class ON pg_class.oid = profiles JOIN pg_attribute ON attrelid = profiles AND attname = 'role'
+CROSS JOIN (VALUES ('INSERT', 'a', 4), ('UPDATE', 'w', 16)) AS may (what, command, event) LEFT JOIN applying
+  ON relrowsecurity AND polcmd IN (may.command::"char", '*') AND condition !~ '\mrole\M'
+WHERE has_column_privilege(to_regrole('authenticated'), profiles, 'role', may.what) AND (NOT relrowsecurity OR polname IS NOT NULL)
+  AND NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = profiles AND NOT tgisinternal AND tgtype & (2 | may.event::int2) = 2 | may.event::int2)
+GROUP BY profiles
+UNION ALL  -- a table with such a one gets none of ours
+SELECT 'policy', format('%s has policies of others (%s): the recipes add none there', name, string_agg(polname, ', ' ORDER BY polname)), NULL
+FROM supabase CROSS JOIN tables JOIN pg_policy ON polrelid = relation
+WHERE polname <> 'Service role can manage ' || name AND polname !~ ('^' || name || '_(service_role|admin(_select|_insert|_update)?)$') GROUP BY name
 UNION ALL
 SELECT 'namesake', CASE WHEN number <= 5 THEN format('%s has the name of a table of ours; the search_path does not lead to it', name)
                          ELSE format('and %s more', total - 5) END, NULL

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import psycopg
@@ -285,6 +286,7 @@ def test_a_table_with_somebody_elses_policy_keeps_its_policies(db: Db, keep_ours
     assert policies(db) == theirs
     assert row_security(db) == dict.fromkeys(TABLES, True)
     assert db.differing() == {}
+    assert {one["says"].partition(" ")[0] for one in _unusual(db, "policy")} == set(CHAIN)
 
 
 @pytest.mark.parametrize("profiles", [True, False], ids=["profiles", "no profiles"])
@@ -335,6 +337,58 @@ def test_status_says_what_anybody_may_do_with_core_tables_that_existed(db: Db, c
     assert [(says, command) for says, command in said.items() if " turns: " in says] == (
         [(words, command)] if may else []
     )
+
+
+_OWN_ROW = "CREATE POLICY own_row ON profiles FOR {} TO authenticated {} (id = (SELECT auth.uid()))"
+_ANY_USER = "any user can make himself an admin"
+# What is done to profiles, or to a table of ours; what status and doctor say of it.
+RISKS = {
+    "as it should be": ("", None),
+    "unreadable": ("REVOKE SELECT ON profiles FROM authenticated", "nobody counts as an admin"),
+    "role unreadable": (
+        "REVOKE SELECT ON profiles FROM authenticated; GRANT SELECT (id) ON profiles TO authenticated",
+        "nobody counts as an admin",
+    ),
+    "no row shown": ("DROP POLICY profiles_own ON profiles", "nobody counts as an admin"),
+    "own row updated": (f"GRANT UPDATE ON profiles TO authenticated; {_OWN_ROW.format('UPDATE', 'USING')}", _ANY_USER),
+    "own row inserted": (f"GRANT INSERT ON profiles TO PUBLIC; {_OWN_ROW.format('INSERT', 'WITH CHECK')}", _ANY_USER),
+    "no row-level security": (
+        "GRANT UPDATE (role) ON profiles TO authenticated; ALTER TABLE profiles DISABLE ROW LEVEL SECURITY",
+        _ANY_USER,
+    ),
+    "its role kept": (
+        f"GRANT UPDATE ON profiles TO authenticated;{_OWN_ROW.format('UPDATE', 'USING')} WITH CHECK (role = 'player')",
+        None,
+    ),
+    "another column": (
+        "ALTER TABLE profiles ADD name text; GRANT UPDATE (name) ON profiles TO authenticated;"
+        + _OWN_ROW.format("UPDATE", "USING"),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "says"), RISKS.values(), ids=RISKS)
+def test_what_profiles_let_a_user_do_is_said_and_cleared(db: Db, change: str, says: str | None) -> None:
+    supabase.install(db, default_privileges=False)
+    supabase.add_profiles(db)
+    setup(db)
+    db.execute(change)
+    told = _unusual(db, "profiles")
+    assert [str(says) in one["says"] for one in told] == [True] * (says is not None)
+    assert [one["says"] in db.invoke("doctor").out.replace("\n" + " " * 23, " ") for one in told] == [True] * len(told)
+    for one in told:
+        db.execute(one["command"])
+    assert _unusual(db, "profiles") == []
+    with supabase.session(db, "authenticated", supabase.PLAYER) as player:
+        with suppress(psycopg.errors.InsufficientPrivilege):
+            player.execute("UPDATE profiles SET role = 'admin'")
+        assert player.execute("SELECT role FROM profiles WHERE id = auth.uid()").fetchall() == [("player",)]
+
+
+def _unusual(db: Db, what: str) -> list[dict[str, str]]:
+    unusual = json.loads(db.invoke("status", "--format", "json").out)["surroundings"]["unusual"]
+    return [one for one in unusual if one["what"] == what]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from psycopg import pq
 
 from budget_engine import errors
 from budget_engine.commands.session import Session, announce, hindrances, refused_by_rows, target_in_use
-from budget_engine.migration import survey
+from budget_engine.migration import surroundings, survey
 from budget_engine.migration.chain import ROOT
 from budget_engine.migration.plan import Plan
 from budget_engine.migration.survey import Server, Survey
@@ -227,6 +227,8 @@ def _look_around(session: Session) -> Iterator[Finding]:
     elif server.schema:  # else that is an error of its own
         yield Finding("schema", f"{server.schema} (search_path {server.search_path})")
     yield from _chain(found, todo)
+    around = surroundings.read(connection, session.chain, found).unusual
+    yield from (Finding(one.what, one.says, one.command) for one in around if one.what in surroundings.RISKS)
     brought = [Limit(str(name), int(ms or 0), str(written), str(source)) for name, ms, written, source in limited]
     yield from limits(server, brought, str(replication_role), session.given.lock_timeout_ms)
     if triggers and todo.to_do:

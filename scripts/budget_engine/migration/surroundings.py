@@ -31,6 +31,9 @@ class Unusual:
     command: str
 
 
+RISKS = ("anon", "profiles")  # what Unusual.what is where strangers may do more than they should, or admins less
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """What is worth knowing besides the checks.

@@ -167,6 +167,49 @@ def doctor(_: Context) -> None:
     commands.doctor.run()
 
 
+@recipe(
+    targets="a file (-: stdin) with a target a line: URL or NAME=URL; # begins a comment",
+    databases="instead: every database of DATABASE_URL's server whose name fits this pattern ('tenant_*'); repeatable",
+    schemas="instead: every schema of DATABASE_URL's database whose name fits; repeatable",
+    task="setup, verify, status (with --check) or plan",
+    jobs="how many at a time (default: two for each processor, 8 at most)",
+    canary="so many first; where one of them fails, no other is begun",
+    stop_after="begin no other after so many failures",
+    part="K/N: the K-th of N parts of the targets, by their names, for N machines",
+    timeout="how long a target may take: 10min; then it is stopped (exit 7)",
+    format="table, or json: a line for each target as it ends",
+)
+def fleet(
+    _: Context,
+    targets: str = "",
+    databases: list[str] = [],  # noqa: B006 - how Invoke is told of repeatable options
+    schemas: list[str] = [],  # noqa: B006
+    task: str = "setup",
+    jobs: int = 0,
+    canary: int = 0,
+    stop_after: int = 0,
+    part: str = "",
+    timeout: str = "",
+    format: str = "table",
+) -> None:
+    """Run a task on many databases, or many schemas; one that fails stops none of the others.
+
+    Ends with 0, with the exit code that all failures have in common, or with 1. Run again, it does what is left.
+    """
+    commands.fleet.run(
+        targets=targets,
+        databases=databases,
+        schemas=schemas,
+        task=task,
+        jobs=jobs,
+        canary=canary,
+        stop_after=stop_after,
+        part=part,
+        timeout=timeout,
+        form=format,
+    )
+
+
 @recipe()
 def start(_: Context) -> None:
     """Start the embedded server (tasks that need it do so by themselves)."""
@@ -233,5 +276,5 @@ def _run_beside_the_tests(c: Context, module: str) -> None:
 
 
 _STEPS = (setup, prereqs, fix, slots_flags, budget_report, turn_metrics)
-namespace = Collection(*_STEPS, verify, status, plan, rehearse, doctor, test, lint, bench, pictures)
+namespace = Collection(*_STEPS, verify, status, plan, rehearse, doctor, fleet, test, lint, bench, pictures)
 namespace.add_collection(Collection("db", start, stop, url, psql))

@@ -130,6 +130,11 @@ def _duration_ms(given: _Given, name: str, default_ms: float, *, least_ms: float
     return duration_ms
 
 
+def duration_ms(name: str, text: str) -> float:
+    """Read the duration that an option gives, in ms; it is longer than none."""
+    return _duration_ms({name: (text, f"option {name}")}, name, 0, least_ms=1)
+
+
 def parse_target(text: str, source: str = "DATABASE_URL") -> Target:
     """Understand a pasted URL, or libpq's keyword form."""
     text, notes = _unwrap(text)

@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from budget_engine.commands import doctor, inspect, server, setup
+    from budget_engine.commands import doctor, fleet, inspect, server, setup
 
-__all__ = ["doctor", "inspect", "server", "setup"]
+__all__ = ["doctor", "fleet", "inspect", "server", "setup"]
 
 
 def __getattr__(name: str) -> Any:

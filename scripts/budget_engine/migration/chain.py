@@ -124,8 +124,9 @@ class Chain:
         return tuple(step for step in self.steps if task in (None, step.task))
 
 
+@cache
 def load(db: Path = DB) -> Chain:
-    """Read the chain. Raises CHECKOUT where a file cannot be read."""
+    """Read the chain, once. Raises CHECKOUT where a file cannot be read."""
     steps = {path.stem: _read(path) for path in sorted((db / "migrations").glob("*.sql"))}
     order: list[Step] = []
     for step in steps.values():

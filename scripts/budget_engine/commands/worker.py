@@ -1,0 +1,78 @@
+"""A worker of the fleet: reads targets from stdin, a JSON document a line, runs a task on each, writes how it ended.
+
+It reads {"url": DATABASE_URL, "task": "setup", "verify", "status" or "plan"} and writes {"exit_code", "what", "where",
+"remedy", "checks"}; it ends where stdin does. One process works for many databases, one after the other, so that
+Python and libpq are loaded once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+from budget_engine import commands
+from budget_engine.output.console import CONSOLE, PEOPLE
+from budget_engine.output.ending import as_message
+
+TASKS: dict[str, Callable[[], None]] = {
+    "setup": lambda: commands.setup.run(None),
+    "verify": lambda: commands.inspect.verify(form=PEOPLE, quiet=False, verbose=False, remedies=False),
+    "status": lambda: commands.inspect.status(form=PEOPLE, check=True, quiet=False, verbose=False),
+    "plan": lambda: commands.inspect.what_setup_would_do(form=PEOPLE, sql=False, quiet=False, verbose=False),
+}
+
+
+def main() -> None:
+    """Serve until stdin ends; what the tasks print is summed up, not passed on."""
+    answers = sys.stdout
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the task that runs
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=[lines], daemon=True).start()
+    while line := lines.get():
+        asked = json.loads(line)
+        os.environ["DATABASE_URL"] = asked["url"]
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            ended = _run(TASKS[asked["task"]])
+        print(json.dumps(ended | {"summary": _last(said.getvalue())}), file=answers, flush=True)
+
+
+def _read(lines: queue.SimpleQueue[str]) -> None:
+    """Hand on each line, and "" at the end; a task that still runs then has nobody to answer to, and is stopped."""
+    for line in sys.stdin:
+        lines.put(line)
+    lines.put("")
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _run(task: Callable[[], None]) -> dict[str, object]:
+    CONSOLE.__init__()  # type: ignore[misc]  # no mask, no line, no target of the one before
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        task()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except (Exception, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        ending = as_message(error)
+        return {
+            "exit_code": ending.exit_code,
+            **{name: CONSOLE.mask(getattr(ending, name)) for name in ("what", "where", "remedy")},
+        }
+    return {"exit_code": 0, "what": "", "where": "", "remedy": ""}
+
+
+def _last(said: str) -> str:
+    """Return the last thing that the task said, without its label."""
+    lines = [line for line in said.splitlines() if line and not line.startswith(" ")]
+    return lines[-1].partition(" ")[2].strip() if lines else ""
+
+
+if __name__ == "__main__":
+    main()

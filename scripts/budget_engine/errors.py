@@ -137,12 +137,14 @@ UNPARSABLE_URL = Case(3, "libpq cannot parse DATABASE_URL.")
 
 NO_TARGET = Case(3, "there is no target", "Name some: a line each in --targets, or another pattern.")
 TARGET_TWICE = Case(3, "targets are named twice", "Leave one of each, or give them names: NAME=URL.")
-FLEET_TARGET = Case(3, "the list of targets will not do: {place} {why}", "Write a URL of PostgreSQL there, or NAME=URL.")
+FLEET_TARGET = Case(3, "the list of targets will not do: {place} {why}",
+    "Write a URL of PostgreSQL there, or NAME=URL.")
 FLEET_FILE = Case(3, "the targets in {file} cannot be read: {why}",
     "Name a file of lines URL or NAME=URL, or - for stdin.")
 FLEET_OPTION = Case(3, "{option} will not do: it takes {wants}",
     "Correct it; invoke --help fleet explains the options.")
-FLEET_FAILED = Case(1, "not every target ended well: {said}", "Run it again when their reasons are gone: it does what is left.")
+FLEET_FAILED = Case(1, "not every target ended well: {said}",
+    "Run it again when their reasons are gone: it does what is left.")
 
 # ── 4: the server ────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -210,21 +210,22 @@ def _creating(
 
 
 def _plan_step(step: Step, checks: Sequence[Check], due: _Due, new_tables: set[str], blocked: set[str]) -> StepPlan:
-    own = [check for check in checks if check.step == step.label]
+    label = step.label
+    own = [check for check in checks if check.step == label]
     open_ = [check for check in own if not check.passed]
     conflicts = tuple(check for check in open_ if check.conflict)
     told = tuple(check for check in open_ if not check.required and check.fixed_by is None)
     actions = [_action(st, due[st], new_tables, checks) for st in step.statements if st in due]
-    fixed = [check for check in open_ if check.fixed_by == step.label]
+    fixed = [check for check in open_ if check.fixed_by == label]
     reasons = tuple(dict.fromkeys([*(check for action in actions for check in action.checks), *fixed]))
     elsewhere = tuple(check for check in open_ if check.fixed_by and check not in reasons)
-    if step.label in blocked:
+    if label in blocked:
         actions = []
     inside = {action.statement: action for action in actions if not action.concurrent}
     if inside:  # what creates nothing by itself, a guard, runs with its step
         others = [st for st in step.statements if not st.concurrent and st not in inside]
         guards = (st for st in others if not any(st.creates(check) for check in checks))
-        inside |= {st: Action(step.label, (st.text,), st) for st in guards}
+        inside |= {st: Action(label, (st.text,), st) for st in guards}
     transaction = tuple(inside[st] for st in step.statements if st in inside)
     concurrent = tuple(action for action in actions if action.concurrent)
     begun = any(check.passed and check.kind in (Kind.TABLE, Kind.COLUMN) for check in own)

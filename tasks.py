@@ -64,15 +64,18 @@ def recipe(**options: str) -> Callable[[Callable[..., None]], Task[Any]]:
     return as_task
 
 
-@recipe()
-def setup(c: Context) -> None:
+@recipe(
+    wait="how long to wait for a server that is still starting: 60s",
+    create_database="create the database where it does not exist",
+)
+def setup(c: Context, wait: str = "", create_database: bool = False) -> None:
     """Bring the database to the schema: prereqs, fix where needed, slots-flags, budget-report, turn-metrics, verify.
 
     What is done already is not done again. `invoke plan` says beforehand what it would do.
     Exit codes: 0 all checks pass, 1 a step failed, 3 settings, 4 no connection, 5 rows refuse a key, 6 a
     conflict, 7 no lock to be had, 8 not permitted, 130 interrupted (README, "Exit codes").
     """
-    commands.setup.run(None, dry=c.config.run.dry)
+    commands.setup.run(None, dry=c.config.run.dry, wait=wait, create_database=create_database)
 
 
 @recipe(

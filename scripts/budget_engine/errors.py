@@ -10,8 +10,10 @@ class RecipeError(Exception):
     """A failure that was foreseen: printed as a message, never as a traceback.
 
     what: the message; where: what it concerns, in lines; remedy: the command or edit that helps; before: lines to print
-    before it.
+    before it; cause: of a login that failed, what it stands for.
     """
+
+    cause: Case | None = None
 
     def __init__(self, case: Case, what: str, where: str, remedy: str, before: Sequence[str]) -> None:
         self.case, self.what, self.where, self.remedy, self.before = case, what, where, remedy, before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -65,7 +65,7 @@ def opened(
     dry: bool = False,
     looks: bool = False,
     with_recreate: bool = False,
-    kind: type[Connection] = Connection,
+    kind: Callable[..., Connection] = Connection,
 ) -> Iterator[tuple[Session, survey.Survey]]:
     """Begin a task (None: of the whole chain) on the database in use, and look at it."""
     given, where = announced(dry=dry)
@@ -78,7 +78,7 @@ def opened(
 class Session:
     """One task (None: the whole chain) against one database: looking, and carrying out plans until the checks pass.
 
-    looks: it changes nothing; kind: of its connections.
+    looks: it changes nothing; kind: what opens its connections.
     """
 
     connection: Connection
@@ -91,7 +91,7 @@ class Session:
         *,
         looks: bool = False,
         with_recreate: bool = False,
-        kind: type[Connection] = Connection,
+        kind: Callable[..., Connection] = Connection,
     ) -> None:
         self.given, self.where, self.looks, self.with_recreate = given, where, looks, with_recreate
         self.chain = chain.load()

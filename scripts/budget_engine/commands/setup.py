@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from budget_engine import errors
+from budget_engine.commands.arrival import patient
 from budget_engine.commands.session import Session, opened
 from budget_engine.migration import recreate as recreating
 from budget_engine.migration.survey import Survey
 from budget_engine.output import text
 from budget_engine.output.console import CONSOLE
 from budget_engine.postgres.connection import Connection
+from budget_engine.settings import duration_ms
 
 
-def run(task: str | None, *, dry: bool = False) -> None:
-    """Bring the steps of a task (None: the whole chain) to where their checks pass, or (dry) say what that takes."""
-    with opened(task, dry=dry) as (session, before):
+def run(task: str | None, *, dry: bool = False, wait: str = "", create_database: bool = False) -> None:
+    """Bring the steps of a task (None: the whole chain) to where their checks pass, or (dry) say what that takes.
+
+    wait: how long to wait for a server that is still starting; create_database: where it does not exist.
+    """
+    wait_s = duration_ms("--wait", wait) / 1000 if wait else 0
+    connect = patient(wait_s, create_database=create_database and not dry)
+    with opened(task, dry=dry, kind=connect) as (session, before):
         if _is_to_be_done(session, before, dry=dry):
             session.carry_out(before)
 

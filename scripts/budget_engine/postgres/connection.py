@@ -100,7 +100,10 @@ class Connection:
         except (psycopg.Error, UnicodeError) as error:  # UnicodeError: of what can be no host's name
             words = str(error)
             where = mask(words.strip(), target.secrets)
-            raise errors.NO_CONNECTION(target=target.display, where=where, remedy=_cause(words).remedy) from None
+            cause = _cause(words)
+            refused = errors.NO_CONNECTION(target=target.display, where=where, remedy=cause.remedy)
+            refused.cause = cause
+            raise refused from None
         if self._connection.info.server_version < OLDEST_VERSION:
             version = self._connection.info.parameter_status("server_version")
             self.close()

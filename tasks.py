@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import os
-import shlex
+import runpy
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,20 +13,20 @@ from typing import Any
 from invoke.collection import Collection
 from invoke.context import Context
 from invoke.main import program
-from invoke.tasks import Task, task
+from invoke.tasks import Task
 
-sys.path.insert(0, str(Path(__file__).parent / "scripts"))  # the package is not installed: it lies here
+STANDS_ALONE = __package__ != "budget_engine"  # else it is a package's
+if STANDS_ALONE:
+    sys.path.insert(0, str(Path(__file__).parent / "scripts"))
 
-from budget_engine import commands  # whose modules are loaded by their first use: --list needs no driver
-from budget_engine.output.ending import reported
+from budget_engine import commands  # noqa: E402 - whose modules are loaded by first use: --list needs no driver
+from budget_engine.output.ending import reported  # noqa: E402
 
 if sys.platform != "win32":
     with reported():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # scripts/inv blocks it while Python starts
 
-ROOT = Path(__file__).parent  # scripts/inv runs from any current folder
-CACHE = Path(sys.prefix) / "cache"  # the checkout may be read-only: what the tools remember lies with them
-CACHES = {name: str(CACHE / name) for name in ("RUFF_CACHE_DIR", "MYPY_CACHE_DIR", "HYPOTHESIS_STORAGE_DIRECTORY")}
+FOR_DEVELOPERS = Path(__file__).parent / "tests" / "develop.py"
 
 
 class _Verbatim(str):
@@ -237,47 +236,16 @@ def psql(_: Context) -> None:
     commands.server.psql()
 
 
-@task(
-    help={
-        "only": "what to pass to pytest instead of the whole suite: a file, -k NAME, …",
-        "postgres": "the major version of PostgreSQL to run them on: 14, 15, 16, 17 or 18",
-    }
-)
-def test(c: Context, only: str = "", postgres: int = 18) -> None:  # noqa: PT028
-    """Run the tests, on embedded servers of their own."""
-    os.chdir(ROOT)
-    options = ["-n", "auto", "--dist", "worksteal", "-o", f"cache_dir={CACHE}/pytest"]
-    command = shlex.join([sys.executable, "-m", "pytest", *options])
-    c.run(f"{command} {only}", pty=sys.stdout.isatty(), env={**CACHES, "TEST_POSTGRES": str(postgres)})
+def recipes(name: str | None) -> Collection:
+    """Return the tasks in the order of the work, for the menu of that name."""
+    steps = (setup, prereqs, fix, slots_flags, budget_report, turn_metrics)
+    made = Collection(*[name] * (name is not None), *steps, verify, status, plan, rehearse, doctor, fleet)
+    made.add_collection(Collection("db", start, stop, url, psql))
+    return made
 
 
-@task
-def lint(c: Context) -> None:
-    """Check style, types and SQL: ruff, mypy --strict, and the SQL's own rules."""
-    os.chdir(ROOT)
-    sql = "pytest -p no:cacheprovider tests/migration/test_sql.py"
-    for command in ("ruff check", "ruff format --check", "mypy", sql):
-        c.run(f"{shlex.quote(sys.executable)} -m {command}", env=CACHES)
-
-
-@task(help={"load": "instead: the steps under load", "options": "what else to pass to it; --options=--help names them"})
-def bench(c: Context, load: bool = False, options: str = "") -> None:
-    """Measure setup against other tools, or (--load) the steps under load; prints tables, draws charts."""
-    _run_beside_the_tests(c, "bench " + "--load " * load + options)
-
-
-@task
-def pictures(c: Context) -> None:
-    """Draw the README's pictures of a terminal anew, from real runs."""
-    _run_beside_the_tests(c, "pictures")
-
-
-def _run_beside_the_tests(c: Context, module: str) -> None:
-    """Run a module that uses what the tests use."""
-    path = f"{ROOT / 'tests'}{os.pathsep}{ROOT / 'scripts'}"
-    c.run(f"{shlex.quote(sys.executable)} -m {module}", env={"PYTHONPATH": path})
-
-
-_STEPS = (setup, prereqs, fix, slots_flags, budget_report, turn_metrics)
-namespace = Collection(*_STEPS, verify, status, plan, rehearse, doctor, fleet, test, lint, bench, pictures)
-namespace.add_collection(Collection("db", start, stop, url, psql))
+if STANDS_ALONE:
+    namespace = recipes(None)
+    if FOR_DEVELOPERS.exists():
+        for task in runpy.run_path(str(FOR_DEVELOPERS))["TASKS"]:
+            namespace.add_task(task)

@@ -46,16 +46,16 @@ class _Menu(Program):
         pairs = self._make_pairs(self.scoped_collection)
         self.display_with_columns(pairs if self.list_depth else sorted(pairs, key=self._line))
 
-    def _line(self, pair: tuple[str, str | None]) -> int:
-        """Return the line of tasks.py on which a task of the menu begins."""
-        name = pair[0].split()[0].strip(".")
-        return int(unwrap(self.scoped_collection[name].body).__code__.co_firstlineno)
+    def _line(self, pair: tuple[str, str | None]) -> tuple[bool, int]:
+        """Return the line on which a task of the menu begins; those of tasks.py come first."""
+        code = unwrap(self.scoped_collection[pair[0].split()[0].strip(".")].body).__code__
+        return not code.co_filename.endswith("tasks.py"), code.co_firstlineno
 
     def print_version(self) -> None:
         with reported():
-            from budget_engine.migration.chain import version
+            from budget_engine import __version__
 
-            print(f"Budget Engine recipes {version()} (Invoke {self.version})")
+            print(f"Budget Engine recipes {__version__} (Invoke {self.version})")
 
 
 program.__class__ = _Menu  # tasks.py asks this very program for its menu

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from budget_engine.migration import chain
+from budget_engine import __version__
 from conftest import Run, clean_environment, run
 from test_command_line import copied
 
@@ -66,7 +66,7 @@ def of_user(home: Path, name: str, content: bytes | None) -> dict[str, str]:
 def test_version_is_ours(tree: Path) -> None:
     done = as_inv(tree, "--version")
     assert done.code == 0, done
-    assert re.fullmatch(rf"Budget Engine recipes {re.escape(chain.version())} \(Invoke [\d.]+\)\n", done.out), done
+    assert re.fullmatch(rf"Budget Engine recipes {re.escape(__version__)} \(Invoke [\d.]+\)\n", done.out), done
 
 
 def test_list_is_in_the_order_of_the_work(tree: Path) -> None:

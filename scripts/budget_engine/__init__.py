@@ -1,1 +1,41 @@
-"""Brings a PostgreSQL database to the Budget Engine & Telemetry schema, proves it, and says what is missing."""
+"""Brings a PostgreSQL database to the Budget Engine & Telemetry schema, verifies it, and says what is missing."""
+
+from __future__ import annotations
+
+from importlib import import_module, util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from invoke.collection import Collection
+
+__version__ = "2.0.0"
+
+PACKAGE = Path(__file__).parent
+
+
+def collection(name: str, file: str) -> Collection:
+    """Return the recipes as a collection for an application's tasks.py.
+
+    name: what the application calls it (`invoke NAME.setup`); file: that tasks.py, in whose folder .env and the
+    embedded server's data lie.
+    """
+    from budget_engine.output.console import CONSOLE
+
+    CONSOLE.home, CONSOLE.prefix = Path(file).resolve().parent, f"{name}."
+    made: Collection = menu().recipes(name)
+    return made
+
+
+def menu() -> ModuleType:
+    """Return the module of the tasks: the wheel's, or tasks.py of the checkout that this package lies in."""
+    if (PACKAGE / "tasks.py").exists():
+        return import_module("budget_engine.tasks")
+    spec = util.spec_from_file_location("budget_engine.tasks", PACKAGE.parents[1] / "tasks.py")
+    if spec is None or spec.loader is None:
+        raise ImportError("tasks.py")
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

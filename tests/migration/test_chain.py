@@ -144,10 +144,5 @@ def test_what_the_body_of_a_table_declares(body: str, kind: Kind, name: str, exp
     assert not statement.declares(replace(check, table="u"))
 
 
-def test_version_is_that_of_the_project() -> None:
-    assert f'version = "{chain.version()}"' in (chain.ROOT / "pyproject.toml").read_text()
-    assert re.fullmatch(r"\d+\.\d+\.\d+", chain.version())
-
-
 def test_advisory_locks_are_two_positive_integers() -> None:
     assert 0 < turn.RUN < turn.BUILD < 2**31

@@ -21,7 +21,6 @@ from psycopg import pq
 from budget_engine import errors
 from budget_engine.commands.session import Session, announce, hindrances, refused_by_rows, target_in_use
 from budget_engine.migration import surroundings, survey
-from budget_engine.migration.chain import ROOT
 from budget_engine.migration.plan import Plan
 from budget_engine.migration.survey import Server, Survey
 from budget_engine.output import text
@@ -92,7 +91,7 @@ def _examine() -> Iterator[Finding]:
     """Look at one thing after the other; which database this is about comes before all else."""
     given, where, broken = None, None, []
     try:
-        given = load(ROOT, os.environ)
+        given = load(CONSOLE.home, os.environ)
         with suppress(errors.UnreachableError):  # which is a finding of its own
             where = target_in_use(given)
     except errors.SettingsError as error:
@@ -125,7 +124,7 @@ def _machine() -> Finding:
 def _embedded_server(*, in_use: bool) -> Generator[Finding, None, bool]:
     """Look at the embedded server, where it is what is meant, or where there is one; return whether it runs."""
     try:
-        cluster = embedded.locate(ROOT)
+        cluster = embedded.locate(CONSOLE.home)
         if in_use or cluster.data.parent.exists():  # what is inside, others may not even ask
             health = embedded.health(cluster)
             yield health_of(cluster, health, in_use=in_use)

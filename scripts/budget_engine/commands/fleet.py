@@ -25,10 +25,9 @@ from typing import Any
 
 from psycopg.conninfo import make_conninfo
 
-from budget_engine import errors
+from budget_engine import PACKAGE, errors
 from budget_engine.commands.session import announced
 from budget_engine.commands.worker import TASKS
-from budget_engine.migration.chain import ROOT
 from budget_engine.output import text
 from budget_engine.output.console import CONSOLE, PEOPLE
 from budget_engine.postgres.connection import Connection
@@ -241,11 +240,9 @@ class _Worker:
 
 def _started() -> subprocess.Popen[str]:
     """Start a worker in a session of its own: Ctrl-C reaches it through us, once."""
-    ran_as = sys._xoptions.get("ran_as")
-    options = ["-X", f"ran_as={ran_as}"] if ran_as else []
     return subprocess.Popen(
-        [sys.executable, *options, "-m", "budget_engine.commands.worker"],
-        env=os.environ | {"PYTHONPATH": str(ROOT / "scripts"), "PYTHONIOENCODING": "utf-8"},
+        [sys.executable, "-m", "budget_engine.commands.worker", str(CONSOLE.home), CONSOLE.command, CONSOLE.prefix],
+        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent), "PYTHONIOENCODING": "utf-8"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -10,7 +10,6 @@ from psycopg.conninfo import make_conninfo
 
 from budget_engine import libpq
 from budget_engine.commands.session import announced, target_in_use, target_of
-from budget_engine.migration.chain import ROOT
 from budget_engine.output import text
 from budget_engine.output.console import CONSOLE
 from budget_engine.postgres import embedded
@@ -19,20 +18,20 @@ from budget_engine.settings import load
 
 def start() -> None:
     """Start the embedded server, whatever DATABASE_URL says."""
-    cluster = embedded.locate(ROOT)
+    cluster = embedded.locate(CONSOLE.home)
     embedded.start(cluster)
     CONSOLE.say(f"running   {target_of(cluster).display}", f"data      {cluster.data}")
 
 
 def stop() -> None:
     """Stop the embedded server."""
-    cluster = embedded.locate(ROOT)
+    cluster = embedded.locate(CONSOLE.home)
     CONSOLE.say(f"stopped; its data stays in {cluster.data}" if embedded.stop(cluster) else "was not running")
 
 
 def url() -> None:
     """Print the URL in use (its password masked) on stdout, all else on stderr."""
-    given = load(ROOT, os.environ)
+    given = load(CONSOLE.home, os.environ)
     where = target_in_use(given)
     CONSOLE.say(where.display)
     CONSOLE.aside(f"from {text.sources(where, given)}")
@@ -52,6 +51,6 @@ def psql() -> None:
         search_path = where.search_path.replace(" ", r"\ ")
         conninfo["options"] = f"{where.conninfo.get('options', '')} -c search_path={search_path}".strip()
     password = {"PGPASSWORD": typed["password"]} if "password" in typed else {}
-    program = shutil.which("psql") or str(embedded.locate(ROOT).binaries / "psql")
+    program = shutil.which("psql") or str(embedded.locate(CONSOLE.home).binaries / "psql")
     piped = () if sys.stdin.isatty() else ("-v", "ON_ERROR_STOP=1")
     os.execve(program, [program, *piped, make_conninfo(**conninfo)], {**os.environ, **password})  # noqa: S606

@@ -11,7 +11,7 @@ from functools import partial
 
 from budget_engine import errors, libpq
 from budget_engine.migration import chain, conflicts, plan, recreate, runner, survey
-from budget_engine.migration.chain import ROOT, Step
+from budget_engine.migration.chain import Step
 from budget_engine.migration.checks import Check, Kind, outermost
 from budget_engine.output import text
 from budget_engine.output.console import CONSOLE
@@ -26,9 +26,9 @@ _MOMENT_MS = 100
 
 def announced(*, dry: bool = False) -> tuple[Settings, Target]:
     """Find the database in use, start it where it is the embedded one, and say first of all which it is."""
-    given = load(ROOT, os.environ)
+    given = load(CONSOLE.home, os.environ)
     if given.target is None:
-        cluster = embedded.locate(ROOT)
+        cluster = embedded.locate(CONSOLE.home)
         if dry and not embedded.running(cluster):
             raise errors.NOT_RUNNING(looking="--dry", where=f"its data: {cluster.data}")
         if embedded.start(cluster):
@@ -49,7 +49,7 @@ def announce(where: Target, given: Settings) -> None:
 
 def target_in_use(given: Settings) -> Target:
     """Return what the settings name, or the embedded server, whether it runs or not."""
-    return completed(given.target, given.source) if given.target else target_of(embedded.locate(ROOT))
+    return completed(given.target, given.source) if given.target else target_of(embedded.locate(CONSOLE.home))
 
 
 def target_of(cluster: embedded.Cluster) -> Target:

@@ -1,8 +1,8 @@
 """A worker of the fleet: reads targets from stdin, a JSON document a line, runs a task on each, writes how it ended.
 
-It reads {"url": DATABASE_URL, "task": "setup", "verify", "status" or "plan"} and writes {"exit_code", "what", "where",
-"remedy", "checks"}; it ends where stdin does. One process works for many databases, one after the other, so that
-Python and libpq are loaded once.
+Its arguments are the home of the run, and how messages name tasks. It reads {"url": DATABASE_URL, "task": "setup",
+"verify", "status" or "plan"} and writes {"exit_code", "what", "where", "remedy", "summary"}; it ends where stdin does.
+One process works for many databases, one after the other, so that Python and libpq are loaded once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 from budget_engine import commands
 from budget_engine.output.console import CONSOLE, PEOPLE
@@ -54,6 +55,8 @@ def _read(lines: queue.SimpleQueue[str]) -> None:
 
 def _run(task: Callable[[], None]) -> dict[str, object]:
     CONSOLE.__init__()  # type: ignore[misc]  # no mask, no line, no target of the one before
+    home, CONSOLE.command, CONSOLE.prefix = sys.argv[1:4]
+    CONSOLE.home = Path(home)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         task()

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from budget_engine import errors
+from budget_engine import PACKAGE, errors
 from budget_engine.migration.checks import Check, Kind
 
-ROOT = Path(__file__).parents[3]
-DB = ROOT / "db"
+DB = next(folder / "db" for folder in (PACKAGE, PACKAGE.parents[1]) if (folder / "db").exists() or folder != PACKAGE)
+ROOT = DB.parent
 
 _TOKEN = re.compile(
     r"""--[^\n]*|/\*.*?\*/|'(?:[^']|'')*'|"(?:[^"]|"")*"|(?P<tag>\$\w*\$).*?(?P=tag)|^\\(?P<meta>[^\n]*)|[^-/'"$\\;]+|.""",
@@ -192,9 +192,3 @@ def query_of(file: Path) -> str:
     """Read the query of a file, without its semicolon and what frames it for psql."""
     text = text_of(file)
     return text[text.index("\nWITH ") : text.rindex(";", 0, text.rfind("\nCOMMIT"))]
-
-
-def version() -> str:
-    """Version of the recipes: pyproject.toml says it, and nothing else (Python 3.10 has no TOML parser)."""
-    found = re.search(r'^version = "(.+)"$', text_of(ROOT / "pyproject.toml"), re.M)
-    return found[1] if found else "unknown"

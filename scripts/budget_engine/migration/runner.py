@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 from psycopg.errors import Diagnostic
 
-from budget_engine import errors
+from budget_engine import __version__, errors
 from budget_engine.errors import StatementError
 from budget_engine.migration import survey, turn
-from budget_engine.migration.chain import Chain, Step, version
+from budget_engine.migration.chain import Chain, Step
 from budget_engine.migration.checks import STRENGTH, Check, Kind, Lock
 from budget_engine.migration.plan import Action, Effect, Plan, StepPlan
 from budget_engine.migration.survey import Server, Survey, literal
@@ -303,7 +303,7 @@ def _keys(keys: Iterable[tuple[Kind, str, str]]) -> str:
 def history(step: Step, part: str, schema: str | None, duration: str | None) -> str:
     """Write the statement that adds a line to the history."""
     values = {"step": step.label, "part": part, "schema": schema or "", "duration": duration}
-    values |= {"checksum": step.checksum, "version": version()}
+    values |= {"checksum": step.checksum, "version": __version__}
     return HISTORY.format(**{name: literal(value) for name, value in values.items()})
 
 

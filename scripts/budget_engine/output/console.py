@@ -27,7 +27,7 @@ _WORDS = {"32": "done ok +", "33": "waiting note pending partial ~", "1;31": "co
 _COLOURS = {word: colour for colour, words in _WORDS.items() for word in words.split()}
 _COLOURED = re.compile(rf"( *|  \w+ +)({'|'.join(map(re.escape, _COLOURS))})(?= |$)")
 _TASKS = re.compile(
-    r"\binvoke (?=(?:--dry )?(?:setup|prereqs|fix|verify|status|plan|rehearse|doctor|db\.[a-z]+"
+    r"\binvoke (--dry )?(?=(?:setup|prereqs|fix|verify|status|plan|rehearse|doctor|fleet|db\.[a-z]+"
     r"|[a-z]+(?:-[a-z]+)+)\b)"  # the steps' tasks have names of several words
 )
 _write = partial(print, flush=True)
@@ -37,7 +37,7 @@ class Console:
     """Results to stdout, errors to stderr, neither ever with a secret in it.
 
     mask: replaced once there are secrets to mask; quiet: only documents, questions and errors are wanted; format: what
-    the task prints; command: how this run was started, which is how messages name tasks.
+    the task prints; command, prefix: how this run was started, which is how messages name tasks.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,9 @@ class Console:
         self.format = PEOPLE
         self.target = ""  # what is being worked on, once that is known
         self.lost: list[errors.RecipeError] = []  # what could not be written, until that is said
-        self.command = str(sys._xoptions.get("ran_as", "invoke"))
+        self.command = str(sys._xoptions.get("ran_as", "inv" if Path(sys.argv[0]).name == "inv" else "invoke"))
+        self.prefix = ""  # of the tasks' names, in an application's own menu
+        self.home = Path(__file__).parents[3]  # the folder of .env and of the embedded server's data
         self._first = ""  # a line that goes before all others
         self._progress = ""  # the line that the next one is to replace
 
@@ -103,7 +105,7 @@ class Console:
 
     def _spelled(self, text: str) -> str:
         """Mask the secrets, and name the tasks as this run was started."""
-        return self.mask(text if self.command == "invoke" else _TASKS.sub(f"{self.command} ", text))
+        return self.mask(_TASKS.sub(lambda found: f"{self.command} {found[1] or ''}{self.prefix}", text))
 
     def _print(self, stream: TextIO, *lines: str) -> None:
         for line in "\n".join(lines).split("\n") if lines else ():

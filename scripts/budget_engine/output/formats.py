@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from budget_engine import __version__
 from budget_engine.errors import RecipeError
-from budget_engine.migration.chain import version
 from budget_engine.migration.checks import Check, outermost, that_count
 from budget_engine.migration.plan import Action, Plan
 from budget_engine.migration.survey import Survey
@@ -37,7 +37,7 @@ def as_json(task: str, error: RecipeError | None, view: View | None) -> dict[str
     said = error and {"what": error.what, "where": error.where.splitlines(), "remedy": error.remedy.splitlines()}
     seen = _seen(view) | view.more if view else {}
     code = error.exit_code if error else 0
-    return {"version": VERSION, "task": task, "recipes": version(), **seen, "exit_code": code, "error": said}
+    return {"version": VERSION, "task": task, "recipes": __version__, **seen, "exit_code": code, "error": said}
 
 
 def _seen(view: View) -> dict[str, object]:

@@ -50,8 +50,9 @@ def copied(folder: Path) -> Path:
     """A checkout of its own, without .env."""
     for name in ("scripts", "db"):
         shutil.copytree(chain.ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("tasks.py", "pyproject.toml"):
-        shutil.copy(chain.ROOT / name, folder)
+    (folder / "tests").mkdir()
+    for name in ("tasks.py", "pyproject.toml", "tests/develop.py"):
+        shutil.copy(chain.ROOT / name, folder / name)
     return folder
 
 

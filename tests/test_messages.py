@@ -470,7 +470,7 @@ def broken(tree: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["missing", "garbled"])
-@pytest.mark.parametrize("file", ["db/verify.sql", "db/migrations/20250222_turn_metrics.sql", "pyproject.toml"])
+@pytest.mark.parametrize("file", ["db/verify.sql", "db/migrations/20250222_turn_metrics.sql"])
 def test_checkout_that_is_not_whole(broken: Path, db: Db, file: str, content: bytes | None) -> None:
     (broken / file).unlink()
     if content is not None:

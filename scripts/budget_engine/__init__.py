@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import import_module, util
+from importlib import import_module
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from invoke.collection import Collection
 
 __version__ = "2.0.0"
@@ -33,9 +33,8 @@ def menu() -> ModuleType:
     """Return the module of the tasks: the wheel's, or tasks.py of the checkout that this package lies in."""
     if (PACKAGE / "tasks.py").exists():
         return import_module("budget_engine.tasks")
-    spec = util.spec_from_file_location("budget_engine.tasks", PACKAGE.parents[1] / "tasks.py")
-    if spec is None or spec.loader is None:
-        raise ImportError("tasks.py")
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader = SourceFileLoader("budget_engine.tasks", str(PACKAGE.parents[1] / "tasks.py"))
+    module = ModuleType(loader.name)
+    module.__file__, module.__package__ = loader.path, __name__
+    loader.exec_module(module)
     return module

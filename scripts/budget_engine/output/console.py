@@ -126,7 +126,8 @@ def _fitted(line: str) -> list[str]:
         margin = _margin(line, width * 3 // 5)
         start, rest = line[:margin], line[margin:]
         wrapper = textwrap.TextWrapper(width, start, " " * margin, break_long_words=False, break_on_hyphens=False)
-        parts = wrapper.wrap(rest) or parts
+        glued = re.sub(r" +(?=\\)", lambda blanks: "\0" * len(blanks[0]), rest)  # what begins a line, psql may obey
+        parts = [part.replace("\0", " ") for part in wrapper.wrap(glued)] or parts
     return [_coloured(parts[0]), *parts[1:]]
 
 

@@ -281,7 +281,15 @@ def lost(before: Contents, after: Contents, renamed: dict[str, str]) -> list[tup
 
 def random_name(chance: random.Random) -> str:
     """Return a name of any of Unicode's characters but NUL and surrogates, most of them of some use to an attacker."""
-    signs = [*"\r\n\t\v\f\x1b\x7f\x85\xa0\x1c\x1e\u2028\u2029\u202e\u2066\u200e\ufeff'\"\\$;:#[ ", "$$", "--", "/*", "::", "##[", "E'"]
+    signs = [
+        *"\r\n\t\v\f\x1b\x7f\x85\xa0\x1c\x1e\u2028\u2029\u202e\u2066\u200e\ufeff'\"\\$;:#[ ",
+        "$$",
+        "--",
+        "/*",
+        "::",
+        "##[",
+        "E'",
+    ]
     points = [chance.randrange(1, chance.choice([0x3000, 0x110000 - 0x800])) for _ in signs]
     signs += [chr(point if point < 0xD800 else point + 0x800) for point in points]
     name = "".join(chance.choices(signs, k=chance.randrange(1, 30))).encode()[:63]
@@ -289,7 +297,7 @@ def random_name(chance: random.Random) -> str:
 
 
 def strange_names(chance: random.Random) -> list[str]:
-    """Return names that end a line, begin a command of psql, GitHub or a quote, or steer a terminal, and random ones."""
+    """Return names that end a line, begin a command of psql or GitHub, or steer a terminal, and random ones."""
     ends = ["\r", "\n", "\v", "\f", "\t", "\x1b[2K", "\x7f", "\x85", "\u2028", "\u2029", "\u202e", "\x1c", "\x1e"]
     names = [f"v{sign}\\! touch made_by_a_name;#" for sign in [*ends, " " * 30]]
     names += ["v\n::error::x\n FORGED\n##[error]x", "::error::x", "v##[error]x", "%s $$ $locks$ :x"]

@@ -39,12 +39,13 @@ def respelled(sql: str, *, kept: str = "") -> str:
 
     def spelled(token: re.Match[str]) -> str:
         text = token[0]
+        keeps = "" if re.search(r"\n\s*(::|\\)", text) else kept  # a log's reader knows no quotes
         if token["tag"]:
             return f"{token['tag']}{respelled(token['body'], kept=kept)}{token['tag']}"
         if text[0] == '"' and text != shown(text):
             return "U&" + shown(text.replace("\\", r"\\"), mark="\\")
-        if text[0] == "'" and (text != shown(text, kept=kept) or "\\" in text):
+        if text[0] == "'" and (text != shown(text, kept=keeps) or "\\" in text):
             text = "E" + text.replace("\\", r"\\")
-        return shown(text, kept=kept) if text[-1] == "'" else text
+        return shown(text, kept=keeps) if text[-1] == "'" else text
 
     return _TOKEN.sub(spelled, sql)

@@ -31,7 +31,7 @@ _TASKS = re.compile(
     r"\binvoke (?=(?:--dry )?(?:setup|prereqs|fix|verify|status|plan|rehearse|doctor|db\.[a-z]+"
     r"|[a-z]+(?:-[a-z]+)+)\b)"  # the steps' tasks have names of several words
 )
-_COMMAND = re.compile("^( *):(?=:)")  # what begins such a line of a log, GitHub Actions would carry out
+_COMMAND = re.compile(r"^( *)(:(?=:)|\\(?!u[0-9a-f]{4}))")  # so begin those of GitHub Actions in a log, and of psql
 _write = partial(print, flush=True)
 
 
@@ -110,7 +110,7 @@ class Console:
 
     def _print(self, stream: TextIO, *lines: str) -> None:
         for line in "\n".join(lines).split("\n") if lines else ():
-            spelled = _COMMAND.sub(r"\1\\u003a", shown(self._spelled(line)))
+            spelled = _COMMAND.sub(lambda sign: f"{sign[1]}\\u{ord(sign[2]):04x}", shown(self._spelled(line)))
             for part in _fitted(spelled) if stream.isatty() else [spelled]:
                 _write(part, file=stream)
 

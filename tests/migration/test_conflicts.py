@@ -31,6 +31,7 @@ from states import (
     altered,
     by_hand,
     old_metrics,
+    random_name,
     snapshots,
     strange_names,
     with_uuid,
@@ -383,8 +384,9 @@ CREATE TRIGGER t BEFORE UPDATE OF turn_id ON prompt_snapshots FOR EACH ROW
   WHEN (NEW.turn_id IS NULL) EXECUTE FUNCTION instead();
 CREATE PUBLICATION everything FOR TABLE prompt_snapshots, turns;
 """
+INVOKED = "CREATE VIEW invoked WITH (security_invoker = true) AS SELECT turn_id FROM prompt_snapshots;"  # new in 15
 RESTORED = {
-    "what hangs on turn_id": with_uuid() + HUNG,
+    "what hangs on turn_id": with_uuid() + HUNG + INVOKED * (MAJOR >= 15),
     "the same, with default privileges": with_uuid()
     + HUNG
     + "ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO pg_signal_backend, pg_read_all_stats",
@@ -464,20 +466,34 @@ def test_a_schema_of_a_strange_name(db: Db, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "commands.sql"]
 
 
-TYPES = (
-    "text",
-    "int",
-    "bigint",
-    "uuid",
-    "jsonb",
-    "json",
-    "boolean",
-    "varchar(9)",
-    "text[]",
-    "timestamp",
-    "numeric",
-    "smallint",
-)
+# Values that a conversion, or another session's settings, would change.
+VALUES = {
+    "text": ["today", "01/02/2024", "2", "", " x "],
+    "int": ["2", "-1", "2147483647"],
+    "bigint": ["2", "9007199254740993"],
+    "uuid": ["00000000-0000-0000-0000-00000000000A"],
+    "jsonb": ["1.10", "[2, 1]", "null"],
+    "json": ['{"a": 1, "a": 2}', "[1.0,  1e2]", '"\\u0041"'],
+    "boolean": ["true", "false"],
+    "varchar(9)": ["now", "infinity", "1e3"],
+    "char(5)": ["2", ""],
+    "text[]": ["{b,a,NULL}", "[0:1]={b,a}", "{}"],
+    "timestamp": ["2024-01-02 03:04:05.123456", "infinity"],
+    "timestamptz": ["2024-10-27 02:30:00.000001+01", "0001-01-01 BC"],
+    "date": ["2024-02-01", "-infinity"],
+    "interval": ["1 month 30 days", "24:00:00.000001"],
+    "numeric": ["1.10", "1e-20", "NaN"],
+    "float8": ["-0", "0.1", "1e300"],
+    "smallint": ["2", "1"],
+    "bytea": [r"\x0020", ""],
+}
+
+
+def any_of(type_: str, chance: random.Random) -> str:
+    """Write an expression that is another value of the type in each row, NULL at times."""
+    values = chance.sample(VALUES[type_], chance.randint(1, len(VALUES[type_])))
+    cases = "".join(f" WHEN {n} THEN '{value}'::{type_}" for n, value in enumerate(values))
+    return f"(CASE floor(random() * {len(values) + chance.randint(0, 1)}){cases} END)"
 
 
 def wrong_forms(checks: list[Check], chance: random.Random) -> list[str]:
@@ -486,14 +502,17 @@ def wrong_forms(checks: list[Check], chance: random.Random) -> list[str]:
     for c in chance.sample(checks, chance.choice([1, 2, 4, 8, 25])):
         table, column = c.found, c.name
         alter = f"ALTER TABLE {table} ALTER {column}"
-        type_ = chance.choice(TYPES)
+        type_ = chance.choice(list(VALUES))
+        value = any_of(type_, chance)
+        extra = sql.Identifier(random_name(chance)).as_string()
         every = {
             Kind.COLUMN: [
-                f"{alter} DROP DEFAULT; {alter} TYPE {type_} USING NULL::{type_}",
+                f"{alter} DROP DEFAULT; {alter} TYPE {type_} USING {value}",
                 f"{alter} DROP DEFAULT; {alter} TYPE text; {alter} SET DEFAULT 'x'",
                 f"{alter} DROP NOT NULL",
                 f"{alter} SET NOT NULL",
-                f"ALTER TABLE {table} DROP {column} CASCADE; ALTER TABLE {table} ADD {column} {type_}",
+                f"ALTER TABLE {table} DROP {column} CASCADE; ALTER TABLE {table} ADD {column} {type_};"
+                f"UPDATE {table} SET {column} = {value}",
                 f"ALTER TABLE {table} DROP {column} CASCADE; ALTER TABLE {table} ADD {column} int"
                 f" GENERATED ALWAYS AS (7) STORED",
                 f"ALTER TABLE {table} DROP {column} CASCADE",
@@ -521,6 +540,7 @@ def wrong_forms(checks: list[Check], chance: random.Random) -> list[str]:
             Kind.TABLE: [
                 f"CREATE TABLE p{c.table} (LIKE {table}); ALTER TABLE {table} INHERIT p{c.table}",
                 f"CREATE TABLE l{c.table} (x int); CREATE VIEW v{c.table} AS SELECT * FROM {table}",
+                f"ALTER TABLE {table} ADD {extra} {type_}; UPDATE {table} SET {extra} = {value}",
             ],
         }
         if ways := every.get(c.kind):
@@ -537,7 +557,7 @@ def test_no_value_changes_whatever_the_form(db: Db, tmp_path: Path, number: int)
     done = []
     for form in wrong_forms([c for c in survey(db) if c.required], chance):
         try:
-            db.execute(form)
+            db.execute(f"SELECT setseed({chance.random()}); {form}")
             done.append(form)
         except psycopg.Error:
             continue
@@ -581,6 +601,18 @@ def test_a_restored_definition_means_what_it_meant(db: Db, tmp_path: Path) -> No
     text, _ = script(commands(db))
     run(db, tmp_path, text)
     run(db, tmp_path, restored(text))
+    assert db.dump() == before
+
+
+@pytest.mark.parametrize(("printed", "pasted"), [("off", "on"), ("on", "off")])
+def test_a_backslash_comes_back(db: Db, tmp_path: Path, printed: str, pasted: str) -> None:
+    """Whatever standard_conforming_strings is where the definition is printed, and where it is run."""
+    db.execute(with_uuid() + r"CREATE VIEW v AS SELECT turn_id, 'a\' AS a, E'b\r\\' AS b FROM prompt_snapshots")
+    before = db.dump()
+    db.execute(f"ALTER DATABASE {db.name} SET standard_conforming_strings = {printed}")
+    text = db.invoke("verify", "--remedies").out
+    db.execute(f"ALTER DATABASE {db.name} SET standard_conforming_strings = {pasted}")
+    run(db, tmp_path, text + restored(text))
     assert db.dump() == before
 
 

@@ -613,6 +613,7 @@ def test_a_backslash_comes_back(db: Db, tmp_path: Path, printed: str, pasted: st
     text = db.invoke("verify", "--remedies").out
     db.execute(f"ALTER DATABASE {db.name} SET standard_conforming_strings = {pasted}")
     run(db, tmp_path, text + restored(text))
+    db.execute(f"ALTER DATABASE {db.name} RESET standard_conforming_strings")
     assert db.dump() == before
 
 

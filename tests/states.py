@@ -5,6 +5,7 @@ Its files said IF NOT EXISTS everywhere, left the names of most constraints to P
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 from conftest import Db
@@ -276,3 +277,28 @@ def lost(before: Contents, after: Contents, renamed: dict[str, str]) -> list[tup
         if now != rows:
             differences.append((table, rows, now))
     return differences
+
+
+def random_name(chance: random.Random) -> str:
+    """Return a name of any of Unicode's characters but NUL and surrogates, most of them of some use to an attacker."""
+    signs = [
+        *"\r\n\t\v\f\x1b\x7f\x85\xa0\x1c\x1e\u2028\u2029\u202e\u2066\u200e\ufeff'\"\\$;:#[ ",
+        "$$",
+        "--",
+        "/*",
+        "::",
+        "##[",
+        "E'",
+    ]
+    points = [chance.randrange(1, chance.choice([0x3000, 0x110000 - 0x800])) for _ in signs]
+    signs += [chr(point if point < 0xD800 else point + 0x800) for point in points]
+    name = "".join(chance.choices(signs, k=chance.randrange(1, 30))).encode()[:63]
+    return name.decode(errors="ignore") or "v"
+
+
+def strange_names(chance: random.Random) -> list[str]:
+    """Return names that end a line, begin a command of psql or GitHub, or steer a terminal, and random ones."""
+    ends = ["\r", "\n", "\v", "\f", "\t", "\x1b[2K", "\x7f", "\x85", "\u2028", "\u2029", "\u202e", "\x1c", "\x1e"]
+    names = [f"v{sign}\\! touch made_by_a_name;#" for sign in [*ends, " " * 30]]
+    names += ["v\n::error::x\n FORGED\n##[error]x", "::error::x", "v##[error]x", "%s $$ $locks$ :x"]
+    return [*names, *(random_name(chance) for _ in range(20))]

@@ -5,12 +5,17 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import select
 import signal
 import struct
+import subprocess
 import tempfile
 import termios
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 import warm
 from conftest import Db, Run, clean_environment
@@ -50,3 +55,34 @@ def _read(terminal: int) -> bytes:
         return os.read(terminal, 4096)
     except OSError:  # the other side is closed
         return b""
+
+
+def pasted(db: Db, folder: Path, text: str) -> str:
+    """Type a text on the terminal of a psql that runs in this folder, as a paste does; return what shows."""
+    ours, theirs = pty.openpty()
+    psql = [str(db.cluster.binaries / "psql"), db.url, "-X"]
+    environment = clean_environment() | {"TERM": "xterm", "PAGER": "cat"}
+    process = subprocess.Popen(psql, cwd=folder, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    keys, seen = f"{text}\n\\q\n".encode(), b""
+    with timeout(60, process):
+        while b"=#" not in seen:  # else the terminal would take the keys line by line
+            seen += os.read(ours, 4096)
+        while process.poll() is None:
+            readable, writable, _ = select.select([ours], [ours] if keys else [], [], 0.1)
+            if readable:
+                seen += _read(ours)
+            if writable:
+                keys = keys[os.write(ours, keys[:256]) :]
+    os.close(ours)
+    return seen.decode(errors="replace")
+
+
+@contextmanager
+def timeout(seconds: float, process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """End the process where this takes longer, and fail."""
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    yield
+    timer.cancel()
+    assert process.returncode == 0

@@ -25,6 +25,7 @@ ROOMS = [
     "env_file",
     "libpq",
     "errors",
+    "spelling",
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from budget_engine.spelling import lines
+
 
 class RecipeError(Exception):
     """A failure that was foreseen: printed as a message, never as a traceback.
@@ -54,11 +56,22 @@ class Case:
         return f"{{step}} {'got no lock' if self.exit_code == 7 else 'failed'} in {{part}}: {{words}}"
 
     def __call__(
-        self, *, what: str = "", where: str = "", remedy: str = "", before: Sequence[str] = (), **facts: object
+        self,
+        *,
+        what: str = "",
+        where: str | Sequence[str] = "",
+        remedy: str = "",
+        before: Sequence[str] = (),
+        **facts: object,
     ) -> RecipeError:
-        """Make the error; what, remedy: instead of the usual ones; facts: what the places stand for."""
+        """Make the error; what, remedy: instead of the usual ones; facts: what the places stand for.
+
+        where: its lines, or a text that breaks where we broke it.
+        """
         kind = {3: SettingsError, 4: UnreachableError, 7: LockTimeoutError}.get(self.exit_code, RecipeError)
-        return kind(self, what or self.says.format(**facts), where, remedy or self.remedy.format(**facts), before)
+        where = where if isinstance(where, str) else lines(filter(None, where))
+        helps = remedy or self.remedy.format(**{name: lines([str(fact)]) for name, fact in facts.items()})
+        return kind(self, what or self.says.format(**facts), where, helps, before)
 
 
 # fmt: off

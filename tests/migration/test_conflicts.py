@@ -31,7 +31,9 @@ from states import (
     altered,
     by_hand,
     old_metrics,
+    random_name,
     snapshots,
+    strange_names,
     with_uuid,
 )
 from versions import MAJOR
@@ -382,8 +384,9 @@ CREATE TRIGGER t BEFORE UPDATE OF turn_id ON prompt_snapshots FOR EACH ROW
   WHEN (NEW.turn_id IS NULL) EXECUTE FUNCTION instead();
 CREATE PUBLICATION everything FOR TABLE prompt_snapshots, turns;
 """
+INVOKED = "CREATE VIEW invoked WITH (security_invoker = true) AS SELECT turn_id FROM prompt_snapshots;"  # new in 15
 RESTORED = {
-    "what hangs on turn_id": with_uuid() + HUNG,
+    "what hangs on turn_id": with_uuid() + HUNG + INVOKED * (MAJOR >= 15),
     "the same, with default privileges": with_uuid()
     + HUNG
     + "ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO pg_signal_backend, pg_read_all_stats",
@@ -408,45 +411,6 @@ def test_what_was_dropped_comes_back_byte_for_byte(db: Db, tmp_path: Path, name:
     run(db, tmp_path, restored(text))
     assert db.dump() == before
     assert not marker.exists()
-
-
-def strange_names(chance: random.Random) -> list[str]:
-    """Return names of up to 63 bytes that end a line, begin a command of psql or a quote, or steer a terminal."""
-    signs = [
-        "\r",
-        "\n",
-        "\v",
-        "\f",
-        "\t",
-        "\x1b[2K",
-        "\x7f",
-        "\x85",
-        "\u2028",
-        "\u2029",
-        "\u202e",
-        "\xa0",
-        "\x1c",
-        "\x1e",
-        "\ufeff",
-    ]
-    signs += [
-        "'",
-        '"',
-        "\\",
-        "$$",
-        ";",
-        "--",
-        "/*",
-        ":x",
-        "%s",
-        " ",
-        "E'",
-        "\U0001f600",
-        chr(chance.randrange(0xE000, 0x110000)),
-    ]
-    names = [f"v{sign}\\! touch made_by_a_name;#" for sign in signs[:15]]
-    names += ["".join(chance.choices([*signs, "a", "é"], k=9)) for _ in range(20)]
-    return [name.encode()[:63].decode(errors="ignore") for name in names]
 
 
 def test_whatever_a_name_holds_nothing_else_runs(db: Db, tmp_path: Path) -> None:
@@ -482,7 +446,7 @@ def test_whatever_a_name_holds_nothing_else_runs(db: Db, tmp_path: Path) -> None
 
 
 def test_a_schema_of_a_strange_name(db: Db, tmp_path: Path) -> None:
-    """What cannot be escaped is left out, and said."""
+    """Its commands clear all conflicts, those that run CONCURRENTLY, too."""
     name = f"s\r\\! touch {tmp_path}/m"
     q = sql.Identifier(name).as_string()
     change = (
@@ -498,25 +462,38 @@ def test_a_schema_of_a_strange_name(db: Db, tmp_path: Path) -> None:
     text, _ = script(commands(db))
     assert [line for line in text.split("\n") if not line.isprintable()] == []
     run(db, tmp_path, text)
-    assert [c.title for c in survey(db) if c.conflict] == ["key slots (type, name)"]
-    assert re.search("^-- left out, for what a name in it holds: CREATE UNIQUE INDEX CONCURRENTLY", text, re.M)
+    assert [c.title for c in survey(db) if c.conflict] == []
     assert list(tmp_path.iterdir()) == [tmp_path / "commands.sql"]
 
 
-TYPES = (
-    "text",
-    "int",
-    "bigint",
-    "uuid",
-    "jsonb",
-    "json",
-    "boolean",
-    "varchar(9)",
-    "text[]",
-    "timestamp",
-    "numeric",
-    "smallint",
-)
+# Values that a conversion, or another session's settings, would change.
+VALUES = {
+    "text": ["today", "01/02/2024", "2", "", " x "],
+    "int": ["2", "-1", "2147483647"],
+    "bigint": ["2", "9007199254740993"],
+    "uuid": ["00000000-0000-0000-0000-00000000000A"],
+    "jsonb": ["1.10", "[2, 1]", "null"],
+    "json": ['{"a": 1, "a": 2}', "[1.0,  1e2]", '"\\u0041"'],
+    "boolean": ["true", "false"],
+    "varchar(9)": ["now", "infinity", "1e3"],
+    "char(5)": ["2", ""],
+    "text[]": ["{b,a,NULL}", "[0:1]={b,a}", "{}"],
+    "timestamp": ["2024-01-02 03:04:05.123456", "infinity"],
+    "timestamptz": ["2024-10-27 02:30:00.000001+01", "0001-01-01 BC"],
+    "date": ["2024-02-01", "-infinity"],
+    "interval": ["1 month 30 days", "24:00:00.000001"],
+    "numeric": ["1.10", "1e-20", "NaN"],
+    "float8": ["-0", "0.1", "1e300"],
+    "smallint": ["2", "1"],
+    "bytea": [r"\x0020", ""],
+}
+
+
+def any_of(type_: str, chance: random.Random) -> str:
+    """Write an expression that is another value of the type in each row, NULL at times."""
+    values = chance.sample(VALUES[type_], chance.randint(1, len(VALUES[type_])))
+    cases = "".join(f" WHEN {n} THEN '{value}'::{type_}" for n, value in enumerate(values))
+    return f"(CASE floor(random() * {len(values) + chance.randint(0, 1)}){cases} END)"
 
 
 def wrong_forms(checks: list[Check], chance: random.Random) -> list[str]:
@@ -525,14 +502,17 @@ def wrong_forms(checks: list[Check], chance: random.Random) -> list[str]:
     for c in chance.sample(checks, chance.choice([1, 2, 4, 8, 25])):
         table, column = c.found, c.name
         alter = f"ALTER TABLE {table} ALTER {column}"
-        type_ = chance.choice(TYPES)
+        type_ = chance.choice(list(VALUES))
+        value = any_of(type_, chance)
+        extra = sql.Identifier(random_name(chance)).as_string()
         every = {
             Kind.COLUMN: [
-                f"{alter} DROP DEFAULT; {alter} TYPE {type_} USING NULL::{type_}",
+                f"{alter} DROP DEFAULT; {alter} TYPE {type_} USING {value}",
                 f"{alter} DROP DEFAULT; {alter} TYPE text; {alter} SET DEFAULT 'x'",
                 f"{alter} DROP NOT NULL",
                 f"{alter} SET NOT NULL",
-                f"ALTER TABLE {table} DROP {column} CASCADE; ALTER TABLE {table} ADD {column} {type_}",
+                f"ALTER TABLE {table} DROP {column} CASCADE; ALTER TABLE {table} ADD {column} {type_};"
+                f"UPDATE {table} SET {column} = {value}",
                 f"ALTER TABLE {table} DROP {column} CASCADE; ALTER TABLE {table} ADD {column} int"
                 f" GENERATED ALWAYS AS (7) STORED",
                 f"ALTER TABLE {table} DROP {column} CASCADE",
@@ -560,6 +540,7 @@ def wrong_forms(checks: list[Check], chance: random.Random) -> list[str]:
             Kind.TABLE: [
                 f"CREATE TABLE p{c.table} (LIKE {table}); ALTER TABLE {table} INHERIT p{c.table}",
                 f"CREATE TABLE l{c.table} (x int); CREATE VIEW v{c.table} AS SELECT * FROM {table}",
+                f"ALTER TABLE {table} ADD {extra} {type_}; UPDATE {table} SET {extra} = {value}",
             ],
         }
         if ways := every.get(c.kind):
@@ -576,7 +557,7 @@ def test_no_value_changes_whatever_the_form(db: Db, tmp_path: Path, number: int)
     done = []
     for form in wrong_forms([c for c in survey(db) if c.required], chance):
         try:
-            db.execute(form)
+            db.execute(f"SELECT setseed({chance.random()}); {form}")
             done.append(form)
         except psycopg.Error:
             continue
@@ -620,6 +601,19 @@ def test_a_restored_definition_means_what_it_meant(db: Db, tmp_path: Path) -> No
     text, _ = script(commands(db))
     run(db, tmp_path, text)
     run(db, tmp_path, restored(text))
+    assert db.dump() == before
+
+
+@pytest.mark.parametrize(("printed", "pasted"), [("off", "on"), ("on", "off")])
+def test_a_backslash_comes_back(db: Db, tmp_path: Path, printed: str, pasted: str) -> None:
+    """Whatever standard_conforming_strings is where the definition is printed, and where it is run."""
+    db.execute(with_uuid() + r"CREATE VIEW v AS SELECT turn_id, 'a\' AS a, E'b\r\\' AS b FROM prompt_snapshots")
+    before = db.dump()
+    db.execute(f"ALTER DATABASE {db.name} SET standard_conforming_strings = {printed}")
+    text = db.invoke("verify", "--remedies").out
+    db.execute(f"ALTER DATABASE {db.name} SET standard_conforming_strings = {pasted}")
+    run(db, tmp_path, text + restored(text))
+    db.execute(f"ALTER DATABASE {db.name} RESET standard_conforming_strings")
     assert db.dump() == before
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import psycopg
 from psycopg import pq
 
-from budget_engine import errors
+from budget_engine import errors, spelling
 from budget_engine.commands.session import Session, announce, hindrances, refused_by_rows, target_in_use
 from budget_engine.migration import surroundings, survey
 from budget_engine.migration.plan import Plan
@@ -38,10 +38,13 @@ _STATE, _TOPIC = 10, 13  # widths: as wide as the labels above the page, and as 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; remedy: what helps, unless all is well; exit_code: what setup would end with."""
+    """One thing that was looked at; what: one line, or several.
+
+    remedy: what helps, unless all is well; exit_code: what setup would end with.
+    """
 
     topic: str
-    what: str
+    what: str | Sequence[str]
     remedy: str = ""
     exit_code: int = 0
 
@@ -67,8 +70,9 @@ def lines(finding: Finding) -> list[str]:
     """Return the finding as it is printed."""
     prose = re.sub(r"(?<![.:;])\n", " ", finding.remedy)  # broken for wider lines; commands follow a : or a ;
     remedy = [f"what to do: {prose}"] if prose else []
-    said = "\n".join([finding.what, *remedy]).replace("\n", "\n" + " " * (_STATE + _TOPIC))
-    return f"{finding.state:<{_STATE}}{finding.topic:<{_TOPIC}}{said}".splitlines()
+    what = spelling.lines([finding.what] if isinstance(finding.what, str) else finding.what)
+    said = "\n".join([what, *remedy]).replace("\n", "\n" + " " * (_STATE + _TOPIC))
+    return f"{finding.state:<{_STATE}}{finding.topic:<{_TOPIC}}{said}".split("\n")
 
 
 def verdict(findings: Sequence[Finding]) -> tuple[str, int]:
@@ -82,9 +86,9 @@ def verdict(findings: Sequence[Finding]) -> tuple[str, int]:
 
 def _problem(topic: str, error: errors.RecipeError, *, known: str = "") -> Finding:
     """Say what setup would end with; known: what the page has said already, and no line need say again."""
-    says = [error.what, *error.where.splitlines()]
+    says = [error.what, *filter(None, error.where.split("\n"))]
     new = [line for line in says if not known or known not in line]
-    return Finding(topic, "\n".join(new or says), error.remedy, error.exit_code)
+    return Finding(topic, new or says, error.remedy, error.exit_code)
 
 
 def _examine() -> Iterator[Finding]:
@@ -139,7 +143,7 @@ def health_of(cluster: Cluster, health: Health, *, in_use: bool) -> Finding:
     """Say how the embedded server is; that it does not run is no failure: setup starts it."""
     place = f"data in {cluster.data}" if health.made else "no data yet"
     runs = f"running as process {health.pid}" if health.running else "not running"
-    remedy = ""
+    remedy, said = "", list[str]()
     if not in_use:
         what = f"not in use, {runs}"
     elif not health.version:
@@ -153,11 +157,10 @@ def health_of(cluster: Cluster, health: Health, *, in_use: bool) -> Finding:
     elif health.complaint:
         what = "not running, and was not shut down"
         said = [line for line in health.complaint.splitlines() if "FATAL" in line or "PANIC" in line]
-        place = "\n".join([place, *said])
         remedy = f"setup starts it, and it recovers; its log: {cluster.log}"
     else:
         what = f"{health.version}, not running: setup starts it (alone: invoke db.start)"
-    return Finding("embedded", f"{what}; {place}", remedy)
+    return Finding("embedded", [f"{what}; {place}", *said], remedy)
 
 
 # ── the session ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -222,7 +225,7 @@ def _look_around(session: Session) -> Iterator[Finding]:
     yield Finding("server", f"PostgreSQL {server.version}, {'through a pooler' if server.pooled else 'direct'}")
     unclear = [*_absent(server), *text.behind(server, found.checks)] if server.schema else []
     if unclear:
-        yield Finding("schema", "\n".join(unclear), "Say in DATABASE_URL which schema is meant: ?schema=NAME.")
+        yield Finding("schema", unclear, "Say in DATABASE_URL which schema is meant: ?schema=NAME.")
     elif server.schema:  # else that is an error of its own
         yield Finding("schema", f"{server.schema} (search_path {server.search_path})")
     yield from _chain(found, todo)
@@ -293,7 +296,7 @@ def _chain(found: Survey, todo: Plan) -> Iterator[Finding]:
 
 def limits(server: Server, brought: Sequence[Limit], replication_role: str, lock_timeout_ms: int) -> Iterator[Finding]:
     """Say which time limits, and other settings, that the role or the database bring along will bite."""
-    alter = "ALTER ROLE " + ('"' + server.role.replace('"', '""') + '"')
+    alter = spelling.respelled('ALTER ROLE "' + server.role.replace('"', '""') + '"')
     biting = {limit: why for limit in brought if (why := _bite(limit, server, lock_timeout_ms))}
     for limit, why in biting.items():
         direct = "Name the server itself in DATABASE_URL (the direct URL), or lift it:" if server.pooled else "Lift it:"

@@ -19,6 +19,7 @@ from budget_engine.postgres import blockers, embedded
 from budget_engine.postgres.connection import Connection, Rows
 from budget_engine.postgres.patience import Patience
 from budget_engine.settings import Settings, Target, completed, load, mask, parse_target
+from budget_engine.spelling import lines, respelled
 
 _POLL_S = 0.1  # first pause between two looks while another run is at work
 _MOMENT_MS = 100
@@ -144,7 +145,7 @@ class Session:
         if not todo.conflicts:
             return {}
         try:
-            _, rows = self.connection.ask([survey.PIN, conflicts.query(todo.checks)])
+            _, rows = self.connection.ask([survey.PIN, conflicts.query(todo.checks)], conflicts.PLAIN)
         except errors.StatementError as error:  # a view behind ACCESS EXCLUSIVE: the conflict can be told without it
             if errors.for_sqlstate(error.sqlstate).exit_code != 7:
                 raise
@@ -161,7 +162,7 @@ class Session:
         todo = self.todo(before).to_do
         after = self._go_on(before)
         refused = self._builder.refused if self._builder else {}
-        CONSOLE.say(*(text.line("refused", f"by the rows: {sql}\n{why}") for sql, why in refused.items()))
+        CONSOLE.say(*(text.line("refused", f"by the rows: {sql}", *why.split("\n")) for sql, why in refused.items()))
         left = self.todo(after)
         labels = {step.label for step in self.wanted}
         own = [check for check in after.checks if check.step in labels]
@@ -238,7 +239,7 @@ class Session:
         if hindrance.case is errors.BUSY and found:
             if self.patience.tries == 0:  # asked once, at the first of many short pauses
                 tables = sorted({check.found for check in found.checks if check.found})
-                self._at_work = "\n".join(blockers.at_work(self.connection, found.turn.refused(), tables))
+                self._at_work = lines(blockers.at_work(self.connection, found.turn.refused(), tables))
             hindrance.where = self._at_work
 
         def announce(pause_s: float, left_s: float) -> None:
@@ -246,7 +247,8 @@ class Session:
                 next_try = f"next try in {pause_s:.1f} s, for up to {left_s:.0f} s"
                 CONSOLE.say(text.line("waiting", f"{hindrance.what}; {next_try}"))
             elif self.patience.tries == 1:
-                CONSOLE.say(text.line("waiting", f"{hindrance.what}; up to {left_s:.0f} s\n{hindrance.where}".strip()))
+                who = filter(None, hindrance.where.split("\n"))
+                CONSOLE.say(text.line("waiting", f"{hindrance.what}; up to {left_s:.0f} s", *who))
 
         self.patience.pause(hindrance, self.given.lock_timeout_ms / 1000 if queued else _POLL_S, announce)
 
@@ -268,13 +270,13 @@ class _Progress:
                 self._took_ms = float(rows[0][-1] or 0)
             case runner.Part.COMMIT:
                 created = text.created(list(dict.fromkeys(self._checks)))
-                CONSOLE.say(text.step(sent.step.label, created, self._took_ms))
+                CONSOLE.say(text.step(sent.step.label, text.timed(created, self._took_ms)))
             case runner.Part.CONCURRENT if sent.action and sent.sql == sent.action.sql[-1]:
                 CONSOLE.say(text.step(sent.step.label, f"{text.created(sent.action.checks)}, concurrently"))
 
 
 def _notice(step: Step, words: str) -> None:
-    CONSOLE.say(text.step(step.label, words))
+    CONSOLE.say(text.step(step.label, *respelled(words).split("\n")))
 
 
 def _tell(line: str, *, lasting: bool) -> None:
@@ -287,8 +289,8 @@ def _tell(line: str, *, lasting: bool) -> None:
 
 def _name(hindrance: errors.RecipeError, seen: Sequence[blockers.Bystander]) -> None:
     """Say who holds the lock: a wait of moments is over before the watch has looked."""
-    new = [f"{one.session} [{one.mode} on {one.table}]" for one in seen if one.who not in hindrance.where]
-    hindrance.where = "\n".join([hindrance.where, *new]).strip()
+    new = lines(f"{one.session} [{one.mode} on {one.table}]" for one in seen if lines([one.who]) not in hindrance.where)
+    hindrance.where = f"{hindrance.where}\n{new}".strip()
 
 
 def waits_for(todo: plan.Plan) -> dict[str, set[str]]:
@@ -311,13 +313,13 @@ def hindrances(
     if todo.conflicts:
         yield _conflict(todo, commands)
     if required := [check for check in todo.fixed_elsewhere if check.required]:
-        where = "\n".join(text.difference(check) for check in outermost(required))
+        where = [text.difference(check) for check in outermost(required)]
         yield errors.PREREQUISITE(step=required[0].step, where=where)
     if todo.to_do and server.read_only:
         pending = ", ".join(step.label for step in todo.steps if step.transaction or step.concurrent)
         yield errors.READ_ONLY(why=server.read_only, where=f"pending: {pending}")
     if todo.lacking:
-        yield errors.RIGHT(role=server.role, where="\n".join(todo.lacking))
+        yield errors.RIGHT(role=server.role, where=todo.lacking)
 
 
 def _no_place(todo: plan.Plan, server: survey.Server) -> Iterator[errors.RecipeError]:
@@ -355,14 +357,14 @@ def what_is_missing(
     elif left.missing:
         differences = [] if listed else [text.difference(check) for check in outermost(left.missing)]
         remedy = errors.CORRECT_THE_ROWS if orphans or tried else ""
-        yield errors.MISSING(where="\n".join([*differences, *map(str, orphans)]), remedy=remedy)
+        yield errors.MISSING(where=[*differences, *map(str, orphans)], remedy=remedy)
 
 
 def refused_by_rows(orphans: Sequence[survey.Orphans]) -> errors.RecipeError:
     """Return what setup would end with because of them, once all else is done."""
     return errors.MISSING(
         what="rows refuse what is expected: setup would do the rest, and end with exit 5",
-        where="\n".join(map(str, orphans)),
+        where=[*map(str, orphans)],
         remedy=errors.CORRECT_THE_ROWS,
     )
 
@@ -370,7 +372,7 @@ def refused_by_rows(orphans: Sequence[survey.Orphans]) -> errors.RecipeError:
 def _conflict(todo: plan.Plan, commands: Mapping[Check, Sequence[str]]) -> errors.RecipeError:
     """Return the error that says the conflicts of a plan, and what clears them."""
     checks = todo.conflicts
-    lines = text.conflicts(checks, commands)
+    told = text.conflicts(checks, commands)
     ways = []
     if not commands:
         ways.append("Run invoke verify when the tables are not locked: it has the commands that help.")
@@ -379,5 +381,5 @@ def _conflict(todo: plan.Plan, commands: Mapping[Check, Sequence[str]]) -> error
     if any(check.on_request for check in checks):
         ways.append("invoke prereqs --recreate moves the old core tables, rows and all, and creates new ones.")
     ways.append("Then run the task again.")
-    count = f"{len(lines)} conflict{'s' * (len(lines) != 1)}"
-    return errors.CONFLICT(count=count, remedy="\n".join(ways), before=lines)
+    count = f"{len(told)} conflict{'s' * (len(told) != 1)}"
+    return errors.CONFLICT(count=count, remedy="\n".join(ways), before=told)

@@ -15,12 +15,12 @@ from typing import Any
 
 from budget_engine.migration.chain import DB, query_of
 from budget_engine.migration.checks import Check, Kind
+from budget_engine.spelling import respelled, shown
 
 _TARGET = re.compile(r"(?<=^REFERENCES )[^(]+")  # of a foreign key
-_ESCAPES = {"\\": r"\\", "'": "''", "$": r"\u0024", "\n": r"\n"}
 _NAMED = (Kind.TABLE, Kind.KEY, Kind.FOREIGN_KEY, Kind.INDEX, Kind.TRIGGER)  # things on a column may have their names
 _PRIMARY = "PRIMARY KEY"
-_ALONE = ("CREATE UNIQUE INDEX CONCURRENTLY ", "DROP INDEX CONCURRENTLY ")  # refused within DO
+PLAIN = "set_config('standard_conforming_strings', 'on', true)"  # what is to hold for the query: definitions come so
 
 
 RECREATE = "invoke prereqs --recreate"  # the task to run where no SQL clears a conflict
@@ -262,26 +262,17 @@ def _restoring(why: str, definitions: Sequence[str]) -> Iterator[str]:
     """Write definitions as comments: they say the same only where names are looked up as they were printed."""
     if definitions:
         lines = ["BEGIN; SET LOCAL search_path = pg_catalog, pg_temp;", *definitions, "COMMIT;"]
-        yield _comment("\n".join([f"{why}:", *(_safe(line, lines=True) for line in lines)]))
+        yield _comment("\n".join([f"{why}:", *map(_safe, lines)]))
 
 
 def _comment(text: str) -> str:
     """Write a comment of as many lines as the text has, in which nothing acts on a terminal or on psql."""
-    return "\n".join(f"-- {line if line.isprintable() else _escaped(line)}" for line in text.split("\n"))
+    return "\n".join(f"-- {shown(line)}" for line in text.split("\n"))
 
 
-def _safe(command: str, *, lines: bool = False) -> str:
-    """Write a command so that psql and terminals take it for nothing else, whatever names in it hold.
-
-    lines: it is a definition in a comment, which may have several.
-    """
-    if (command.replace("\n", "") if lines else command).isprintable():
-        return command
-    if command.startswith(_ALONE):
-        return _comment(f"left out, for what a name in it holds: {_escaped(command)}")
-    return f"DO $$ BEGIN EXECUTE E'{_escaped(command)}'; END $$;"
-
-
-def _escaped(text: str) -> str:
-    """Write text as between E' and ', within dollar quotes."""
-    return "".join(_ESCAPES.get(char) or (char if char.isprintable() else f"\\U{ord(char):08X}") for char in text)
+def _safe(command: str) -> str:
+    """Write a command so that psql and terminals take it for nothing else, whatever names in it hold."""
+    spelled = respelled(command)
+    if spelled == shown(spelled, kept="\n"):
+        return spelled
+    return _comment(f"left out, for what it holds between its names: {spelled}")

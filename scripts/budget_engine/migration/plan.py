@@ -118,7 +118,7 @@ class Plan:
     def lacking(self) -> tuple[str, ...]:
         """The rights that the role lacks for what is to be done, each once."""
         reasons = [(step.step, check) for step in self.steps for check in step.reasons]
-        rights = [right for _, check in reasons for right in (check.lacking or "").splitlines()]
+        rights = [right for _, check in reasons for right in (check.lacking or "").split("\n") if right]
         unseen = [
             f"BYPASSRLS (or ALTER TABLE {check.table} NO FORCE ROW LEVEL SECURITY meanwhile: it may hide rows)"
             for step, check in reasons  # rows are given the values of a column that is new

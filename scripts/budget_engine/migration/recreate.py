@@ -80,15 +80,15 @@ def read(connection: Connection, chain: Chain, found: Survey, *, with_dependants
     anew = [str(check.found) for check in tables]
     _, rows = connection.ask([PIN, _LED.format(core=literal(core), anew=literal(anew))])
     if (keys := _lines(row[5] for row in rows)) and not with_dependants:
-        raise errors.DEPENDANTS(where="\n".join(keys))
+        raise errors.DEPENDANTS(where=keys)
     if lacking := _lines(row[6] for row in rows):
-        raise errors.RIGHT(role=found.server.role, where="\n".join(lacking))
+        raise errors.RIGHT(role=found.server.role, where=lacking)
     return _moves(connection, rows)
 
 
 def _lines(texts: Iterable[str | None]) -> list[str]:
     """Return the lines of these texts, each once."""
-    return list(dict.fromkeys(line for text in texts for line in (text or "").splitlines()))
+    return list(dict.fromkeys(line for text in texts for line in (text or "").split("\n") if line))
 
 
 def _moves(connection: Connection, rows: Sequence[Row]) -> tuple[Move, ...]:

@@ -28,6 +28,7 @@ from budget_engine.migration.checks import STRENGTH, Check, Kind, Lock
 from budget_engine.migration.plan import Action, Effect, Plan, StepPlan
 from budget_engine.migration.survey import Server, Survey, literal
 from budget_engine.postgres.connection import BEGIN, BEGIN_READ_ONLY, MISGUIDING, Connection, Rows
+from budget_engine.spelling import respelled
 
 _BUSY = "TB004"  # raised by the guard
 AT_WORK = "run is at work in this schema"
@@ -281,7 +282,7 @@ class Script:
         concurrent = [f"{sql};" for action in self.plan.concurrent for sql in action.sql]
         if any(action.effect is Effect.SCAN for action in self.plan.concurrent):
             message.append(f"SELECT {pinned(self.found.server, local=False)};")
-        return "\n".join([*message, *concurrent]) or "-- nothing to do"
+        return respelled("\n".join([*message, *concurrent]), kept="\n") or "-- nothing to do"
 
 
 def pinned(server: Server, *, local: bool = True) -> str:
@@ -434,7 +435,7 @@ def _failure(sent: Sequence[Sent], error: StatementError, *, pooled: bool = Fals
     done = [one.step.label for one in sent[:-1] if one.part is Part.COMMIT]
     where = [
         _place(failed, error.context),
-        error.where,
+        *error.where.split("\n"),
         *error.holders,
         _aftermath(failed, kind),
         f"done before it: {', '.join(done)}" if done else "",
@@ -442,7 +443,7 @@ def _failure(sent: Sequence[Sent], error: StatementError, *, pooled: bool = Fals
     in_a_step = kind.in_a_step.format(step=failed.step.label, part=failed.part.value, words=error.message)
     return kind(
         what=error.message if ours else in_a_step,
-        where="\n".join(line for line in where if line),
+        where=where,
         remedy=errors.LIMITS_OF_THE_ROLE if pooled and error.sqlstate in _TIMEOUTS else error.remedy,
     )
 
@@ -461,7 +462,7 @@ def _place(failed: Sent, context: str) -> str:
         return ""
     statement = failed.action.statement
     if failed.part is Part.CONCURRENT:
-        return f"{failed.step.file}: {failed.sql}"
+        return f"{failed.step.file}: {' '.join(failed.sql.split())}"
     inside = re.search(r"inline_code_block line (\d+)", context)
     line = statement.line + (int(inside[1]) - 1 if inside else 0)
     nested = re.search(r'SQL statement "(.*?)"\s*\n?PL/pgSQL', context, re.S)

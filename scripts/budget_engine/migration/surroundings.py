@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from budget_engine.migration.chain import DB, Chain, query_of
 from budget_engine.migration.survey import PIN, Survey, literal
 from budget_engine.postgres.connection import Connection
+from budget_engine.spelling import respelled
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def read(connection: Connection, chain: Chain, found: Survey) -> Surroundings:
     _, history, applied = connection.ask(about_us) if has_history else ([], [], [])
     checksums = {step.label: step.checksum for step in chain.steps}
     return Surroundings(
-        unusual=tuple(Unusual(str(what), str(says), str(command or "")) for what, says, command in rows),
+        unusual=tuple(Unusual(str(what), str(says), respelled(command or "")) for what, says, command in rows),
         history=tuple(Entry(*map(str, row)) for row in history),
         changed=tuple(str(step) for step, checksum in applied if checksums.get(str(step), checksum) != checksum),
     )

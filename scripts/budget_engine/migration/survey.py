@@ -14,6 +14,7 @@ from budget_engine.migration.chain import Chain
 from budget_engine.migration.checks import Check, Kind
 from budget_engine.migration.turn import Turn, being_built
 from budget_engine.postgres.connection import Connection, Rows
+from budget_engine.spelling import respelled
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def read(connection: Connection, chain: Chain, *, with_recreate: bool = False) -
         if errors.for_sqlstate(error.sqlstate).exit_code != 7:
             raise
         # Printing some definitions takes ACCESS SHARE on their tables: it waits behind ACCESS EXCLUSIVE.
-        raise errors.UNREADABLE_CATALOGS(why=error.message, where="\n".join(error.holders)) from error
+        raise errors.UNREADABLE_CATALOGS(why=error.message, where=error.holders) from error
     rows = [tuple("t" if value is True else value for value in row.values())[1:] for row in json.loads(noted or "[]")]
     checks = list(checks_of(rows, chain, with_recreate=with_recreate))
     for place, *rest in (row.values() for row in json.loads(able or "[]")):
@@ -276,8 +277,8 @@ def _orphans(connection: Connection, check: Check, timeout: str) -> Orphans:
     try:
         [[(count,)]] = connection.ask([f"SELECT count(*) FROM ({query}) AS orphan"], limit)
     except StatementError as error:
-        return Orphans(check.table, query, None, str(error))
-    return Orphans(check.table, query, int(count or 0))
+        return Orphans(check.table, respelled(query), None, str(error))
+    return Orphans(check.table, respelled(query), int(count or 0))
 
 
 def literal(value: object) -> str:

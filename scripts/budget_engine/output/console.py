@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, cast
 
 from budget_engine import errors
+from budget_engine.spelling import shown
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -30,6 +31,7 @@ _TASKS = re.compile(
     r"\binvoke (--dry )?(?=(?:setup|prereqs|fix|verify|status|plan|rehearse|doctor|fleet|db\.[a-z]+"
     r"|[a-z]+(?:-[a-z]+)+)\b)"  # the steps' tasks have names of several words
 )
+_COMMAND = re.compile(r"^( *)(:(?=:)|\\(?!u[0-9a-f]{4}))")  # so begin those of GitHub Actions in a log, and of psql
 _write = partial(print, flush=True)
 
 
@@ -65,7 +67,7 @@ class Console:
         """Show on a terminal, and nowhere else, how far something is; the next line takes its place, "" none."""
         if line != self._progress and self._for_people.isatty() and not self.quiet:
             width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be taken back
-            _write(f"\r\x1b[K{self._spelled(line)[:width]}", end="", file=self._for_people)
+            _write(f"\r\x1b[K{shown(self._spelled(line))[:width]}", end="", file=self._for_people)
             self._progress = line
 
     def say(self, *lines: str) -> None:
@@ -77,17 +79,18 @@ class Console:
 
     def emit(self, document: str) -> None:
         """Print what was asked for, whole, on stdout."""
-        _write(self.mask(document))
+        _write(shown(self.mask(document), kept="\n"))
 
     def emit_json(self, document: Mapping[str, object]) -> None:
         """Print a JSON document, its texts masked one by one: null, which is no text, may be somebody's password."""
-        _write(json.dumps(_masked(document, self._spelled), indent=2, ensure_ascii=False))
+        whole = json.dumps(_masked(document, self._spelled), indent=2, ensure_ascii=False)
+        _write(shown(whole, kept="\n"))
 
     def append(self, file: str, document: str) -> None:
         """Add what was asked for to a file; where that fails, the end of the task says so."""
         try:
             with Path(file).open("a", encoding="utf-8") as opened:
-                opened.write(self.mask(document))
+                opened.write(shown(self.mask(document), kept="\n"))
         except OSError as error:
             self.lost.append(errors.LOST_OUTPUT(place=file, why=error.strerror))
 
@@ -109,20 +112,24 @@ class Console:
 
     def _print(self, stream: TextIO, *lines: str) -> None:
         for line in "\n".join(lines).split("\n") if lines else ():
-            spelled = self._spelled(line)
+            spelled = _COMMAND.sub(lambda sign: f"{sign[1]}\\u{ord(sign[2]):04x}", shown(self._spelled(line)))
             for part in _fitted(spelled) if stream.isatty() else [spelled]:
                 _write(part, file=stream)
 
 
 def _fitted(line: str) -> list[str]:
-    """Break a line where a terminal would break it within words, and colour its label. Commands stay whole."""
+    """Break a line where a terminal would break it within words, and colour its label.
+
+    Commands and their comments stay whole: what a break brings to a line's beginning would be read as another one.
+    """
     width = shutil.get_terminal_size().columns
     parts = [line]
-    if len(line) > width and not line.endswith(";"):
+    if len(line) > width and not (line.endswith(";") or line.lstrip().startswith("-- ")):
         margin = _margin(line, width * 3 // 5)
         start, rest = line[:margin], line[margin:]
         wrapper = textwrap.TextWrapper(width, start, " " * margin, break_long_words=False, break_on_hyphens=False)
-        parts = wrapper.wrap(rest) or parts
+        glued = re.sub(r" +(?=\\)", lambda blanks: "\0" * len(blanks[0]), rest)  # what begins a line, psql may obey
+        parts = [part.replace("\0", " ") for part in wrapper.wrap(glued)] or parts
     return [_coloured(parts[0]), *parts[1:]]
 
 

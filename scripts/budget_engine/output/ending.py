@@ -52,7 +52,7 @@ def as_message(error: BaseException) -> errors.RecipeError:
         case KeyboardInterrupt():
             return errors.STOPPED()
         case ImportError():
-            return errors.NO_PACKAGE(why=error, where=f"Python's environment is {sys.prefix}")
+            return errors.NO_PACKAGE(why=" ".join(str(error).split()), where=f"Python's environment is {sys.prefix}")
         case OSError():
             return errors.SYSTEM_REFUSES(why=error.strerror or error, where=str(error.filename or ""))
     import traceback

@@ -15,6 +15,7 @@ from budget_engine.migration.plan import Action, Plan
 from budget_engine.migration.survey import Survey
 from budget_engine.output import text
 from budget_engine.settings import Settings, Target
+from budget_engine.spelling import shown
 
 VERSION = 2
 
@@ -34,7 +35,8 @@ class View:
 
 def as_json(task: str, error: RecipeError | None, view: View | None) -> dict[str, object]:
     """Return the JSON document; view: None of a task that saw nothing."""
-    said = error and {"what": error.what, "where": error.where.splitlines(), "remedy": error.remedy.splitlines()}
+    where = [*filter(None, error.where.split("\n"))] if error else []
+    said = error and {"what": error.what, "where": where, "remedy": error.remedy.splitlines()}
     seen = _seen(view) | view.more if view else {}
     code = error.exit_code if error else 0
     return {"version": VERSION, "task": task, "recipes": __version__, **seen, "exit_code": code, "error": said}
@@ -95,7 +97,7 @@ def as_github(task: str, error: RecipeError | None, view: View | None) -> str:
         words = text.error(error) if error else []
         return f"::error title={task}::{_escaped(chr(10).join(words))}"
     lines = [
-        f"::error file={planned.step.file},title={planned.label}::{_escaped(text.difference(check))}"
+        f"::error file={planned.step.file},title={planned.label}::{_escaped(shown(text.difference(check)))}"
         for planned in view.plan.steps
         for check in outermost(c for c in view.plan.missing if c.step == planned.label)
     ]
@@ -107,7 +109,7 @@ def as_summary(error: RecipeError | None, view: View | None) -> str:
     lines = [*text.steps(view.plan), text.summary(view.found.checks)] if view else []
     lines += text.error(error) if error else []
     return "\n".join(
-        ["### Budget Engine & Telemetry", "", *(f"    {line}" for part in lines for line in part.splitlines()), ""]
+        ["### Budget Engine & Telemetry", "", *(f"    {line}" for part in lines for line in part.split("\n")), ""]
     )
 
 

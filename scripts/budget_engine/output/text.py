@@ -12,6 +12,7 @@ from budget_engine.errors import RecipeError
 from budget_engine.migration.checks import STRENGTH, Check, Kind, Lock, outermost, that_count
 from budget_engine.migration.plan import Action, Effect, Plan, StepPlan
 from budget_engine.output.console import LABEL
+from budget_engine.spelling import lines
 
 if TYPE_CHECKING:
     from budget_engine.migration.recreate import Move
@@ -27,9 +28,9 @@ _CREATED = 72  # what a transaction created, before how long that took
 _BYTES = ("B", "kB", "MB", "GB", "TB")
 
 
-def line(label: str, text: str) -> str:
-    """Write a line that begins with a label; the lines of a longer text are aligned."""
-    return f"{label:<{LABEL - 1}} " + text.replace("\n", "\n" + " " * LABEL)
+def line(label: str, *texts: str) -> str:
+    """Write a line that begins with a label; further texts are lines below it, aligned."""
+    return f"{label:<{LABEL - 1}} " + lines(texts).replace("\n", "\n" + " " * LABEL)
 
 
 def target(target: Target, settings: Settings, server: Server | None = None) -> str:
@@ -108,10 +109,14 @@ def summary(checks: Iterable[Check]) -> str:
 # ── steps ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def step(label: str, text: str, took_ms: float | None = None) -> str:
-    """Write what happened to a step; the lines of a longer text are aligned."""
-    said = text if took_ms is None else f"{text:<{_CREATED}}  {took_ms:.0f} ms"
-    return f"  {label:<{_STEP}}" + said.replace("\n", "\n" + " " * (_STEP + 2))
+def step(label: str, *texts: str) -> str:
+    """Write what happened to a step; further texts are lines below it, aligned."""
+    return f"  {label:<{_STEP}}" + lines(texts).replace("\n", "\n" + " " * (_STEP + 2))
+
+
+def timed(created: str, took_ms: float) -> str:
+    """Say what was created, and how long that took."""
+    return f"{created:<{_CREATED}}  {took_ms:.0f} ms"
 
 
 def created(checks: Sequence[Check]) -> str:
@@ -163,7 +168,7 @@ def steps(plan: Plan, *, passed: Sequence[Check] = (), conflicts: bool = True, o
         rows.append((f"  {step.label}  ", step.state.value))
         rows += [(f"    {sign} {thing}  ", detail) for sign, thing, detail in things]
     width = min(max((len(name) for name, _ in rows), default=0), _DETAIL)
-    return [f"{name:<{width}}{detail}".rstrip() for name, detail in rows]
+    return [lines([f"{name:<{width}}{detail}".rstrip()]) for name, detail in rows]
 
 
 def _due(step: StepPlan) -> list[tuple[str, str, str]]:
@@ -211,7 +216,7 @@ def locks(actions: Iterable[Action], sizes: Mapping[str, Size]) -> list[str]:
             once = ["", ""]
     first, second = (max([len(row[column]) for row in rows], default=0) + 2 for column in (0, 1))
     aligned = [f"{name:<{first}}{lock:<{second}}{size}".rstrip() for name, lock, size in rows]
-    return [line("locks", "\n".join(aligned))] if rows else []
+    return [line("locks", *aligned)] if rows else []
 
 
 def _size(size: Size | None) -> str:
@@ -230,12 +235,12 @@ def _bytes(count: int | None) -> str:
 
 def bystanders(seen: Sequence[Bystander], settings: Settings) -> list[str]:
     """Say whom setup would wait for at this moment."""
-    lines = []
+    told = []
     for one in seen:
         held = f"{one.mode} on {one.table}" if one.table else one.mode
-        lines.append(line("now", f"{one.session} and {'holds' if one.granted else 'waits for'} {held}"))
+        told.append(line("now", f"{one.session} and {'holds' if one.granted else 'waits for'} {held}"))
     patience = f"{settings.lock_timeout_ms / 1000:g} s at a time, for up to {settings.lock_wait_s:g} s"
-    return [*lines, *[line("", f"setup would wait for them, {patience} (LOCK_TIMEOUT, LOCK_WAIT)")] * bool(lines)]
+    return [*told, *[line("", f"setup would wait for them, {patience} (LOCK_TIMEOUT, LOCK_WAIT)")] * bool(told)]
 
 
 def consequences(plan: Plan, kept: Sequence[str], unseen: Sequence[str]) -> list[str]:
@@ -270,7 +275,7 @@ def rehearsal(done: Rehearsed, plan: Plan) -> list[str]:
     later = f"; the concurrent part would fix the other {open_}, where no row refuses" if open_ else ""
     took = sum(done.duration_ms.values())
     return [
-        *(step(label, created(list(dict.fromkeys(made[label]))), ms) for label, ms in done.duration_ms.items()),
+        *(step(label, timed(created(list(dict.fromkeys(made[label]))), ms)) for label, ms in done.duration_ms.items()),
         line("done", f"rolled back after {took:.0f} ms: {summary(done.checks)} until then{later}"),
     ]
 
@@ -283,19 +288,20 @@ def conflicts(checks: Sequence[Check], commands: Mapping[Check, Sequence[str]]) 
     shown = outermost(checks)
     helping = {command for check in shown for command in commands.get(check, ())}
     said: set[str] = set()
-    lines = []
+    told = []
     for check in checks:
         own = commands.get(check, ())
         if check in shown or not helping.issuperset(own):  # else it goes without saying
-            lines.append(line("conflict", "\n".join([difference(check), *(c for c in own if c not in said)])))
+            new = [part for command in own if command not in said for part in command.split("\n")]
+            told.append(line("conflict", difference(check), *new))
             said.update(own)
-    return lines
+    return told
 
 
 def error(error: RecipeError, target: str = "") -> list[str]:
     """Say what is wrong, what it concerns, where it was (target), and what helps."""
-    says = line("error", "\n".join(filter(None, [error.what, error.where, target])))
-    return [says, line("help", error.remedy)] if error.remedy else [says]
+    says = line("error", error.what, *filter(None, [*error.where.split("\n"), target]))
+    return [says, line("help", *error.remedy.split("\n"))] if error.remedy else [says]
 
 
 def moves(target: Target, server: Server, moving: Sequence[Move]) -> str:
@@ -309,7 +315,7 @@ def moves(target: Target, server: Server, moving: Sequence[Move]) -> str:
         f"out of schema {server.schema} on {target.display} to a new one, {ARCHIVE} (or {ARCHIVE}_2, …); new and "
         "empty tables take the place of the chain's own:"
     )
-    return line("moves", "\n".join([says, *(f"{move.found} ({held(move)})" for move in moving)]))
+    return line("moves", says, *(f"{move.found} ({held(move)})" for move in moving))
 
 
 def around(seen: Surroundings, server: Server) -> list[str]:
@@ -320,7 +326,7 @@ def around(seen: Surroundings, server: Server) -> list[str]:
         for entry in seen.history
     ] or [f"none in schema {server.schema} (nothing was run here yet, or the role may not read it)"]
     return [
-        *(line(one.what, f"{one.says}\n{one.command}".strip()) for one in seen.unusual),
+        *(line(one.what, one.says, *filter(None, [one.command])) for one in seen.unusual),
         *(line("history", entry) for entry in history),
         *(line("note", f"the file of {step} is not the one that was applied here last") for step in seen.changed),
     ]

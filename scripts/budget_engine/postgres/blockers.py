@@ -76,7 +76,7 @@ SELECT coalesce(wanted.mode || ' on ' || wanted.relation::regclass, 'a transacti
          {SESSION},
          (SELECT string_agg(format('prepared transaction %s (role %s), prepared %s s ago: COMMIT PREPARED or ROLLBACK '
                                    'PREPARED ends it', quote_literal(p.gid), p.owner,
-                                   round(extract(epoch FROM clock_timestamp() - p.prepared))), E'\\n')
+                                   round(extract(epoch FROM clock_timestamp() - p.prepared))), '; ')
           FROM pg_prepared_xacts AS p
           JOIN pg_locks AS own ON own.transactionid = p.transaction AND own.pid IS NULL
           JOIN pg_locks AS l ON l.virtualtransaction = own.virtualtransaction AND l.pid IS NULL

@@ -183,7 +183,7 @@ def _refuse_what_is_none(members: Sequence[Member]) -> None:
         raise errors.NO_TARGET()
     counted = Counter(name for member in members for name in {member.label, member.place})
     if twice := [name for name, count in counted.items() if count > 1]:
-        raise errors.TARGET_TWICE(where="\n".join(twice))
+        raise errors.TARGET_TWICE(where=twice)
 
 
 # ── the work ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -327,8 +327,8 @@ def _told(results: Iterator[Ended], total: int) -> Iterator[Ended]:
         if CONSOLE.format == "json":
             CONSOLE.emit(ended.as_json())
         if ended.exit_code:
-            says = "\n".join(filter(None, [f"{ended.member.label}: exit {ended.exit_code}: {ended.what}", ended.where]))
-            CONSOLE.say(text.line("failed", says))
+            says = f"{ended.member.label}: exit {ended.exit_code}: {ended.what}"
+            CONSOLE.say(text.line("failed", says, *ended.where.splitlines()))
         CONSOLE.progress(f"{number} of {total} targets, {failed} failed")
         yield ended
 

@@ -138,7 +138,7 @@ def said_without_an_end() -> set[tuple[str, str]]:
     raised = [found for text in [*texts, *migrations] for found in re.findall("RAISE (?:NOTICE|WARNING) '(.*?)'", text)]
     formatted = [text_of(node) for node in nodes if isinstance(node, ast.JoinedStr)]
     lines = [node.args for node in nodes if isinstance(node, ast.Call) and called(node) == "line"]
-    labelled = [f"{text_of(args[0]):<{LABEL}}{text_of(args[1]) or '…'}" for args in lines if len(args) == 2]
+    labelled = [f"{text_of(args[0]):<{LABEL}}{text_of(args[1]) or '…'}" for args in lines if len(args) >= 2]
     return {("", text.replace("%", "…")) for text in (*formatted, *raised, *labelled)}
 
 

@@ -300,5 +300,11 @@ def strange_names(chance: random.Random) -> list[str]:
     """Return names that end a line, begin a command of psql or GitHub, or steer a terminal, and random ones."""
     ends = ["\r", "\n", "\v", "\f", "\t", "\x1b[2K", "\x7f", "\x85", "\u2028", "\u2029", "\u202e", "\x1c", "\x1e"]
     names = [f"v{sign}\\! touch made_by_a_name;#" for sign in [*ends, " " * 30]]
-    names += ["v\n::error::x\n FORGED\n##[error]x", "::error::x", "v##[error]x", "%s $$ $locks$ :x"]
+    names += [
+        "v" + " " * 25 + "; CREATE TABLE made_by_a_name ();",
+        "v\n::error::x\n FORGED\n##[error]x",
+        "::error::x",
+        "v##[error]x",
+        "%s $$ $locks$ :x",
+    ]
     return [*names, *(random_name(chance) for _ in range(20))]

@@ -90,7 +90,7 @@ def test_ten_thousand_names_are_what_they_were(db: Db) -> None:
 @contextmanager
 def strange_role(db: Db) -> Iterator[str]:
     """A role of a strange name that may write turns and owns slots, and brings a limit along."""
-    name = f"{db.name[-6:]}\r\\! touch made_by_a_name;\n##[error]x"
+    name = f"{db.name[-6:]}\r\\! touch made_by_a_name;\n FORGED##[x"
     role = quoted(name)
     db.execute(f"CREATE ROLE {role} LOGIN; GRANT INSERT ON turns TO {role}; ALTER TABLE slots OWNER TO {role}")
     db.execute(f"ALTER ROLE {role} SET session_replication_role = replica")
@@ -132,11 +132,11 @@ def test_names_of_others_act_on_nothing(db: Db, tmp_path: Path, home: str) -> No
 
 
 def test_what_the_server_says_acts_on_nothing(db: Db, tmp_path: Path) -> None:
-    """Messages, details and notices of an event trigger; the query of a session that holds a lock."""
+    """Messages, details and notices of an event trigger; the role and the query of a session that holds a lock."""
     db.execute(altered(""))
     said = sql.Literal(STRANGE.replace("FORGED", "")).as_string()  # a message may have lines of its own
     query = f"LOCK TABLE slots IN SHARE MODE /* {STRANGE} */"
-    with holding(db, query):
+    with strange_role(db) as role, holding(db, query, quote(role, safe="")):
         assert "is idle in transaction" in asked(db, "plan", tmp_path).out
         done = asked(db, "setup", tmp_path, {"LOCK_WAIT": "1s", "LOCK_TIMEOUT": "200ms"})
         assert (done.code, "LOCK TABLE" in done.err) == (7, True), done
@@ -165,12 +165,15 @@ def test_an_undo_is_pasted_as_it_was_printed(db: Db, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_plan_is_piped_as_it_was_printed(db: Db, tmp_path: Path) -> None:
-    db.execute(f"CREATE SCHEMA {quoted(STRANGE)}; ALTER DATABASE {db.name} SET search_path = {quoted(STRANGE)}")
+@pytest.mark.parametrize("home", [STRANGE, "a$locks$b$guard$c$history$d$verification$ '"])
+def test_a_plan_is_piped_as_it_was_printed(db: Db, tmp_path: Path, home: str) -> None:
+    db.execute(f"CREATE SCHEMA {quoted(home)}; ALTER DATABASE {db.name} SET search_path = {quoted(home)}")
     db.execute(with_uuid())
     (tmp_path / "plan.sql").write_text(asked(db, "plan --sql", tmp_path).out)
+    assert asked(db, "rehearse", tmp_path).code == 0
     done = db.psql("-f", str(tmp_path / "plan.sql"))
     assert (done.code, db.differing()) == (0, {}), done
+    assert db.transactions() != []
 
 
 def test_remedies_are_pasted_as_they_were_printed(db: Db, tmp_path: Path) -> None:
@@ -199,3 +202,4 @@ def test_remedies_are_pasted_as_they_were_printed(db: Db, tmp_path: Path) -> Non
             == "{session_replication_role=origin}"
         )
     assert [path.name for path in tmp_path.iterdir()] == ["control"]
+    assert db.value("SELECT to_regclass('made_by_a_name')") is None

@@ -84,7 +84,7 @@ _BROKEN_IF_SEEN = """\
 
 # All of them or none: who waits for one table while holding another holds up everybody who wants that one. So the queue
 # is for the first only, while nothing is held; what comes after it is waited for a moment at most.
-_LOCKS = """DO $locks$
+_LOCKS = """DO ${tag}$
 DECLARE
   give_up CONSTANT pg_catalog.timestamptz :=
     pg_catalog.clock_timestamp() + pg_catalog.current_setting('lock_timeout')::pg_catalog.interval;
@@ -101,7 +101,7 @@ BEGIN
     PERFORM pg_catalog.pg_sleep(0.02);
   END LOOP;
 END
-$locks$"""
+${tag}$"""
 _ONE_LOCK = """\
       -- without the right to LOCK it, the statement itself has to wait
       IF pg_catalog.has_table_privilege('{name}', 'UPDATE, DELETE, TRUNCATE') THEN
@@ -110,7 +110,7 @@ _ONE_LOCK = """\
       END IF;"""
 
 # Where another run got there first, the transaction wrote nothing, and the history says nothing.
-HISTORY = """DO $history$
+HISTORY = """DO ${tag}$
 BEGIN
   -- Subscribers of all tables would stop at its rows, unless they have it.
   IF EXISTS (SELECT FROM pg_catalog.pg_publication WHERE puballtables) THEN
@@ -153,7 +153,7 @@ BEGIN
 EXCEPTION WHEN OTHERS THEN  -- a right that is missing, another table of that name: no reason to give up the step
   RAISE NOTICE 'not written into the history: %', SQLERRM;
 END
-$history$"""
+${tag}$"""
 
 # Not now(): in a message of many transactions that is the time at which the message came, for all of them.
 _CLOCK = "extract(epoch FROM pg_catalog.clock_timestamp())"
@@ -245,7 +245,7 @@ class Script:
             seen = f"{sum(check.actual is not None for check in checks)} {sum(check.passed for check in checks)}"
             prepare = literal(_VERIFICATION.format(verification=self.chain.verification))
             does += _PREPARE.format(prepare=prepare) + _seen() + _BUSY_IF.format(condition=f"seen <> '{seen}'")
-        return _OURS.format(tag="guard", does=does)
+        return _OURS.format(tag=_tag("guard", does), does=does)
 
     def _locks(self, actions: Sequence[Action]) -> str:
         """Write what takes the locks that the actions want, the strongest first."""
@@ -259,7 +259,8 @@ class Script:
             _ONE_LOCK.format(table=name, name=name.replace("'", "''"), mode=lock.value, moment_ms=_MOMENT_MS)
             for name, lock in sorted(wanted.items(), key=lambda item: -STRENGTH.index(item[1]))
         ]
-        return _LOCKS.format(locks="\n".join(locks)) if locks else ""
+        body = "\n".join(locks)
+        return _LOCKS.format(tag=_tag("locks", body), locks=body) if locks else ""
 
     def _verification(self, planned: StepPlan) -> str:
         """Write what raises unless the step's checks pass, those excepted that come later or concurrently."""
@@ -274,7 +275,7 @@ class Script:
             literal([check.table for check in checks if check.kind is Kind.TABLE]),
         )
         broken = _BROKEN_IF_SEEN.format(message=literal(errors.BROKEN_STEP.says))
-        return _OURS.format(tag="verification", does=seen + broken)
+        return _OURS.format(tag=_tag("verification", seen), does=seen + broken)
 
     def as_sql(self) -> str:
         """Write what would be sent as a file for psql."""
@@ -292,6 +293,13 @@ def pinned(server: Server, *, local: bool = True) -> str:
     return ", ".join(f"pg_catalog.set_config('{name}', {literal(value)}, {local})" for name, value in values.items())
 
 
+def _tag(name: str, body: str) -> str:
+    """Return a tag for dollar quotes that nobody's name in the body ends."""
+    while f"${name}$" in body:
+        name += "_"
+    return name
+
+
 def _seen(step: str = "NULL", also: str = "NULL", later: str = "NULL", new_tables: str = "NULL") -> str:
     """Write what executes the prepared verification; each argument as SQL writes it."""
     return _SEEN.format(execute=literal(_VERIFIED.format(step=step, also=also, later=later, new_tables=new_tables)))
@@ -305,7 +313,7 @@ def history(step: Step, part: str, schema: str | None, duration: str | None) -> 
     """Write the statement that adds a line to the history."""
     values = {"step": step.label, "part": part, "schema": schema or "", "duration": duration}
     values |= {"checksum": step.checksum, "version": __version__}
-    return HISTORY.format(**{name: literal(value) for name, value in values.items()})
+    return HISTORY.format(tag=_tag("history", str(schema)), **{name: literal(value) for name, value in values.items()})
 
 
 def run_transactions(

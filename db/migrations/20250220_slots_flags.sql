@@ -13,6 +13,10 @@ DO $$ BEGIN
   IF to_regclass('slots') IS NULL THEN
     RAISE EXCEPTION USING ERRCODE = 'TB001', MESSAGE = 'slots_flags needs the table slots, which does not exist',
       HINT = 'Run db/migrations/20250214_slots_templates.sql first (invoke prereqs). This step changed nothing.';
+  ELSIF EXISTS (SELECT FROM pg_class JOIN pg_proc ON pronamespace = relnamespace AND proowner <> relowner AND pronargs = 0::int2
+                WHERE pg_class.oid = 'slots'::regclass::oid AND proname IN ('critical_slot_defaults', 'set_critical_slot_defaults')) THEN
+    RAISE EXCEPTION USING ERRCODE = 'TB002', MESSAGE = 'a function with the name of one of ours belongs to another role than slots does',
+      HINT = 'Rename it, then run db/migrations/20250220_slots_flags.sql (invoke slots-flags) again. This step changed nothing.';
   END IF;
   -- From here on in the schema of slots, and as its owner: what is created belongs to it, and its triggers run with its rights.
   PERFORM pg_catalog.set_config('budget_engine.role', current_setting('role'), true),
@@ -73,27 +77,52 @@ $$;
 CREATE OR REPLACE TRIGGER trigger_slots_critical_defaults BEFORE INSERT ON slots
   FOR EACH ROW WHEN (NOT NEW.must_keep AND NEW.min_chars IS NULL) EXECUTE FUNCTION set_critical_slot_defaults();
 
--- Rows that exist get the defaults of a column that is new (later, unset cannot be told from chosen): as the owner, looked up by key.
+-- Rows that exist get the defaults of a column that is new (later, unset cannot be told from chosen), looked up by key. Triggers and rules run
+-- then as the owner, and as SECURITY DEFINER, which they cannot leave: a role that was only SET they could RESET.
 DO $$ DECLARE
   keep CONSTANT boolean := 'must_keep' = ANY (current_setting('budget_engine.new')::name[]);
   chars CONSTANT boolean := 'min_chars' = ANY (current_setting('budget_engine.new')::name[]);
+  path CONSTANT text := current_setting('search_path');
+  owner CONSTANT text := current_setting('role');
+  ours CONSTANT text := current_setting('budget_engine.role');
+  wanted CONSTANT jsonb := (SELECT pg_catalog.jsonb_agg(d) FROM critical_slot_defaults() AS d);  -- before theirs can replace it
   d record;
 BEGIN
-  PERFORM pg_catalog.set_config('enable_seqscan', 'off', true);
-  FOR d IN SELECT * FROM critical_slot_defaults() WHERE keep OR chars LOOP
-    UPDATE slots SET must_keep = CASE WHEN keep THEN d.must_keep ELSE must_keep END, min_chars = CASE WHEN chars THEN d.min_chars ELSE min_chars END
-     WHERE type = d.type AND name = d.name AND NOT must_keep AND min_chars IS NULL;
-  END LOOP;
-  PERFORM pg_catalog.set_config('role', current_setting('budget_engine.role'), true), pg_catalog.set_config('row_security', 'off', true);
-  FOR d IN SELECT * FROM critical_slot_defaults() WHERE keep OR chars LOOP
-    IF EXISTS (SELECT FROM slots WHERE type = d.type AND name = d.name AND (keep OR NOT must_keep) AND (chars OR min_chars IS NULL)
-                 AND (keep AND must_keep <> d.must_keep OR chars AND min_chars IS DISTINCT FROM d.min_chars)) THEN
-      RAISE EXCEPTION USING ERRCODE = 'TB003', MESSAGE = 'a trigger, rule or policy of slots keeps a critical slot from its defaults',
-        DETAIL = pg_catalog.format('The slot (%s, %s) should have must_keep %s and min_chars %s.', d.type, d.name, d.must_keep, d.min_chars),
-        HINT = 'Disable it while this step runs: db/migrations/20250220_slots_flags.sql (invoke slots-flags). This step changed nothing.';
-    END IF;
-  END LOOP;
-  PERFORM pg_catalog.set_config('row_security', 'on', true), pg_catalog.set_config('enable_seqscan', 'on', true);
+  IF keep OR chars THEN
+    CREATE FUNCTION give_critical_slot_defaults(boolean, boolean) RETURNS void LANGUAGE sql SECURITY DEFINER AS $function$
+      UPDATE slots SET must_keep = CASE WHEN $1 THEN d.must_keep ELSE slots.must_keep END,
+                       min_chars = CASE WHEN $2 THEN d.min_chars ELSE slots.min_chars END FROM critical_slot_defaults() AS d
+       WHERE slots.type = d.type AND slots.name = d.name AND NOT slots.must_keep AND slots.min_chars IS NULL;
+    $function$;
+    PERFORM pg_catalog.set_config('enable_seqscan', 'off', true);
+    PERFORM give_critical_slot_defaults(keep, chars);
+    -- Whatever they did to our settings, our functions and slots: from here on nothing of theirs is in reach.
+    PERFORM pg_catalog.set_config('search_path', path, true);
+    PERFORM pg_catalog.set_config('role', ours, true), pg_catalog.set_config('row_security', 'off', true);
+    FOR d IN SELECT * FROM pg_catalog.jsonb_to_recordset(wanted) AS d (type text, name text, must_keep boolean, min_chars int) LOOP
+      IF 4 <> (SELECT pg_catalog.count(*) FROM pg_class JOIN pg_attribute ON attrelid = pg_class.oid
+               WHERE pg_class.oid = 'slots'::regclass::oid AND relkind = 'r'
+                 AND (attname IN ('type', 'name') AND atttypid = 'text'::regtype::oid OR attname = 'must_keep' AND atttypid = 'boolean'::regtype::oid
+                      OR attname = 'min_chars' AND atttypid = 'int'::regtype::oid)) THEN
+        RAISE EXCEPTION USING ERRCODE = 'TB002', MESSAGE = 'slots is no table with type and name text, must_keep boolean and min_chars int',
+          HINT = 'Have it so, then run db/migrations/20250220_slots_flags.sql (invoke slots-flags) again. This step changed nothing.';
+      ELSIF owner <> current_user::text AND current_setting('server_version_num')::int < 180000 AND EXISTS (
+          SELECT FROM pg_trigger JOIN pg_stat_xact_all_tables ON relid = tgrelid WHERE tgdeferrable AND tgenabled <> 'D' AND tgfoid > 16383::oid
+            AND n_tup_ins + n_tup_upd + n_tup_del > 0::bigint) THEN
+        RAISE EXCEPTION USING ERRCODE = 'TB003', MESSAGE = 'a deferrable trigger of another role would run at COMMIT with the rights of who commits',
+          HINT = 'Disable those of slots, or run db/migrations/20250220_slots_flags.sql (invoke slots-flags) as its owner. This step changed nothing.';
+      ELSIF EXISTS (SELECT FROM slots WHERE type = d.type AND name = d.name AND (keep OR NOT must_keep) AND (chars OR min_chars IS NULL)
+                      AND (keep AND must_keep <> d.must_keep OR chars AND min_chars IS DISTINCT FROM d.min_chars)) THEN
+        RAISE EXCEPTION USING ERRCODE = 'TB003', MESSAGE = 'a trigger, rule or policy of slots keeps a critical slot from its defaults',
+          DETAIL = pg_catalog.format('The slot (%s, %s) should have must_keep %s and min_chars %s.', d.type, d.name, d.must_keep, d.min_chars),
+          HINT = 'Disable it while this step runs: db/migrations/20250220_slots_flags.sql (invoke slots-flags). This step changed nothing.';
+      END IF;
+    END LOOP;
+    PERFORM pg_catalog.set_config('role', owner, true), pg_catalog.set_config('row_security', 'on', true);
+    DROP FUNCTION give_critical_slot_defaults(boolean, boolean);
+    PERFORM pg_catalog.set_config('enable_seqscan', 'on', true);
+  END IF;
+  PERFORM pg_catalog.set_config('role', ours, true);
 END $$;
 COMMIT;
 

@@ -482,7 +482,7 @@ def test_plan_as_sql_stays_in_the_schema_of_the_url(db: Db, tmp_path: Any) -> No
 
 
 def test_plan_as_sql_is_as_patient_as_setup(db: Db) -> None:
-    patience = "SELECT set_config('lock_timeout', '3000ms', true)"
+    patience = "SELECT pg_catalog.set_config('lock_timeout', '3000ms', true)"
     assert patience in db.invoke("plan", "--sql", env={"LOCK_TIMEOUT": "3s"}).out
 
 

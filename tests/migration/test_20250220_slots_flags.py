@@ -267,6 +267,62 @@ def test_the_owners_triggers_run_as_the_owner(db: Db, role: str) -> None:
     assert differing(db, "slots_flags") == []
 
 
+SEE = "INSERT INTO seen VALUES (current_user);"
+ON_UPDATE = """
+CREATE FUNCTION grab() RETURNS trigger LANGUAGE plpgsql AS $f$ BEGIN {does} RETURN NEW; END $f$;
+CREATE {when} UPDATE ON slots {deferred} FOR EACH ROW EXECUTE FUNCTION grab();"""
+AT_ONCE = {"when": "TRIGGER grab BEFORE", "deferred": ""}
+AT_THE_END = {"when": "CONSTRAINT TRIGGER grab AFTER", "deferred": "DEFERRABLE INITIALLY DEFERRED"}
+RESET = f"BEGIN PERFORM set_config('role', 'none', false); EXCEPTION WHEN OTHERS THEN NULL; END; {SEE}"
+# What the owner of slots may have her trigger do, to be run with the rights of a superuser who migrates.
+GRABS = {
+    "reset the role": ON_UPDATE.format(does=RESET, **AT_ONCE),
+    "wait for the commit": ON_UPDATE.format(does=RESET, **AT_THE_END),
+    "wait again for the commit": f"""
+        CREATE TABLE again (); GRANT INSERT ON again TO PUBLIC;
+        CREATE FUNCTION later() RETURNS trigger LANGUAGE plpgsql AS $f$ BEGIN {RESET} RETURN NEW; END $f$;
+        CREATE CONSTRAINT TRIGGER later AFTER INSERT ON again DEFERRABLE FOR EACH ROW EXECUTE FUNCTION later();"""
+    + ON_UPDATE.format(does="SET CONSTRAINTS ALL DEFERRED; INSERT INTO again DEFAULT VALUES;", **AT_THE_END),
+    "change the function that calls": ON_UPDATE.format(
+        does=f"""EXECUTE (SELECT format('ALTER FUNCTION %s SECURITY INVOKER', oid::regprocedure) FROM pg_proc
+                          WHERE proname ~ '^give_'); {RESET}""",
+        **AT_ONCE,
+    ),
+    "lead to operators of hers": f"""
+        CREATE SCHEMA hers;
+        CREATE FUNCTION hers.same(text, text) RETURNS boolean LANGUAGE plpgsql AS
+          $f$ BEGIN {SEE} RETURN $1 OPERATOR(pg_catalog.=) $2; END $f$;
+        CREATE OPERATOR hers.= (FUNCTION = hers.same, LEFTARG = text, RIGHTARG = text);
+        GRANT USAGE ON SCHEMA hers TO PUBLIC;"""
+    + ON_UPDATE.format(does="PERFORM set_config('search_path', 'hers, public, pg_catalog', false);", **AT_ONCE),
+    "replace a function of ours": ON_UPDATE.format(
+        does=f"""EXECUTE $e$ CREATE OR REPLACE FUNCTION public.critical_slot_defaults()
+                   RETURNS TABLE (type text, name text, must_keep boolean, min_chars int) LANGUAGE plpgsql AS
+                   'BEGIN {SEE} END' $e$;""",
+        **AT_ONCE,
+    ),
+    "put a view in the place of slots": f"""
+        CREATE FUNCTION spy() RETURNS text LANGUAGE plpgsql AS $f$ BEGIN {SEE} RETURN 'ux'; END $f$;"""
+    + ON_UPDATE.format(
+        does="""IF to_regclass('public.moved') IS NULL THEN
+                  ALTER TABLE public.slots RENAME TO moved;
+                  CREATE VIEW public.slots AS SELECT spy() AS type, name, must_keep, min_chars FROM public.moved;
+                END IF;""",
+        **AT_THE_END,
+    ),
+}
+
+
+@pytest.mark.parametrize("by", ["psql", "setup"])
+@pytest.mark.parametrize("grab", GRABS.values(), ids=GRABS)
+def test_the_owners_code_gets_no_rights_of_ours(db: Db, role: str, grab: str, by: str) -> None:
+    db.execute(SLOTS_TEMPLATES + SLOT_ROWS + grab)
+    db.execute(f"CREATE TABLE seen (who text); GRANT INSERT ON seen TO PUBLIC; GRANT CREATE ON SCHEMA public TO {role}")
+    db.execute(f"ALTER TABLE slots OWNER TO {role}")
+    done = db.psql("-f", str(MIGRATIONS / f"{STEM}.sql")) if by == "psql" else db.invoke("setup")
+    assert set(db.rows("SELECT who FROM seen")) <= {(role,)}, done
+
+
 def test_another_ones_function_is_not_replaced(db: Db, role: str) -> None:
     db.execute(
         SLOTS_TEMPLATES
@@ -278,6 +334,21 @@ def test_another_ones_function_is_not_replaced(db: Db, role: str) -> None:
     before = db.dump()
     assert db.psql("-f", str(MIGRATIONS / f"{STEM}.sql")).code == 3
     assert db.dump() == before
+
+
+@pytest.mark.parametrize("name", ["critical_slot_defaults", "set_critical_slot_defaults"])
+def test_a_function_of_hers_does_not_become_ours(db: Db, role: str, name: str) -> None:
+    """Replaced by a superuser, it would stay hers, to be replaced by her later on."""
+    db.execute(SLOTS_TEMPLATES)
+    db.migrate(STEM)
+    db.execute("DROP TRIGGER trigger_slots_critical_defaults ON slots; ALTER TABLE slots DROP min_chars")
+    db.execute(f"GRANT CREATE ON SCHEMA public TO {role}; ALTER FUNCTION {name}() OWNER TO {role}")
+    before = db.dump()
+    done = db.psql("-v", "VERBOSITY=verbose", "-f", str(MIGRATIONS / f"{STEM}.sql"))
+    assert (done.code, "ERROR:  TB002: " in done.err) == (3, True), done
+    assert db.invoke("slots-flags").code == 6
+    assert db.dump() == before
+    assert [c.name for c in differing(db, "slots_flags") if c.verdict == "differs, conflict"] == [name]
 
 
 FIRST_VERSION = """

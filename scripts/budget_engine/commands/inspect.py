@@ -85,10 +85,11 @@ def _say_steps(view: View, *, verbose: bool, conflicts: bool) -> None:
 def _say_plan(session: Session, view: View, *, verbose: bool) -> None:
     """Gather what is known of the tables that the plan touches, and say it."""
     todo, connection = view.plan, session.connection
-    sizes = blockers.sizes(connection, [table for action in todo.actions for table in action.locks])
+    sizes = blockers.sizes(connection, {table: todo.found.get(table, table) for a in todo.actions for table in a.locks})
     building = any(action.effect is plan.Effect.BUILD for action in todo.actions)
-    bystanders = blockers.bystanders(connection, waits_for(todo), building=building)
-    kept = [_kept(connection, check) for check in todo.missing if check.replaces]
+    bystanders = blockers.bystanders(connection, waits_for(todo), todo.found, building=building)
+    # Where there are conflicts it may be a view: to read it is to run what others wrote.
+    kept = [] if todo.conflicts else [_kept(connection, check) for check in todo.missing if check.replaces]
     unseen = plan.left_to_the_rows(todo)
     CONSOLE.say(*(text.steps(todo, passed=view.found.checks) if verbose else text.steps(todo, only_due=True)))
     if not todo.conflicts:  # else nothing would run
@@ -115,7 +116,7 @@ def _kept(connection: Connection, column: Check) -> str:
         f"SELECT count({column.name}) FROM {column.found}",
     ]
     try:
-        taken, [(count,)] = connection.ask(queries, survey.NOTHING_OF_OTHERS, *settings)
+        taken, [(count,)] = connection.ask(queries, *settings)
     except errors.StatementError:
         return f"the {kind} values of {column.title}, which could not be counted, under another name"
     into = next((name for name in names if (name,) not in taken), "another column")

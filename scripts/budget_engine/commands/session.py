@@ -145,7 +145,7 @@ class Session:
         if not todo.conflicts:
             return {}
         try:
-            _, rows = self.connection.ask([survey.PIN, conflicts.query(todo.checks)], conflicts.PLAIN)
+            [rows] = self.connection.ask([conflicts.query(todo.checks)], conflicts.PLAIN)
         except errors.StatementError as error:  # a view behind ACCESS EXCLUSIVE: the conflict can be told without it
             if errors.for_sqlstate(error.sqlstate).exit_code != 7:
                 raise
@@ -180,7 +180,7 @@ class Session:
             try:
                 return runner.rehearse(self.connection, self._script(todo, found), _Progress(), _notice)
             except errors.LockTimeoutError as hindrance:
-                _name(hindrance, blockers.bystanders(self.connection, waits_for(todo), building=False))
+                _name(hindrance, blockers.bystanders(self.connection, waits_for(todo), todo.found, building=False))
                 self._pause(hindrance, found)
             if self.todo(again := self._survey()).transactions:
                 found = again

@@ -82,4 +82,4 @@ class _WithDependants(Connection):
     @property
     def transaction_settings(self) -> str:
         """Return the settings of any transaction, and this one: through a pooler it must come with each."""
-        return f"{super().transaction_settings}, set_config('budget_engine.with_dependants', 'on', true)"
+        return f"{super().transaction_settings}, pg_catalog.set_config('budget_engine.with_dependants', 'on', true)"

@@ -105,6 +105,11 @@ class Plan:
         return [action for step in self.steps for action in step.transaction] + self.concurrent
 
     @property
+    def found(self) -> dict[str, str]:
+        """The tables that exist: as SQL writes each, by its bare name."""
+        return {check.table: check.found for check in self.checks if check.found}
+
+    @property
     def drops(self) -> bool:
         """Whether it drops anything: an unfinished index, to build it again."""
         return any(len(action.sql) > 1 for action in self.concurrent)

@@ -13,7 +13,7 @@ from budget_engine import errors
 from budget_engine.migration import plan
 from budget_engine.migration.chain import Chain, Step
 from budget_engine.migration.checks import Check, Kind, Lock, as_if_missing
-from budget_engine.migration.survey import PIN, Survey, literal
+from budget_engine.migration.survey import Survey, literal
 from budget_engine.postgres.connection import Connection, Row
 
 ARCHIVE = "core_archive"  # the schema that the file moves them to, or this with a number
@@ -78,7 +78,7 @@ def read(connection: Connection, chain: Chain, found: Survey, *, with_dependants
     tables = [c for c in found.checks if c.kind is Kind.TABLE and c.found and c.table in made]
     core = [str(check.found) for check in tables if check.step == recreate.instead_of]
     anew = [str(check.found) for check in tables]
-    _, rows = connection.ask([PIN, _LED.format(core=literal(core), anew=literal(anew))])
+    [rows] = connection.ask([_LED.format(core=literal(core), anew=literal(anew))])
     if (keys := _lines(row[5] for row in rows)) and not with_dependants:
         raise errors.DEPENDANTS(where=keys)
     if lacking := _lines(row[6] for row in rows):

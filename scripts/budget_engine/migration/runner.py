@@ -27,7 +27,7 @@ from budget_engine.migration.chain import Chain, Step
 from budget_engine.migration.checks import STRENGTH, Check, Kind, Lock
 from budget_engine.migration.plan import Action, Effect, Plan, StepPlan
 from budget_engine.migration.survey import Server, Survey, literal
-from budget_engine.postgres.connection import BEGIN, BEGIN_READ_ONLY, MISGUIDING, Connection, Rows
+from budget_engine.postgres.connection import BEGIN, BEGIN_READ_ONLY, MISGUIDING, PIN, Connection, Rows
 from budget_engine.spelling import respelled
 
 _BUSY = "TB004"  # raised by the guard
@@ -111,6 +111,9 @@ _ONE_LOCK = """\
 
 # Where another run got there first, the transaction wrote nothing, and the history says nothing.
 HISTORY = """DO ${tag}$
+DECLARE  -- of anybody else's table a trigger, a rule or a default would run with our rights
+  trusted CONSTANT pg_catalog.oid[] := ARRAY(
+    SELECT oid FROM pg_catalog.pg_roles WHERE rolsuper OR rolname = current_user);
 BEGIN
   -- Subscribers of all tables would stop at its rows, unless they have it.
   IF EXISTS (SELECT FROM pg_catalog.pg_publication WHERE puballtables) THEN
@@ -145,6 +148,11 @@ BEGIN
       PERFORM FROM pg_catalog.pg_class LIMIT 1;
     END;
   END IF;
+  IF EXISTS (SELECT FROM pg_catalog.pg_class JOIN pg_catalog.pg_namespace AS n ON n.oid = relnamespace
+             WHERE nspname = 'budget_engine' AND relname = 'history'
+               AND (relkind <> 'r' OR relowner <> ALL (trusted) OR nspowner <> ALL (trusted))) THEN
+    RAISE EXCEPTION 'it belongs to another role that is no superuser, or is no table';
+  END IF;
   INSERT INTO budget_engine.history (step, part, schema_name, duration, checksum, version)
   VALUES ({step}, {part}, {schema},
           coalesce({duration}::pg_catalog.interval, pg_catalog.clock_timestamp() - pg_catalog.to_timestamp(
@@ -158,12 +166,13 @@ ${tag}$"""
 # Not now(): in a message of many transactions that is the time at which the message came, for all of them.
 _CLOCK = "extract(epoch FROM pg_catalog.clock_timestamp())"
 _STARTED = f"pg_catalog.set_config('budget_engine.started_at', ({_CLOCK})::pg_catalog.text, true)"
-_TOOK = f"SELECT 1000 * ({_CLOCK} - pg_catalog.current_setting('budget_engine.started_at')::pg_catalog.numeric)"
+_TOOK = f"SELECT 1000.0 * ({_CLOCK} - pg_catalog.current_setting('budget_engine.started_at')::pg_catalog.numeric)"
 
-_AS_BUILT = f"SELECT set_config(name, boot_val, false) FROM pg_settings WHERE {MISGUIDING}"
+_AS_BUILT = f"SELECT pg_catalog.set_config(name, boot_val, false) FROM pg_catalog.pg_settings WHERE {MISGUIDING}"
 # For the session that builds (transaction_timeout is new in 17).
-_UNLIMITED = """SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN '{lock_timeout_ms}' ELSE '0' END, false)
-FROM pg_settings WHERE name IN ('statement_timeout', 'transaction_timeout', 'lock_timeout')"""
+_UNLIMITED = """SELECT pg_catalog.set_config('lock_timeout', '{lock_timeout_ms}', false),
+  (SELECT pg_catalog.max(pg_catalog.set_config(name, '0', false)) FROM pg_catalog.pg_settings
+   WHERE name OPERATOR(pg_catalog.=) ANY ('{{statement_timeout,transaction_timeout}}'))"""
 
 
 class Part(Enum):
@@ -249,11 +258,10 @@ class Script:
 
     def _locks(self, actions: Sequence[Action]) -> str:
         """Write what takes the locks that the actions want, the strongest first."""
-        found = {check.table: check.found for check in self.plan.checks if check.found}
         wanted: dict[str, Lock] = {}
         for action in actions:
             for table, lock in action.locks.items():
-                name = found.get(table, table)
+                name = self.plan.found.get(table, table)
                 wanted[name] = max(lock, wanted.get(name, lock), key=STRENGTH.index)
         locks = [
             _ONE_LOCK.format(table=name, name=name.replace("'", "''"), mode=lock.value, moment_ms=_MOMENT_MS)
@@ -369,6 +377,7 @@ class Builder:
         self.connection, self.found, self.say = connection, found, say
         self.refused: dict[str, str] = {}  # the statement, and why the rows refuse it
         self._pooled = patience_s is None
+        self._frame = f"SELECT {connection.transaction_settings}, {pinned(found.server)}"
         self._patience = "pg_catalog.set_config('statement_timeout', '0', true)"
         self._has_turn = False
         if patience_s is not None:
@@ -395,7 +404,7 @@ class Builder:
             if any(self.refused.keys().isdisjoint(action.sql) for action in due):
                 took = f"{time.monotonic() - started} s"
                 line = history(step.step, "concurrent", self.found.server.schema, took)
-                self.connection.run([*BEGIN, f"SELECT {self.connection.transaction_settings}", line, "COMMIT"])
+                self.connection.run([*BEGIN, self._frame, line, "COMMIT"])
 
     def _take_turn(self) -> None:
         """Be the one who builds until the session ends.
@@ -409,7 +418,7 @@ class Builder:
         if self._pooled:
             tables = sorted({check.found for check in self.found.checks if check.found})
             free += f" AND NOT {turn.being_built(f'{literal(tables)}::regclass[]')}"
-        *_, rows, _ = self.connection.run([*BEGIN_READ_ONLY, survey.PIN, f"SELECT {free}", "COMMIT"])
+        *_, rows, _ = self.connection.run([*BEGIN_READ_ONLY, PIN, f"SELECT {free}", "COMMIT"])
         if rows != [("t",)]:
             self.connection.run(["SELECT pg_catalog.pg_advisory_unlock_all()"])  # those of some schemas, perhaps
             raise errors.BUSY(who=f"{'session' if self._pooled else 'run'} is building indexes in this schema")
@@ -418,8 +427,7 @@ class Builder:
     def _run_alone(self, step: Step, action: Action, sql: str) -> None:
         noticed: list[str | None] = []
         sent = Sent(step, Part.CONCURRENT, sql, action)
-        frame = f"SELECT {self.connection.transaction_settings}, {pinned(self.found.server)}, {self._patience}"
-        message = [*BEGIN, frame, sql, "COMMIT"] if action.effect is Effect.SCAN else [sql]
+        message = [*BEGIN, f"{self._frame}, {self._patience}", sql, "COMMIT"] if action.effect is Effect.SCAN else [sql]
         try:
             with self.connection.notices(lambda notice: noticed.append(notice.sqlstate)):
                 self.connection.run(message)

@@ -13,7 +13,7 @@ from budget_engine.errors import StatementError
 from budget_engine.migration.chain import Chain
 from budget_engine.migration.checks import Check, Kind
 from budget_engine.migration.turn import Turn, being_built
-from budget_engine.postgres.connection import Connection, Rows
+from budget_engine.postgres.connection import PIN, UNPIN, Connection, Rows
 from budget_engine.spelling import respelled
 
 
@@ -55,22 +55,11 @@ class Survey:
         return Turn(self.server.path, tuple(dict.fromkeys([*self.server.path[:1], *self.server.homes])))
 
 
-NOTHING_OF_OTHERS = "set_config('search_path', 'pg_catalog, pg_temp', true)"  # no function, no operator of theirs
-
 _SERVER = """
-SELECT pg_catalog.current_setting('server_version'), current_user, pg_catalog.current_database(),
-       pg_catalog.array_to_json(pg_catalog.current_schemas(false)),
-       CASE WHEN pg_catalog.pg_is_in_recovery() THEN 'the server is a standby'
-            WHEN pg_catalog.current_setting('default_transaction_read_only')::pg_catalog.bool
-            THEN 'default_transaction_read_only is on' END,
-       pg_catalog.current_setting('search_path'), pg_catalog.pg_backend_pid()"""
-
-# Where tables are looked for is noted; then nothing of others is in reach.
-PIN = f"""
-SELECT pg_catalog.set_config('budget_engine.path',
-                             pg_catalog.array_to_json(pg_catalog.array_remove(pg_catalog.current_schemas(false),
-                               'pg_catalog'::pg_catalog.name))::pg_catalog.text, true),
-       pg_catalog.{NOTHING_OF_OTHERS}"""
+SELECT current_setting('server_version'), current_user, current_database(), current_setting('budget_engine.path'),
+       CASE WHEN pg_is_in_recovery() THEN 'the server is a standby'
+            WHEN current_setting('default_transaction_read_only')::bool THEN 'default_transaction_read_only is on' END,
+       current_setting('budget_engine.search_path'), pg_backend_pid()"""
 
 # The checks, noted, so that what follows need not ask again; what it takes to fix some is asked where there are any.
 _CHECKS = """SELECT pg_catalog.set_config('budget_engine.checks', json_agg(checks)::pg_catalog.text, true)
@@ -194,7 +183,7 @@ def read(connection: Connection, chain: Chain, *, with_recreate: bool = False) -
     rights = _RIGHTS.replace("{being_built}", being_built("ARRAY[relation.oid]")).replace("{updated}", updated)
     asked = [_CHECKS.replace("{verification}", chain.verification), _IF_NEEDED.replace("{rights}", rights), _NOTED]
     try:
-        [server], _, [[noted]], _, [[able]] = connection.ask([_SERVER, PIN, *asked])
+        [server], [[noted]], _, [[able]] = connection.ask([_SERVER, *asked])
     except StatementError as error:
         if errors.for_sqlstate(error.sqlstate).exit_code != 7:
             raise
@@ -233,7 +222,7 @@ def _server(row: Sequence[str | None], checks: Sequence[Check], connection: Conn
     version, role, name, path, read_only, search_path, pid = row
     pooled = pid != str(connection.backend_pid)
     # The session's own temporary schema comes last (see transaction_settings); behind a pooler the next has another.
-    listed = [schema for schema in json.loads(str(path)) if schema != "pg_catalog"]
+    listed = json.loads(str(path))
     schemas = tuple(schema for schema in listed if schema == listed[0] or not schema.startswith("pg_temp_"))
     existing = {check.home for check in checks if check.found}
     homes = tuple(schema for schema in schemas if schema in existing)
@@ -273,9 +262,11 @@ def _orphans(connection: Connection, check: Check, timeout: str) -> Orphans:
         f"SELECT * FROM {check.table} AS child WHERE {check.name} IS NOT NULL"
         f" AND NOT EXISTS (SELECT FROM {check.target} AS parent WHERE parent.{key} = child.{check.name})"
     )
-    limit = f"set_config('statement_timeout', '{timeout}', true)"
+    # Where row-level security hides rows, an error is better than a count of some; and a policy is others' code.
+    limits = {"statement_timeout": timeout, "row_security": "off"}
+    settings = [f"set_config('{name}', '{value}', true)" for name, value in limits.items()]
     try:
-        [[(count,)]] = connection.ask([f"SELECT count(*) FROM ({query}) AS orphan"], limit)
+        _, [(count,)] = connection.ask([UNPIN, f"SELECT pg_catalog.count(*) FROM ({query}) AS orphan"], *settings)
     except StatementError as error:
         return Orphans(check.table, respelled(query), None, str(error))
     return Orphans(check.table, respelled(query), int(count or 0))

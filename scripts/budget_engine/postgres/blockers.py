@@ -115,15 +115,15 @@ _LOCKED = """
 EXISTS (SELECT FROM pg_locks WHERE relation = c.oid AND mode = 'AccessExclusiveLock' AND pid <> pg_backend_pid()
           AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"""
 
-# Of a schema that is closed to us, to_regclass() raises. As an oid: an operator = for a regclass might be another's.
-_NAMED = """(CASE WHEN name NOT LIKE '%.%' OR has_schema_privilege(to_regnamespace(split_part(name, '.', 1)), 'USAGE')
-                  THEN to_regclass(name) END)::oid"""
+# Of a schema that is closed to us, to_regclass() raises.
+_NAMED = """(CASE WHEN has_schema_privilege(to_regnamespace(quote_ident((parse_ident(found))[1])), 'USAGE')
+                  THEN to_regclass(found) END)"""
 
 _SIZES = f"""
 SELECT name, format('%I.%I', n.nspname, c.relname),
        nullif(greatest(c.reltuples::bigint, s.n_live_tup, 0), CASE WHEN c.relpages = 0 THEN -1 ELSE 0 END),
        CASE WHEN NOT {_LOCKED} THEN pg_total_relation_size(c.oid) END
-FROM unnest({{names}}) AS name
+FROM (VALUES {{values}}) AS these (name, found)
 JOIN pg_class AS c ON c.oid = {_NAMED}
 JOIN pg_namespace AS n ON n.oid = c.relnamespace
 LEFT JOIN pg_stat_all_tables AS s ON s.relid = c.oid
@@ -138,7 +138,7 @@ LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
 WHERE l.locktype = 'relation' AND l.pid IS DISTINCT FROM pg_backend_pid()
   AND l.database IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
 ORDER BY wanted.name, a.xact_start, l.pid, l.mode"""
-_THESE = f"SELECT name, {_NAMED}, modes FROM (VALUES {{values}}) AS these (name, modes)"
+_THESE = f"SELECT name, {_NAMED}, modes FROM (VALUES {{values}}) AS these (name, found, modes)"
 _ALL = "SELECT oid::regclass::text, oid, ARRAY['AccessExclusiveLock'] FROM pg_class WHERE relkind IN ('r', 'p')"
 
 _SNAPSHOTS = f"""
@@ -229,9 +229,13 @@ def _who(session: str) -> str:
     return session.partition(")")[0]
 
 
-def sizes(connection: Connection, names: Iterable[str]) -> dict[str, Size]:
-    """Return those of the tables that stand, by the given names, and how large they are; no lock is waited for."""
-    [rows] = connection.ask([_SIZES.format(names=_array(names))])
+def sizes(connection: Connection, tables: Mapping[str, str]) -> dict[str, Size]:
+    """Return how large those of the tables are that stand, by the given names; no lock is waited for.
+
+    tables: as SQL writes each in full, by its name.
+    """
+    values = ", ".join(f"({_literal(name)}, {_literal(found)})" for name, found in tables.items())
+    [rows] = connection.ask([_SIZES.format(values=values)]) if tables else [[]]
     return {
         str(name): Size(str(qualified), None if rows is None else int(rows), None if size is None else int(size))
         for name, qualified, rows, size in rows
@@ -239,10 +243,14 @@ def sizes(connection: Connection, names: Iterable[str]) -> dict[str, Size]:
 
 
 def bystanders(
-    connection: Connection, wanted: Mapping[str, Collection[str]], *, building: bool
+    connection: Connection, wanted: Mapping[str, Collection[str]], found: Mapping[str, str], *, building: bool
 ) -> tuple[Bystander, ...]:
-    """Return who holds, or waits for, such a lock on these tables; building: or has an old snapshot."""
-    values = ", ".join(f"({sql.Literal(name).as_string()}, {_array(modes)})" for name, modes in wanted.items())
+    """Return who holds, or waits for, such a lock on these tables; building: or has an old snapshot.
+
+    found: as SQL writes the tables in full.
+    """
+    these = ((name, found.get(name, name), modes) for name, modes in wanted.items())
+    values = ", ".join(f"({_literal(name)}, {_literal(full)}, {_array(modes)})" for name, full, modes in these)
     queries = [_BYSTANDERS.format(wanted=_THESE.format(values=values))] if wanted else []
     return _bystanders(connection, [*queries, *([_SNAPSHOTS] if building else [])])
 
@@ -258,4 +266,8 @@ def _bystanders(connection: Connection, queries: list[str]) -> tuple[Bystander, 
 
 
 def _array(texts: Iterable[str]) -> str:
-    return f"{sql.Literal(sorted(set(texts))).as_string()}::text[]"
+    return f"{_literal(sorted(set(texts)))}::text[]"
+
+
+def _literal(value: object) -> str:
+    return sql.Literal(value).as_string()

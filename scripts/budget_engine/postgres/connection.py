@@ -46,13 +46,23 @@ BEGIN = ("BEGIN ISOLATION LEVEL READ COMMITTED", "SET LOCAL jit = off")
 BEGIN_READ_ONLY = (f"{BEGIN[0]} READ ONLY", BEGIN[1])
 # Of pg_settings: what a role or database tells the planner for its own queries, and makes ours slow (a hundred times,
 # without index scans in large catalogs). Not a list, because each version has others; nor the category, which is
-# translated.
-MISGUIDING = """context = 'user' AND setting <> boot_val
-AND name ~ '^(enable_|geqo|min_parallel_)|_(cost|collapse_limit)$'"""
-_AS_BUILT = f"(SELECT count(set_config(name, boot_val, true)) FROM pg_settings WHERE {MISGUIDING})"
+# translated. In full, as all that comes before the search_path is ours: it may have other schemas before pg_catalog.
+MISGUIDING = """context OPERATOR(pg_catalog.=) 'user' AND setting OPERATOR(pg_catalog.<>) boot_val
+AND name OPERATOR(pg_catalog.~) '^(enable_|geqo|min_parallel_)|_(cost|collapse_limit)$'"""
+_AS_BUILT = f"""(SELECT pg_catalog.count(pg_catalog.set_config(name, boot_val, true))
+  FROM pg_catalog.pg_settings WHERE {MISGUIDING})"""
 # A pooler's other clients leave temporary tables in the session, which would be found first.
-_OTHERS_LAST = """set_config('search_path', current_setting('search_path')
-  || CASE WHEN current_schema() IS NULL THEN '' ELSE ', pg_temp' END, true)"""
+_OTHERS_LAST = """pg_catalog.set_config('search_path', pg_catalog.concat(pg_catalog.current_setting('search_path'),
+  CASE WHEN pg_catalog.current_schema() IS NOT NULL THEN ', pg_temp' END), true)"""
+# Where tables are looked for is noted; then no function, no operator of others is in reach.
+PIN = """
+SELECT pg_catalog.set_config('budget_engine.search_path', pg_catalog.current_setting('search_path'), true),
+       pg_catalog.set_config('budget_engine.path',
+                             pg_catalog.array_to_json(pg_catalog.array_remove(pg_catalog.current_schemas(false),
+                               'pg_catalog'::pg_catalog.name))::pg_catalog.text, true),
+       pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true)"""
+# And back, for a query that names tables as users do.
+UNPIN = "SELECT set_config('search_path', current_setting('budget_engine.search_path'), true)"
 OLDEST_VERSION = 140000  # CREATE OR REPLACE TRIGGER and string_to_table came with PostgreSQL 14
 
 # Of a login that fails, libpq keeps only words, no SQLSTATE. These are the server's, PgBouncer's, libpq's and psycopg's
@@ -172,11 +182,11 @@ class Connection:
     def ask(self, queries: Sequence[str], *settings: str) -> list[Rows]:
         """Send the queries as one message, a transaction that writes nothing; return the rows of each.
 
+        They are for a search_path of pg_catalog (see PIN): tables are named in full.
         settings: what is to hold for it beside our own, as SELECT lists. Raises as run() does.
         """
-        ours = ", ".join([self.transaction_settings, *settings])
-        answers = self.run([*BEGIN_READ_ONLY, f"SELECT {ours}", *queries, "COMMIT"])
-        return answers[len(BEGIN_READ_ONLY) + 1 : -1]
+        begun = [*BEGIN_READ_ONLY, f"SELECT {self.transaction_settings}", PIN, *(f"SELECT {one}" for one in settings)]
+        return self.run([*begun, *queries, "COMMIT"])[len(begun) : -1]
 
     @contextmanager
     def _cancelled_by_ctrl_c(self) -> Iterator[None]:
@@ -252,7 +262,7 @@ def transaction_settings(target: Target, lock_timeout_ms: int) -> str:
     }
     if target.search_path is not None:
         settings["search_path"] = target.search_path
-    ours = [sql.SQL("set_config({}, {}, true)").format(name, value).as_string() for name, value in settings.items()]
+    ours = [sql.SQL("pg_catalog.set_config({}, {}, true)").format(*setting).as_string() for setting in settings.items()]
     return ", ".join([*ours, _OTHERS_LAST, _AS_BUILT])
 
 

@@ -226,6 +226,8 @@ READ_ONLY = Case(8, "this database takes no writes: {why}",
 # ── 130 ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 STOPPED = Case(130, "interrupted; what is done stays, and the next run goes on from there")
+GIVEN_UP = Case(130,
+    "interrupted; the server gave no answer, and may go on with what it was sent; the next run sees how far it came")
 # fmt: on
 
 

@@ -11,6 +11,7 @@ in each step.
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -326,9 +327,12 @@ def run_transactions(
         if not (said.sqlstate or "").startswith("42"):  # IF NOT EXISTS was asked for: that it exists is no news
             notice(message[min(done, len(message) - 1)].step, said.message_primary or "")
 
+    # Any of them may wait for a lock; the server keeps its answers back until they fill 8 kB.
+    answer_s = connection.answer_s + len(message) * connection.lock_timeout_ms / 1000
     try:
         with connection.notices(on_notice):
-            return list(zip(message, connection.run([sent.sql for sent in message], on_done), strict=True))
+            answers = connection.run([sent.sql for sent in message], on_done, answer_s=answer_s)
+            return list(zip(message, answers, strict=True))
     except StatementError as error:
         if error.sqlstate == _BUSY:
             raise errors.BUSY(who=AT_WORK) from error
@@ -413,7 +417,7 @@ class Builder:
         message = [*BEGIN, frame, sql, "COMMIT"] if action.effect is Effect.SCAN else [sql]
         try:
             with self.connection.notices(lambda notice: noticed.append(notice.sqlstate)):
-                self.connection.run(message)
+                self.connection.run(message, answer_s=math.inf)
         except StatementError as error:
             if error.sqlstate == _DEADLOCK:  # two builds on one table waited for each other; the other one goes on
                 raise errors.BUSY(who="session is building an index on the same table") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -272,9 +273,9 @@ def _orphans(connection: Connection, check: Check, timeout: str) -> Orphans:
         f"SELECT * FROM {check.table} AS child WHERE {check.name} IS NOT NULL"
         f" AND NOT EXISTS (SELECT FROM {check.target} AS parent WHERE parent.{key} = child.{check.name})"
     )
-    limit = f"set_config('statement_timeout', '{timeout}', true)"
+    limit, answer_s = f"set_config('statement_timeout', '{timeout}', true)", math.inf if timeout == "0" else None
     try:
-        [[(count,)]] = connection.ask([f"SELECT count(*) FROM ({query}) AS orphan"], limit)
+        [[(count,)]] = connection.ask([f"SELECT count(*) FROM ({query}) AS orphan"], limit, answer_s=answer_s)
     except StatementError as error:
         return Orphans(check.table, query, None, str(error))
     return Orphans(check.table, query, int(count or 0))

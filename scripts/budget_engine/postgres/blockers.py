@@ -170,6 +170,7 @@ class Watch:
         self, connection: Connection, open_second: Callable[[], Connection], tell: Callable[..., None], *, early: bool
     ) -> None:
         self._tell, self._pid, self._open_second = tell, connection.backend_pid, open_second
+        self.looks = False  # at this moment: then Ctrl-C ends that
         self._first_look_s = min(_FIRST_LOOK_S, connection.lock_timeout_ms / 4000) if early else _FIRST_LOOK_S
         self._second: Connection | None = None
         self._next_look = self._pause_s = 0.0
@@ -196,10 +197,15 @@ class Watch:
         if (began := time.monotonic()) < self._next_look:
             return
         try:
+            self.looks = True
             self._look()
         except (errors.UnreachableError, StatementError) as error:
             self._holders = (f"(who holds the lock could not be asked: {error})",)
             self.close()
+        except KeyboardInterrupt:
+            self.close()
+        finally:
+            self.looks = False
         ended = time.monotonic()
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
         self._next_look = ended + max(self._pause_s, ended - began)

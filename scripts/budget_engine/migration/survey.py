@@ -14,7 +14,7 @@ from budget_engine.errors import StatementError
 from budget_engine.migration.chain import Chain
 from budget_engine.migration.checks import Check, Kind
 from budget_engine.migration.turn import Turn, being_built
-from budget_engine.postgres.connection import Connection, Rows
+from budget_engine.postgres.connection import Connection, Rows, understood
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,7 @@ def statements(chain: Chain) -> list[str]:
     return [PIN, chain.verification]
 
 
+@understood()
 def read(connection: Connection, chain: Chain, *, with_recreate: bool = False) -> Survey:
     """Ask once for every check, and for what it takes to fix some: one message, no lock but ACCESS SHARE.
 

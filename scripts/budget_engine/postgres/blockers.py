@@ -17,7 +17,7 @@ from psycopg import sql
 
 from budget_engine import errors
 from budget_engine.errors import StatementError
-from budget_engine.postgres.connection import Connection
+from budget_engine.postgres.connection import Connection, understood
 
 _FIRST_LOOK_S = 1.0  # of silence: a statement is waiting, or has much to do; sooner where it gives up sooner
 _LONGEST_PAUSE_S = 1.0  # between two looks; they begin close together
@@ -149,6 +149,7 @@ WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND a.backend
 ORDER BY a.xact_start, a.pid"""
 
 
+@understood()
 def at_work(connection: Connection, refused: str, tables: Iterable[str]) -> list[str]:
     """Say which other sessions keep us from our turn, or build something on one of these tables.
 
@@ -235,6 +236,7 @@ def _who(session: str) -> str:
     return session.partition(")")[0]
 
 
+@understood()
 def sizes(connection: Connection, names: Iterable[str]) -> dict[str, Size]:
     """Return those of the tables that stand, by the given names, and how large they are; no lock is waited for."""
     [rows] = connection.ask([_SIZES.format(names=_array(names))])
@@ -258,6 +260,7 @@ def locking_readers_out(connection: Connection) -> tuple[Bystander, ...]:
     return _bystanders(connection, [_BYSTANDERS.format(wanted=_ALL)])
 
 
+@understood()
 def _bystanders(connection: Connection, queries: list[str]) -> tuple[Bystander, ...]:
     found = [row for rows in (connection.ask(queries) if queries else []) for row in rows]
     return tuple(Bystander(table, str(mode), granted == "t", str(who)) for table, mode, granted, who in found)

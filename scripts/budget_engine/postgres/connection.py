@@ -10,6 +10,7 @@ import logging
 import math
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -27,6 +28,9 @@ from budget_engine import errors, libpq
 from budget_engine.errors import StatementError
 from budget_engine.settings import Settings, Target, mask
 
+if sys.platform != "win32":
+    import resource
+
 if TYPE_CHECKING:
     from budget_engine.postgres.blockers import Watch
 
@@ -40,6 +44,9 @@ OnDone = Callable[[int, Rows], None]  # which statement is done, and its rows
 
 _STATEMENT_TIMEOUT_S = 60  # for catalog work, instead of what the role brings along for its queries
 _MOMENT_S = 0.1  # without an answer, after which a watcher may look around
+_ANSWERS = (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK, pq.ExecStatus.FATAL_ERROR)
+_MOST_MB = 256  # of memory; all that we ask for takes a few
+_MOST_CHARACTERS = 10_000  # of each part of an error; those of a verification that finds much have that many
 _CANCEL_S = 3.0  # how long a request to cancel may take to reach the server, and then its answer
 # What each transaction of ours begins with: to compile queries as large as ours takes longer than to run them, and
 # others wait for our locks meanwhile. (A SET is not planned, so that it is not compiled itself.)
@@ -93,6 +100,7 @@ class Connection:
     def __init__(self, target: Target, settings: Settings, *, answer_s: float = _STATEMENT_TIMEOUT_S + 10) -> None:
         self._target, self.answer_s, self.lock_timeout_ms = target, answer_s, settings.lock_timeout_ms
         self._give_up = math.inf  # the moment at which nobody waits any longer: after Ctrl-C
+        self._most_mb = _peak_mb() + _MOST_MB
         self.watch: Watch | None = None  # looks around while a message is on its way
         defaults = {"application_name": "budget-engine-recipes", "connect_timeout": str(settings.connect_timeout_s)}
         conninfo = defaults | target.conninfo | {"client_encoding": "UTF8"}
@@ -161,13 +169,13 @@ class Connection:
         failure: StatementError | None = None
         with self._cancelled_by_ctrl_c(), self.watch or nullcontext():
             try:
-                for result in self._exchange(";\n".join(statements), answer_s):
+                for result in self._answers(statements, answer_s):
                     if result.status == pq.ExecStatus.FATAL_ERROR:
                         failure = _refused(len(rows), error_from_result(result))
                     else:
                         rows.append(_rows(result))
                         on_done(len(rows) - 1, rows[-1])
-            except psycopg.OperationalError as error:  # the connection is gone
+            except psycopg.Error as error:  # the connection is gone
                 failure = failure or _refused(len(rows), error)
             if failure is not None:
                 if self._connection.pgconn.transaction_status == pq.TransactionStatus.INERROR:
@@ -230,6 +238,23 @@ class Connection:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def _answers(self, statements: Sequence[str], answer_s: float) -> Iterator[pq.abc.PGresult]:
+        """Yield an answer to each statement, the last one perhaps an error."""
+        number, errors_seen = 0, 0
+        for result in self._exchange(";\n".join(statements), answer_s):
+            is_error = result.status == pq.ExecStatus.FATAL_ERROR
+            number, errors_seen = number + (not is_error), errors_seen + is_error
+            # Of two errors the second one says that the connection is gone.
+            if result.status not in _ANSWERS or number > len(statements) or errors_seen > 2:
+                raise self._otherwise(f"there is no such answer to a query ({pq.ExecStatus(result.status).name})")
+            yield result
+        if number < len(statements) and not errors_seen:
+            raise self._otherwise(f"of {len(statements)} statements it answered {number}")
+
+    def _otherwise(self, how: str) -> errors.RecipeError:
+        self.close()  # it might go on
+        return errors.OTHERWISE(how=how)
+
     def _exchange(self, message: str, answer_s: float) -> Iterator[pq.abc.PGresult]:
         pgconn = self._connection.pgconn
         pgconn.send_query(message.encode())
@@ -255,6 +280,8 @@ class Connection:
                 if time.monotonic() > min(deadline, self._give_up):
                     self.close()
                     raise psycopg.OperationalError("no answer came in time")
+                if _peak_mb() > self._most_mb:
+                    raise self._otherwise(f"more than {_MOST_MB} MB for what takes a few kB")
                 wanted = generator.send(ready)
         except StopIteration as done:
             result: _T = done.value
@@ -296,6 +323,27 @@ def _cause(words: str) -> errors.Case:
 
 def _refused(index: int, error: psycopg.Error) -> StatementError:
     said = error.diag
-    message = said.message_primary or str(error).strip()
-    detail, hint, context = (words or "" for words in (said.message_detail, said.message_hint, said.context))
+    message = short(said.message_primary or str(error).strip())
+    detail, hint, context = (short(words or "") for words in (said.message_detail, said.message_hint, said.context))
     return StatementError(index, error.sqlstate, message, detail, hint, context)
+
+
+def short(words: str) -> str:
+    """Return what the server says, or where it goes on and on the beginning."""
+    return words if len(words) <= _MOST_CHARACTERS else words[:_MOST_CHARACTERS] + " …"
+
+
+@contextmanager
+def understood() -> Iterator[None]:
+    """Around what reads rows: raise where they have another shape than was asked for."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise errors.OTHERWISE(how=f"{type(error).__name__}: {short(str(error))}") from error
+
+
+def _peak_mb() -> float:
+    """How much memory this process has had at most."""
+    if sys.platform == "win32":
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)

@@ -13,7 +13,7 @@ from budget_engine.migration.chain import ROOT
 from conftest import Db
 
 PACKAGE = ROOT / "scripts" / "budget_engine"
-ROOMS = ["commands", "output", "migration", "postgres", "settings", "env_file", "libpq", "errors"]
+ROOMS = ["commands", "output", "migration", "postgres", "settings", "env_file", "libpq", "trust", "errors"]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -191,6 +191,8 @@ NO_BINARIES = Case(4, "There are no binaries of PostgreSQL {major} for an embedd
     "Run the task through python3 scripts/inv, or set DATABASE_URL.")
 NOT_PRIVATE = Case(4, "The embedded server's folder is not private to its user.",
     "Run as the user whose folder it is, or set {variable} to a folder of yours, or DATABASE_URL.")
+NOT_TRUSTED = Case(4, "The embedded server's data would lie where another user may replace it.",
+    "Set {variable} to a folder of yours, or take that right away (chmod go-w); or set DATABASE_URL.")
 NO_ACCOUNT = Case(4, "PostgreSQL does not run as root, and the user {account} could not be created for it.", _ELSE)
 INITDB = Case(4, "initdb could not make the embedded server's data folder.", _ELSE)
 EMBEDDED_FILES = Case(4, "The embedded server cannot be used: {why}.",
@@ -228,8 +230,8 @@ READ_ONLY = Case(8, "this database takes no writes: {why}",
 # ── 130 ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 STOPPED = Case(130, "interrupted; what is done stays, and the next run goes on from there")
-GIVEN_UP = Case(130,
-    "interrupted; the server gave no answer, and may go on with what it was sent; the next run sees how far it came")
+GIVEN_UP = Case(130, "interrupted; the server gave no answer, and may go on with what it was sent",
+    "Run the task again when it answers: it goes on from what exists.")
 # fmt: on
 
 

@@ -68,19 +68,23 @@ SESSION = """
               left(regexp_replace(regexp_replace(a.query, '(''|[$](?![0-9])).*', '...'), '[[:space:]]+', ' ', 'g'), 80))
        END"""
 
+# l: a row of pg_locks without a process
+_PREPARED = """
+       (SELECT format('prepared transaction %s (role %s) has waited %s s for COMMIT PREPARED or ROLLBACK PREPARED',
+                      quote_literal(p.gid), p.owner, round(extract(epoch FROM clock_timestamp() - p.prepared)))
+        FROM pg_prepared_xacts AS p
+        JOIN pg_locks AS own ON own.transactionid = p.transaction AND own.pid IS NULL
+        WHERE l.pid IS NULL AND own.virtualtransaction = l.virtualtransaction)"""
+
 _WAITS = (
     _MINE
     + f"""
 SELECT coalesce(wanted.mode || ' on ' || wanted.relation::regclass, 'a transaction to end'),
        coalesce(
          {SESSION},
-         (SELECT string_agg(format('prepared transaction %s (role %s), prepared %s s ago: COMMIT PREPARED or ROLLBACK '
-                                   'PREPARED ends it', quote_literal(p.gid), p.owner,
-                                   round(extract(epoch FROM clock_timestamp() - p.prepared))), E'\\n')
-          FROM pg_prepared_xacts AS p
-          JOIN pg_locks AS own ON own.transactionid = p.transaction AND own.pid IS NULL
-          JOIN pg_locks AS l ON l.virtualtransaction = own.virtualtransaction AND l.pid IS NULL
-          WHERE blocker.pid = 0
+         (SELECT string_agg(DISTINCT {_PREPARED}, E'\\n')
+          FROM pg_locks AS l
+          WHERE blocker.pid = 0 AND l.pid IS NULL
             AND (l.relation = wanted.relation OR l.transactionid = wanted.transactionid)),  -- a build waits for its end
          format('pid %s', blocker.pid))
 FROM mine
@@ -100,15 +104,17 @@ FROM pg_stat_progress_create_index JOIN mine USING (pid)"""
 )
 
 _AT_WORK = f"""
-SELECT {SESSION}
-FROM pg_stat_activity AS a
-WHERE a.pid <> pg_backend_pid() AND a.pid IN (
-  SELECT pid FROM pg_locks
-  WHERE granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+SELECT coalesce({SESSION}, {_PREPARED})
+FROM (
+  SELECT DISTINCT pid, virtualtransaction FROM pg_locks
+  WHERE granted AND pid IS DISTINCT FROM pg_backend_pid()
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
     AND ({{refused}}
          OR locktype = 'relation' AND mode = 'ShareUpdateExclusiveLock'
-            AND relation IN (SELECT to_regclass(name)::oid FROM unnest({{tables}}) AS name)))
-ORDER BY a.xact_start, a.pid"""
+            AND relation IN (SELECT to_regclass(name)::oid FROM unnest({{tables}}) AS name))
+) AS l
+LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
+ORDER BY a.xact_start, l.pid"""
 
 
 _LOCKED = """
@@ -131,7 +137,7 @@ ORDER BY name"""
 
 # wanted: tables, and the modes of others' locks on them that matter
 _BYSTANDERS = f"""
-SELECT wanted.name, l.mode, l.granted, coalesce({SESSION}, 'a prepared transaction (see pg_prepared_xacts)')
+SELECT wanted.name, l.mode, l.granted, coalesce({SESSION}, {_PREPARED}, 'a session that is gone')
 FROM ({{wanted}}) AS wanted (name, relation, modes)
 JOIN pg_locks AS l ON l.relation = wanted.relation AND l.mode = ANY (wanted.modes)
 LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid

@@ -189,7 +189,7 @@ def test_path_with_a_space_a_quote_and_a_dollar_and_data_elsewhere(
     checkout.mkdir()
     assert _starts(locate(checkout))
     monkeypatch.setenv(embedded.DATA_VARIABLE, str(folder / "else where" / ".postgres"))
-    cluster = locate(folder / "checkout")
+    cluster = locate(checkout)
     assert cluster.data == folder / f"else where/.postgres/{MAJOR}/data"
     assert _starts(cluster)
 
@@ -246,6 +246,7 @@ def test_killed_postmaster_is_replaced_and_the_data_is_there(cluster: Cluster, c
 
 
 def test_copied_folder_knows_no_server_and_a_moved_one_keeps_its_own(folder: Path) -> None:
+    (folder / "a").mkdir()
     original = locate(folder / "a")
     start(original)
     subprocess.run(["cp", "-a", folder / "a", folder / "b"], check=True)
@@ -467,3 +468,18 @@ def test_folder_that_cannot_be_made_is_a_message(folder: Path) -> None:
     with pytest.raises(UnreachableError) as caught:
         start(Cluster(folder / "file/18/data", folder / "file/18", locate(folder).binaries))
     assert embedded.DATA_VARIABLE in caught.value.remedy
+
+
+def test_data_is_not_kept_where_others_may_replace_it(folder: Path) -> None:
+    """Nor are those of a server used that lies there."""
+    shared, checkout = folder / "shared", folder / "checkout"
+    checkout.mkdir()
+    shared.mkdir()
+    shared.chmod(0o777)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BUDGET_ENGINE_POSTGRES", str(shared / "data"))
+        with pytest.raises(UnreachableError, match="replace") as caught:
+            locate(checkout)
+        assert str(shared) in caught.value.where
+        shared.chmod(0o1777)
+        locate(checkout)

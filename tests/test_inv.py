@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import grp
 import hashlib
 import json
 import os
+import pwd
 import runpy
 import shutil
 import signal
@@ -437,3 +439,101 @@ def test_too_old_pythons_get_a_sentence() -> None:
         done = subprocess.run([python, PROJECT / "scripts/inv", "setup"], capture_output=True, text=True, check=False)
         if "pyenv:" not in done.stderr:  # a shim of a version that is not selected
             assert_refused((done.returncode, done.stdout, done.stderr), "needs Python 3.10")
+
+
+# ── whose environment it is ────────────────────────────────────────────────────────────────────────────────────────
+
+STRANGER = 54321
+
+
+def elsewhere(checkout: Checkout, place: Path) -> str:
+    """Move the environment there, as if it had been made there: its stamp says that all is installed."""
+    shutil.copytree(checkout.venv, place, symlinks=True)
+    return str(place)
+
+
+def forged(place: Path) -> Path:
+    """Have its Python leave a mark, should it be run."""
+    ran = place / "ran"
+    python = place / "bin/python"
+    python.unlink()
+    python.write_text(f"#!/bin/sh\ntouch '{ran}'\n")
+    python.chmod(0o755)
+    return ran
+
+
+def shared(place: Path) -> None:
+    os.chown(place, -1, next(group.gr_gid for group in grp.getgrall() if group.gr_name == "users"))
+    place.chmod(0o775)
+
+
+OPEN: dict[str, Callable[[Path], None]] = {
+    "others may write to it": lambda place: place.chmod(0o777),
+    "others may write to its programs": lambda place: (place / "bin").chmod(0o777),
+    "its group may write to it": shared,
+    "others may replace it": lambda place: place.parent.chmod(0o777),
+    "sticky, but itself": lambda place: place.chmod(0o1777),
+}
+if os.geteuid() == 0:
+    OPEN["it is another's"] = lambda place: os.chown(place, STRANGER, STRANGER)
+    OPEN["the folder above is another's"] = lambda place: os.chown(place.parent, STRANGER, STRANGER)
+
+
+@pytest.mark.parametrize("opened", OPEN.values(), ids=OPEN)
+def test_environment_that_others_may_write_is_not_run(
+    ready: Checkout, tmp_path: Path, opened: Callable[[Path], None]
+) -> None:
+    place = tmp_path / "above/environment"
+    venv = elsewhere(ready, place)
+    ready.done("setup", BUDGET_ENGINE_VENV=venv)
+    ran = forged(place)
+    opened(place)
+    assert_refused(ready.inv("setup", BUDGET_ENGINE_VENV=venv), f"what lies in {place} is not run")
+    assert not ran.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give folders away")
+def test_link_of_another_is_not_followed(ready: Checkout, tmp_path: Path) -> None:
+    place, links = tmp_path / "environment", tmp_path / "links"
+    elsewhere(ready, place)
+    links.mkdir()
+    (links / "environment").symlink_to(place)
+    os.chown(links, STRANGER, STRANGER)
+    assert_refused(ready.inv("setup", BUDGET_ENGINE_VENV=str(links / "environment")), f"{links} belongs to another")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give folders away")
+def test_checkout_of_another_is_trusted_as_its_scripts_are(ready: Checkout, tmp_path: Path) -> None:
+    """As in a container of a CI: the checkout is the runner's, and root works in it."""
+    for path in (ready.folder, *ready.folder.rglob("*")):
+        os.chown(path, STRANGER, STRANGER, follow_symlinks=False)
+    ready.done("setup", PYTHONSAFEPATH="1")
+    os.chown(tmp_path, STRANGER, STRANGER)
+    ready.done("setup")
+    ready.folder.chmod(0o777)  # as on mounts that know no modes
+    ready.venv.chmod(0o777)
+    ready.done("setup")
+
+
+def test_under_any_umask_nobody_else_may_write_to_the_environment(fresh: Checkout) -> None:
+    before = os.umask(0)
+    try:
+        fresh.done("setup")
+        fresh.done("setup")
+    finally:
+        os.umask(before)
+    paths = [path for path in (fresh.venv, *fresh.venv.rglob("*")) if not path.is_symlink()]
+    assert [path for path in paths if path.stat().st_mode & 0o022] == []
+
+
+def test_group_of_the_user_alone_may_write(ready: Checkout, tmp_path: Path) -> None:
+    """As with umask 002 on systems that make a group for each user."""
+    place = tmp_path / "above/environment"
+    venv = elsewhere(ready, place)
+    for folder in (place, place.parent):
+        folder.chmod(0o775)
+    owner, group = pwd.getpwuid(place.stat().st_uid), grp.getgrgid(place.stat().st_gid)
+    if owner.pw_name == group.gr_name:
+        ready.done("setup", BUDGET_ENGINE_VENV=venv)
+    else:
+        assert_refused(ready.inv("setup", BUDGET_ENGINE_VENV=venv), "others may write")

@@ -377,12 +377,26 @@ def test_prepared_transaction_is_named(preparing: Db, missing: str, lock: str) -
     with db.connect() as connection:
         for statement in ("BEGIN", lock, "PREPARE TRANSACTION 'forgotten one'"):
             connection.execute(statement.encode())
-    assert "now      a prepared transaction (see pg_prepared_xacts) and holds" in db.invoke("plan").out
+    named = r"now      prepared transaction 'forgotten one' \(role postgres\) has waited \d+ s for .* and holds"
+    assert re.search(named, db.invoke("plan").out)
     done = db.invoke("setup", env={"LOCK_TIMEOUT": "500ms", "LOCK_WAIT": "1s"})
     assert done.code == 7, done
     for text in (done.out, done.err):
         assert "prepared transaction 'forgotten one' (role postgres)" in text, done
     db.execute("ROLLBACK PREPARED 'forgotten one'")
+    assert_done(db)
+
+
+def test_prepared_transaction_that_has_our_turn_is_named(preparing: Db) -> None:
+    db = preparing
+    assert db.invoke("setup").code == 0
+    db.execute(REPORT_MISSING)
+    with db.connect() as connection:
+        for statement in ("BEGIN", THE_TURN, "PREPARE TRANSACTION 'in our turn'"):
+            connection.execute(statement.encode())
+    done = db.invoke("setup", env={"LOCK_WAIT": "500ms"})
+    db.execute("ROLLBACK PREPARED 'in our turn'")
+    assert_fails(done, 7, "prepared transaction 'in our turn' (role postgres)")
     assert_done(db)
 
 

@@ -24,6 +24,7 @@ ROOMS = [
     "settings",
     "env_file",
     "libpq",
+    "trust",
     "errors",
     "spelling",
 ]

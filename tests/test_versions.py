@@ -106,6 +106,8 @@ def test_ci_runs_the_oldest_and_the_newest_and_the_workflow_all() -> None:
     assert runs == [(str(versions.NEWEST), ""), (str(versions.MAJORS[0]), " --only=--of-the-version")]
     workflow = (ROOT / ".github/workflows/ci.yml").read_text()
     assert {int(major) for major in re.findall(r"postgres: \D*(\d+)", workflow)} == set(versions.MAJORS)
+    actions = re.findall(r"uses: (\S+)", workflow)  # a tag may be moved, a commit not
+    assert [action for action in actions if not re.search("@[0-9a-f]{40}$", action)] == []
 
 
 def test_a_version_that_there_is_not() -> None:

@@ -209,17 +209,21 @@ TLS = Case(4, "",
 LOST_CONNECTION = Case(4, "",
     "Run the task again: what was committed stays, and it goes on from there. Where it comes back: is it PostgreSQL "
     "that answers at this host and port, is its server up, and has the pooler room?")
-_OTHERWISE = "Set DATABASE_URL to a PostgreSQL server of yours, or run as an ordinary user that has an account."
+OTHERWISE = Case(4, "the server answers otherwise than PostgreSQL does: {how}",
+    "Is it PostgreSQL, or a pooler for it, that answers at this host and port? If so, please report it.")
+_ELSE = "Set DATABASE_URL to a PostgreSQL server of yours, or run as an ordinary user that has an account."
 NO_SOCKETS = Case(4, "The embedded server needs unix sockets.", "Set DATABASE_URL, or work inside WSL.")
 NO_BINARIES = Case(4, "There are no binaries of PostgreSQL {major} for an embedded server.",
     "Run the task through python3 scripts/inv, or set DATABASE_URL.")
 NOT_PRIVATE = Case(4, "The embedded server's folder is not private to its user.",
     "Run as the user whose folder it is, or set {variable} to a folder of yours, or DATABASE_URL.")
-NO_ACCOUNT = Case(4, "PostgreSQL does not run as root, and the user {account} could not be created for it.", _OTHERWISE)
-INITDB = Case(4, "initdb could not make the embedded server's data folder.", _OTHERWISE)
+NOT_TRUSTED = Case(4, "The embedded server's data would lie where another user may replace it.",
+    "Set {variable} to a folder of yours, or take that right away (chmod go-w); or set DATABASE_URL.")
+NO_ACCOUNT = Case(4, "PostgreSQL does not run as root, and the user {account} could not be created for it.", _ELSE)
+INITDB = Case(4, "initdb could not make the embedded server's data folder.", _ELSE)
 EMBEDDED_FILES = Case(4, "The embedded server cannot be used: {why}.",
     "Set {variable} to a folder that can be written, or DATABASE_URL to a server of yours.")
-EMBEDDED_SERVER = Case(4, "The embedded server {does}.", f"See the log. {_OTHERWISE}")
+EMBEDDED_SERVER = Case(4, "The embedded server {does}.", f"See the log. {_ELSE}")
 NOT_RUNNING = Case(4, "the embedded server is not running, and {looking} starts nothing",
     "Start it (invoke db.start), or run the task without {looking}.")
 
@@ -252,6 +256,8 @@ READ_ONLY = Case(8, "this database takes no writes: {why}",
 # ── 130 ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 STOPPED = Case(130, "interrupted; what is done stays, and the next run goes on from there")
+GIVEN_UP = Case(130, "interrupted; the server gave no answer, and may go on with what it was sent",
+    "Run the task again when it answers: it goes on from what exists.")
 # fmt: on
 
 

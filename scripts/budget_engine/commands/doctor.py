@@ -27,7 +27,7 @@ from budget_engine.output import text
 from budget_engine.output.console import CONSOLE
 from budget_engine.output.ending import as_message
 from budget_engine.postgres import embedded
-from budget_engine.postgres.connection import BEGIN_READ_ONLY, PIN
+from budget_engine.postgres.connection import BEGIN_READ_ONLY, PIN, understood
 from budget_engine.postgres.embedded import Cluster, Health
 from budget_engine.postgres.patience import LONGEST_PAUSE_S
 from budget_engine.settings import Settings, Target, load
@@ -209,9 +209,10 @@ def _session(where: Target, given: Settings) -> Iterator[Finding]:
 
 def _look_around(session: Session) -> Iterator[Finding]:
     connection = session.connection
-    _, _, _, limited, [(role, database, replication_role, cipher)], triggers, _ = connection.run(
-        [*BEGIN_READ_ONLY, PIN, _LIMITS, _SESSION, _EVENT_TRIGGERS, "COMMIT"]
-    )
+    with understood():
+        _, _, _, limited, [(role, database, replication_role, cipher)], triggers, _ = connection.run(
+            [*BEGIN_READ_ONLY, PIN, _LIMITS, _SESSION, _EVENT_TRIGGERS, "COMMIT"]
+        )
     yield Finding("login", f"role {role}, database {database}")
     how = (cipher or "TLS") if connection.is_encrypted else ""
     yield tls(how, sslmode=connection.sslmode, is_near=connection.is_near)

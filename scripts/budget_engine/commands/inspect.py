@@ -23,7 +23,7 @@ from budget_engine.output.console import CONSOLE, PEOPLE
 from budget_engine.output.ending import as_message
 from budget_engine.output.formats import View
 from budget_engine.postgres import blockers
-from budget_engine.postgres.connection import Connection, transaction_settings
+from budget_engine.postgres.connection import Connection, transaction_settings, understood
 
 _FORMATS = {"verify": (PEOPLE, "json", "github"), "status": (PEOPLE, "json"), "plan": (PEOPLE, "json")}
 
@@ -105,6 +105,7 @@ def _say_plan(session: Session, view: View, *, verbose: bool) -> None:
     }
 
 
+@understood()
 def _kept(connection: Connection, column: Check) -> str:
     """Say how many values of a column are kept, and where; they are counted in moments, or not at all."""
     limits = {"lock_timeout": "1ms", "statement_timeout": "5s", "row_security": "off"}

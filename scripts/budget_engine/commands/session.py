@@ -16,7 +16,7 @@ from budget_engine.migration.checks import Check, Kind, outermost
 from budget_engine.output import text
 from budget_engine.output.console import CONSOLE
 from budget_engine.postgres import blockers, embedded
-from budget_engine.postgres.connection import Connection, Rows
+from budget_engine.postgres.connection import Connection, Rows, understood
 from budget_engine.postgres.patience import Patience
 from budget_engine.settings import Settings, Target, completed, load, mask, parse_target
 from budget_engine.spelling import lines, respelled
@@ -140,6 +140,7 @@ class Session:
     def _is_doubtful(self, todo: plan.Plan) -> bool:
         return bool(todo.missing if self.looks else todo.conflicts or todo.lacking or todo.drops)
 
+    @understood()
     def commands(self, todo: plan.Plan) -> Mapping[Check, Sequence[str]]:
         """Return the commands that clear the conflicts, where the plan has any: those of its other steps, too."""
         if not todo.conflicts:

@@ -14,7 +14,7 @@ from budget_engine.migration import plan
 from budget_engine.migration.chain import Chain, Step
 from budget_engine.migration.checks import Check, Kind, Lock, as_if_missing
 from budget_engine.migration.survey import Survey, literal
-from budget_engine.postgres.connection import Connection, Row
+from budget_engine.postgres.connection import Connection, Row, understood
 
 ARCHIVE = "core_archive"  # the schema that the file moves them to, or this with a number
 _TABLES = ("r", "p")  # of pg_class.relkind: what can be locked, and read without running what others wrote
@@ -65,6 +65,7 @@ WHERE relkind NOT IN ('i', 'I')
 ORDER BY anew DESC, moving.oid"""
 
 
+@understood()
 def read(connection: Connection, chain: Chain, found: Survey, *, with_dependants: bool) -> tuple[Move, ...]:
     """Return what would move; nothing where the core schema need not be made anew.
 

@@ -11,8 +11,10 @@ in each step.
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -27,7 +29,16 @@ from budget_engine.migration.chain import Chain, Step
 from budget_engine.migration.checks import STRENGTH, Check, Kind, Lock
 from budget_engine.migration.plan import Action, Effect, Plan, StepPlan
 from budget_engine.migration.survey import Server, Survey, literal
-from budget_engine.postgres.connection import BEGIN, BEGIN_READ_ONLY, MISGUIDING, PIN, Connection, Rows
+from budget_engine.postgres.connection import (
+    BEGIN,
+    BEGIN_READ_ONLY,
+    MISGUIDING,
+    PIN,
+    Connection,
+    Rows,
+    short,
+    understood,
+)
 from budget_engine.spelling import respelled
 
 _BUSY = "TB004"  # raised by the guard
@@ -36,6 +47,7 @@ _DEADLOCK = "40P01"
 _INTEGRITY = "23"  # the class of integrity constraint violations
 _DUPLICATE_TABLE = "42P07"
 _TIMEOUTS = {"57014", "55P03", "25P04"}  # what a role's own limits end a statement with
+_MOST_NOTICES = 20  # of one statement: a trigger may raise them for ever
 _MOMENT_MS = 100  # shorter than deadlock_timeout: nobody dies in a deadlock with us
 
 # What runs as if nothing of others were there; for what follows, the search_path is as it was.
@@ -324,6 +336,7 @@ def history(step: Step, part: str, schema: str | None, duration: str | None) -> 
     return HISTORY.format(tag=_tag("history", str(schema)), **{name: literal(value) for name, value in values.items()})
 
 
+@understood()
 def run_transactions(
     connection: Connection, script: Script, say: Say, notice: Notice, *, rehearsed: bool = False
 ) -> list[tuple[Sent, Rows]]:
@@ -333,6 +346,7 @@ def run_transactions(
     """
     message = script.transactions(rehearsed=rehearsed)
     done = 0
+    noticed: Counter[int] = Counter()  # by how much was done
 
     def on_done(index: int, rows: Rows) -> None:
         nonlocal done
@@ -340,12 +354,19 @@ def run_transactions(
         done = index + 1
 
     def on_notice(said: Diagnostic) -> None:
-        if not (said.sqlstate or "").startswith("42"):  # IF NOT EXISTS was asked for: that it exists is no news
-            notice(message[min(done, len(message) - 1)].step, said.message_primary or "")
+        if (said.sqlstate or "").startswith("42"):  # IF NOT EXISTS was asked for: that it exists is no news
+            return
+        noticed[done] += 1
+        if noticed[done] <= _MOST_NOTICES:
+            words = short(said.message_primary or "") if noticed[done] < _MOST_NOTICES else "… (more such notices)"
+            notice(message[min(done, len(message) - 1)].step, words)
 
+    # Any of them may wait for a lock; the server keeps its answers back until they fill 8 kB.
+    answer_s = connection.answer_s + len(message) * connection.lock_timeout_ms / 1000
     try:
         with connection.notices(on_notice):
-            return list(zip(message, connection.run([sent.sql for sent in message], on_done), strict=True))
+            answers = connection.run([sent.sql for sent in message], on_done, answer_s=answer_s)
+            return list(zip(message, answers, strict=True))
     except StatementError as error:
         if error.sqlstate == _BUSY:
             raise errors.BUSY(who=AT_WORK) from error
@@ -359,6 +380,7 @@ class Rehearsed(NamedTuple):
     duration_ms: dict[str, float]
 
 
+@understood()
 def rehearse(connection: Connection, script: Script, say: Say, notice: Notice) -> Rehearsed:
     """Run the plan's transactions as one, verify each, survey, and roll back. Raises as run_transactions() does."""
     answers = run_transactions(connection, script, say, notice, rehearsed=True)
@@ -425,12 +447,12 @@ class Builder:
         self._has_turn = not self._pooled
 
     def _run_alone(self, step: Step, action: Action, sql: str) -> None:
-        noticed: list[str | None] = []
+        noticed: set[str | None] = set()
         sent = Sent(step, Part.CONCURRENT, sql, action)
         message = [*BEGIN, f"{self._frame}, {self._patience}", sql, "COMMIT"] if action.effect is Effect.SCAN else [sql]
         try:
-            with self.connection.notices(lambda notice: noticed.append(notice.sqlstate)):
-                self.connection.run(message)
+            with self.connection.notices(lambda notice: noticed.add(notice.sqlstate)):
+                self.connection.run(message, answer_s=math.inf)
         except StatementError as error:
             if error.sqlstate == _DEADLOCK:  # two builds on one table waited for each other; the other one goes on
                 raise errors.BUSY(who="session is building an index on the same table") from error

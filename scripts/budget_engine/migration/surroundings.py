@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from budget_engine.migration.chain import DB, Chain, query_of
 from budget_engine.migration.survey import Survey, literal
-from budget_engine.postgres.connection import Connection
+from budget_engine.postgres.connection import Connection, understood
 from budget_engine.spelling import respelled
 
 
@@ -67,6 +67,7 @@ SELECT DISTINCT ON (step) step, checksum FROM ONLY budget_engine.history
 WHERE {ours} ORDER BY step, id DESC"""
 
 
+@understood()
 def read(connection: Connection, chain: Chain, found: Survey) -> Surroundings:
     """Look around the chain's tables; two messages at most, no lock but ACCESS SHARE on the history."""
     tables = sorted({check.table for check in found.checks})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ from budget_engine.errors import StatementError
 from budget_engine.migration.chain import Chain
 from budget_engine.migration.checks import Check, Kind
 from budget_engine.migration.turn import Turn, being_built
-from budget_engine.postgres.connection import PIN, UNPIN, Connection, Rows
+from budget_engine.postgres.connection import PIN, UNPIN, Connection, Rows, understood
 from budget_engine.spelling import respelled
 
 
@@ -174,6 +175,7 @@ def statements(chain: Chain) -> list[str]:
     return [PIN, chain.verification]
 
 
+@understood()
 def read(connection: Connection, chain: Chain, *, with_recreate: bool = False) -> Survey:
     """Ask once for every check, and for what it takes to fix some: one message, no lock but ACCESS SHARE.
 
@@ -265,8 +267,9 @@ def _orphans(connection: Connection, check: Check, timeout: str) -> Orphans:
     # Where row-level security hides rows, an error is better than a count of some; and a policy is others' code.
     limits = {"statement_timeout": timeout, "row_security": "off"}
     settings = [f"set_config('{name}', '{value}', true)" for name, value in limits.items()]
+    counted = [UNPIN, f"SELECT pg_catalog.count(*) FROM ({query}) AS orphan"]
     try:
-        _, [(count,)] = connection.ask([UNPIN, f"SELECT pg_catalog.count(*) FROM ({query}) AS orphan"], *settings)
+        _, [(count,)] = connection.ask(counted, *settings, answer_s=math.inf if timeout == "0" else None)
     except StatementError as error:
         return Orphans(check.table, respelled(query), None, str(error))
     return Orphans(check.table, respelled(query), int(count or 0))

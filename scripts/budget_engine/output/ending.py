@@ -37,7 +37,7 @@ def _complain(error: errors.RecipeError) -> None:
     """Print what is wrong, what it concerns, and what helps."""
     from budget_engine.output import text
 
-    target = "" if error.case is errors.STOPPED else CONSOLE.target
+    target = "" if error.exit_code == errors.STOPPED.exit_code else CONSOLE.target
     CONSOLE.aside(*error.before, *text.error(error, target))
 
 
@@ -50,7 +50,8 @@ def as_message(error: BaseException) -> errors.RecipeError:
             kind = errors.for_sqlstate(error.sqlstate)
             return kind(what=error.message, where=error.where, remedy=error.remedy)
         case KeyboardInterrupt():
-            return errors.STOPPED()
+            case: errors.Case = (*error.args, errors.STOPPED)[0]
+            return case()
         case ImportError():
             return errors.NO_PACKAGE(why=" ".join(str(error).split()), where=f"Python's environment is {sys.prefix}")
         case OSError():

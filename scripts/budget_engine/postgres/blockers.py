@@ -17,7 +17,7 @@ from psycopg import sql
 
 from budget_engine import errors
 from budget_engine.errors import StatementError
-from budget_engine.postgres.connection import Connection
+from budget_engine.postgres.connection import Connection, understood
 
 _FIRST_LOOK_S = 1.0  # of silence: a statement is waiting, or has much to do; sooner where it gives up sooner
 _LONGEST_PAUSE_S = 1.0  # between two looks; they begin close together
@@ -68,19 +68,23 @@ SESSION = """
               left(regexp_replace(regexp_replace(a.query, '(''|[$](?![0-9])).*', '...'), '[[:space:]]+', ' ', 'g'), 80))
        END"""
 
+# l: a row of pg_locks without a process
+_PREPARED = """
+       (SELECT format('prepared transaction %s (role %s) has waited %s s for COMMIT PREPARED or ROLLBACK PREPARED',
+                      quote_literal(p.gid), p.owner, round(extract(epoch FROM clock_timestamp() - p.prepared)))
+        FROM pg_prepared_xacts AS p
+        JOIN pg_locks AS own ON own.transactionid = p.transaction AND own.pid IS NULL
+        WHERE l.pid IS NULL AND own.virtualtransaction = l.virtualtransaction)"""
+
 _WAITS = (
     _MINE
     + f"""
 SELECT coalesce(wanted.mode || ' on ' || wanted.relation::regclass, 'a transaction to end'),
        coalesce(
          {SESSION},
-         (SELECT string_agg(format('prepared transaction %s (role %s), prepared %s s ago: COMMIT PREPARED or ROLLBACK '
-                                   'PREPARED ends it', quote_literal(p.gid), p.owner,
-                                   round(extract(epoch FROM clock_timestamp() - p.prepared))), '; ')
-          FROM pg_prepared_xacts AS p
-          JOIN pg_locks AS own ON own.transactionid = p.transaction AND own.pid IS NULL
-          JOIN pg_locks AS l ON l.virtualtransaction = own.virtualtransaction AND l.pid IS NULL
-          WHERE blocker.pid = 0
+         (SELECT string_agg(DISTINCT {_PREPARED}, '; ')
+          FROM pg_locks AS l
+          WHERE blocker.pid = 0 AND l.pid IS NULL
             AND (l.relation = wanted.relation OR l.transactionid = wanted.transactionid)),  -- a build waits for its end
          format('pid %s', blocker.pid))
 FROM mine
@@ -100,15 +104,17 @@ FROM pg_stat_progress_create_index JOIN mine USING (pid)"""
 )
 
 _AT_WORK = f"""
-SELECT {SESSION}
-FROM pg_stat_activity AS a
-WHERE a.pid <> pg_backend_pid() AND a.pid IN (
-  SELECT pid FROM pg_locks
-  WHERE granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+SELECT coalesce({SESSION}, {_PREPARED})
+FROM (
+  SELECT DISTINCT pid, virtualtransaction FROM pg_locks
+  WHERE granted AND pid IS DISTINCT FROM pg_backend_pid()
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
     AND ({{refused}}
          OR locktype = 'relation' AND mode = 'ShareUpdateExclusiveLock'
-            AND relation IN (SELECT to_regclass(name)::oid FROM unnest({{tables}}) AS name)))
-ORDER BY a.xact_start, a.pid"""
+            AND relation IN (SELECT to_regclass(name)::oid FROM unnest({{tables}}) AS name))
+) AS l
+LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
+ORDER BY a.xact_start, l.pid"""
 
 
 _LOCKED = """
@@ -131,7 +137,7 @@ ORDER BY name"""
 
 # wanted: tables, and the modes of others' locks on them that matter
 _BYSTANDERS = f"""
-SELECT wanted.name, l.mode, l.granted, coalesce({SESSION}, 'a prepared transaction (see pg_prepared_xacts)')
+SELECT wanted.name, l.mode, l.granted, coalesce({SESSION}, {_PREPARED}, 'a session that is gone')
 FROM ({{wanted}}) AS wanted (name, relation, modes)
 JOIN pg_locks AS l ON l.relation = wanted.relation AND l.mode = ANY (wanted.modes)
 LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
@@ -149,6 +155,7 @@ WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND a.backend
 ORDER BY a.xact_start, a.pid"""
 
 
+@understood()
 def at_work(connection: Connection, refused: str, tables: Iterable[str]) -> list[str]:
     """Say which other sessions keep us from our turn, or build something on one of these tables.
 
@@ -170,6 +177,7 @@ class Watch:
         self, connection: Connection, open_second: Callable[[], Connection], tell: Callable[..., None], *, early: bool
     ) -> None:
         self._tell, self._pid, self._open_second = tell, connection.backend_pid, open_second
+        self.looks = False  # at this moment: then Ctrl-C ends that
         self._first_look_s = min(_FIRST_LOOK_S, connection.lock_timeout_ms / 4000) if early else _FIRST_LOOK_S
         self._second: Connection | None = None
         self._next_look = self._pause_s = 0.0
@@ -196,10 +204,15 @@ class Watch:
         if (began := time.monotonic()) < self._next_look:
             return
         try:
+            self.looks = True
             self._look()
         except (errors.UnreachableError, StatementError) as error:
             self._holders = (f"(who holds the lock could not be asked: {error})",)
             self.close()
+        except KeyboardInterrupt:
+            self.close()
+        finally:
+            self.looks = False
         ended = time.monotonic()
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
         self._next_look = ended + max(self._pause_s, ended - began)
@@ -229,6 +242,7 @@ def _who(session: str) -> str:
     return session.partition(")")[0]
 
 
+@understood()
 def sizes(connection: Connection, tables: Mapping[str, str]) -> dict[str, Size]:
     """Return how large those of the tables are that stand, by the given names; no lock is waited for.
 
@@ -260,6 +274,7 @@ def locking_readers_out(connection: Connection) -> tuple[Bystander, ...]:
     return _bystanders(connection, [_BYSTANDERS.format(wanted=_ALL)])
 
 
+@understood()
 def _bystanders(connection: Connection, queries: list[str]) -> tuple[Bystander, ...]:
     found = [row for rows in (connection.ask(queries) if queries else []) for row in rows]
     return tuple(Bystander(table, str(mode), granted == "t", str(who)) for table, mode, granted, who in found)

@@ -10,14 +10,15 @@ import logging
 import math
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from ipaddress import ip_address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import psycopg
-from psycopg import generators, pq, sql
+from psycopg import generators, pq, sql, waiting
 from psycopg.abc import PQGen
 from psycopg.conninfo import make_conninfo
 from psycopg.errors import Diagnostic, error_from_result
@@ -27,19 +28,26 @@ from budget_engine import errors, libpq
 from budget_engine.errors import StatementError
 from budget_engine.settings import Settings, Target, mask
 
+if sys.platform != "win32":
+    import resource
+
 if TYPE_CHECKING:
     from budget_engine.postgres.blockers import Watch
 
 # What psycopg logs is for developers; users get our messages, and logging's last resort would print both.
 logging.getLogger("psycopg").addHandler(logging.NullHandler())
 
+_T = TypeVar("_T")
 Row = tuple[str | None, ...]
 Rows = list[Row]
 OnDone = Callable[[int, Rows], None]  # which statement is done, and its rows
 
-_STATEMENT_TIMEOUT = "60s"  # for catalog work, instead of what the role brings along for its queries
+_STATEMENT_TIMEOUT_S = 60  # for catalog work, instead of what the role brings along for its queries
 _MOMENT_S = 0.1  # without an answer, after which a watcher may look around
-_CANCEL_S = 5.0  # how long a request to cancel may take to reach the server
+_ANSWERS = (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK, pq.ExecStatus.FATAL_ERROR)
+_MOST_MB = 256  # of memory; all that we ask for takes a few
+_MOST_CHARACTERS = 10_000  # of each part of an error; those of a verification that finds much have that many
+_CANCEL_S = 3.0  # how long a request to cancel may take to reach the server, and then its answer
 # What each transaction of ours begins with: to compile queries as large as ours takes longer than to run them, and
 # others wait for our locks meanwhile. (A SET is not planned, so that it is not compiled itself.)
 BEGIN = ("BEGIN ISOLATION LEVEL READ COMMITTED", "SET LOCAL jit = off")
@@ -95,11 +103,14 @@ class Connection:
     """A connection to the target. Raises UnreachableError where there is none to be had.
 
     answer_s: how long an answer may take (seconds); then the connection counts as gone. A pooler lets everybody in, and
-    keeps waiting whom it has no server connection for: those that our own first one keeps, say.
+    keeps waiting whom it has no server connection for: those that our own first one keeps, say. A tunnel may live on
+    when what is behind it has gone.
     """
 
-    def __init__(self, target: Target, settings: Settings, *, answer_s: float = math.inf) -> None:
-        self._target, self._answer_s, self.lock_timeout_ms = target, answer_s, settings.lock_timeout_ms
+    def __init__(self, target: Target, settings: Settings, *, answer_s: float = _STATEMENT_TIMEOUT_S + 10) -> None:
+        self._target, self.answer_s, self.lock_timeout_ms = target, answer_s, settings.lock_timeout_ms
+        self._give_up = math.inf  # the moment at which nobody waits any longer: after Ctrl-C
+        self._most_mb = _peak_mb() + _MOST_MB
         self.watch: Watch | None = None  # looks around while a message is on its way
         defaults = {"application_name": "budget-engine-recipes", "connect_timeout": str(settings.connect_timeout_s)}
         conninfo = defaults | target.conninfo | {"client_encoding": "UTF8"}
@@ -154,45 +165,53 @@ class Connection:
         finally:
             self._connection.remove_notice_handler(handler)
 
-    def run(self, statements: Sequence[str], on_done: OnDone = lambda index, rows: None) -> list[Rows]:
+    def run(
+        self,
+        statements: Sequence[str],
+        on_done: OnDone = lambda index, rows: None,
+        *,
+        answer_s: float | None = None,
+    ) -> list[Rows]:
         """Send the statements as one message; return the rows of each; tell on_done as each is done.
 
-        Raises StatementError, after rolling back a transaction that the message left open; KeyboardInterrupt, after
-        cancelling the statement that was running.
+        answer_s: how long each answer may take, where not as long as any. Raises StatementError, after rolling back a
+        transaction that the message left open; KeyboardInterrupt, after cancelling the statement that was running.
         """
+        answer_s = self.answer_s if answer_s is None else answer_s
         rows: list[Rows] = []
         failure: StatementError | None = None
         with self._cancelled_by_ctrl_c(), self.watch or nullcontext():
             try:
-                for result in self._exchange(";\n".join(statements)):
+                for result in self._answers(statements, answer_s):
                     if result.status == pq.ExecStatus.FATAL_ERROR:
                         failure = _refused(len(rows), error_from_result(result))
                     else:
                         rows.append(_rows(result))
                         on_done(len(rows) - 1, rows[-1])
-            except psycopg.OperationalError as error:  # the connection is gone
+            except psycopg.Error as error:  # the connection is gone
                 failure = failure or _refused(len(rows), error)
             if failure is not None:
                 if self._connection.pgconn.transaction_status == pq.TransactionStatus.INERROR:
                     with suppress(psycopg.OperationalError):
-                        list(self._exchange("ROLLBACK"))
+                        list(self._exchange("ROLLBACK", self.answer_s))
                 raise failure
         return rows
 
-    def ask(self, queries: Sequence[str], *settings: str) -> list[Rows]:
+    def ask(self, queries: Sequence[str], *settings: str, answer_s: float | None = None) -> list[Rows]:
         """Send the queries as one message, a transaction that writes nothing; return the rows of each.
 
         They are for a search_path of pg_catalog (see PIN): tables are named in full.
-        settings: what is to hold for it beside our own, as SELECT lists. Raises as run() does.
+        settings: what is to hold for it beside our own, as SELECT lists. Waits, and raises, as run() does.
         """
         begun = [*BEGIN_READ_ONLY, f"SELECT {self.transaction_settings}", PIN, *(f"SELECT {one}" for one in settings)]
-        return self.run([*begun, *queries, "COMMIT"])[len(begun) : -1]
+        return self.run([*begun, *queries, "COMMIT"], answer_s=answer_s)[len(begun) : -1]
 
     @contextmanager
     def _cancelled_by_ctrl_c(self) -> Iterator[None]:
-        """Cancel on the server, and raise KeyboardInterrupt when the message has ended.
+        """Cancel on the server, and raise KeyboardInterrupt when the message has ended, or been given up.
 
-        Python's own handler raises wherever it finds us; in the callback of a notice the exception would be lost.
+        Python's own handler raises wherever it finds us; in the callback of a notice the exception would be lost. It is
+        given up where no answer comes, or when pressed once more: the server may go on.
         """
         if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # somebody else's, or ignored
             yield
@@ -201,9 +220,15 @@ class Connection:
 
         def cancel(*_: object) -> None:
             nonlocal pressed
+            if pressed:
+                self._give_up = 0
+                return
             pressed = True
-            with suppress(psycopg.Error):  # no way to the server: the message ends by itself
+            with suppress(psycopg.Error):  # no way to the server
                 self._connection.cancel_safe(timeout=_CANCEL_S)
+            self._give_up = min(self._give_up, time.monotonic() + _CANCEL_S)
+            if self.watch and self.watch.looks:
+                raise KeyboardInterrupt  # it leaves off
 
         signal.signal(signal.SIGINT, cancel)
         try:
@@ -214,7 +239,7 @@ class Connection:
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if pressed:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(*[errors.GIVEN_UP] if self._connection.closed else [])
 
     def close(self) -> None:
         """End the session."""
@@ -226,30 +251,53 @@ class Connection:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _exchange(self, message: str) -> Iterator[pq.abc.PGresult]:
-        self._connection.pgconn.send_query(message.encode())
-        self._connection.wait(generators.send(self._connection.pgconn))
-        # A watcher has to see who holds it before the wait for the lock is over.
-        moment_s = min(_MOMENT_S, self.lock_timeout_ms / 10_000)
-        deadline = time.monotonic() + self._answer_s
-        while (result := self._connection.wait(self._idling(deadline), moment_s)) is not None:
+    def _answers(self, statements: Sequence[str], answer_s: float) -> Iterator[pq.abc.PGresult]:
+        """Yield an answer to each statement, the last one perhaps an error."""
+        number, errors_seen = 0, 0
+        for result in self._exchange(";\n".join(statements), answer_s):
+            is_error = result.status == pq.ExecStatus.FATAL_ERROR
+            number, errors_seen = number + (not is_error), errors_seen + is_error
+            # Of two errors the second one says that the connection is gone.
+            if result.status not in _ANSWERS or number > len(statements) or errors_seen > 2:
+                raise self._otherwise(f"there is no such answer to a query ({pq.ExecStatus(result.status).name})")
+            yield result
+        if number < len(statements) and not errors_seen:
+            raise self._otherwise(f"of {len(statements)} statements it answered {number}")
+
+    def _otherwise(self, how: str) -> errors.RecipeError:
+        self.close()  # it might go on
+        return errors.OTHERWISE(how=how)
+
+    def _exchange(self, message: str, answer_s: float) -> Iterator[pq.abc.PGresult]:
+        pgconn = self._connection.pgconn
+        pgconn.send_query(message.encode())
+        self._wait(generators.send(pgconn), answer_s)
+        while (result := self._wait(generators.fetch(pgconn), answer_s)) is not None:
             yield result
 
-    def _idling(self, deadline: float) -> PQGen[pq.abc.PGresult | None]:
-        """Fetch a result as psycopg does; tell the watch of moments in which nothing came, raise at the deadline."""
-        fetching: PQGen[pq.abc.PGresult | None] = generators.fetch(self._connection.pgconn)
+    def _wait(self, generator: PQGen[_T], answer_s: float) -> _T:
+        """Wait as psycopg does, who would answer Ctrl-C by waiting on; what has not come by then does not count."""
+        # A watcher has to see who holds it before the wait for the lock is over.
+        moment_s = min(_MOMENT_S, self.lock_timeout_ms / 10_000)
+        limited = self._limited(generator, time.monotonic() + answer_s)
+        return waiting.wait(limited, self._connection.pgconn.socket, moment_s)
+
+    def _limited(self, generator: PQGen[_T], deadline: float) -> PQGen[_T]:
+        """Tell the watch of moments in which nothing came; raise at the deadline."""
         try:
-            wanted = next(fetching)
+            wanted = next(generator)
             while True:
                 ready = yield wanted
-                if self.watch is not None:
+                if self.watch is not None and self._give_up == math.inf:
                     self.watch.idle() if ready == Ready.NONE else self.watch.answered()
-                if ready == Ready.NONE and time.monotonic() > deadline:
+                if time.monotonic() > min(deadline, self._give_up):
                     self.close()
-                    raise psycopg.OperationalError(f"no answer within {self._answer_s} s")
-                wanted = fetching.send(ready)
+                    raise psycopg.OperationalError("no answer came in time")
+                if _peak_mb() > self._most_mb:
+                    raise self._otherwise(f"more than {_MOST_MB} MB for what takes a few kB")
+                wanted = generator.send(ready)
         except StopIteration as done:
-            result: pq.abc.PGresult | None = done.value
+            result: _T = done.value
             return result
 
 
@@ -257,7 +305,7 @@ def transaction_settings(target: Target, lock_timeout_ms: int) -> str:
     """SELECT list that makes settings hold for one transaction: through a pooler the next may be elsewhere."""
     settings = {
         "lock_timeout": f"{lock_timeout_ms}ms",
-        "statement_timeout": _STATEMENT_TIMEOUT,
+        "statement_timeout": f"{_STATEMENT_TIMEOUT_S}s",
         "quote_all_identifiers": "off",  # definitions are compared as PostgreSQL prints them by itself
     }
     if target.search_path is not None:
@@ -288,6 +336,27 @@ def _cause(words: str) -> errors.Case:
 
 def _refused(index: int, error: psycopg.Error) -> StatementError:
     said = error.diag
-    message = said.message_primary or str(error).strip()
-    detail, hint, context = (words or "" for words in (said.message_detail, said.message_hint, said.context))
+    message = short(said.message_primary or str(error).strip())
+    detail, hint, context = (short(words or "") for words in (said.message_detail, said.message_hint, said.context))
     return StatementError(index, error.sqlstate, message, detail, hint, context)
+
+
+def short(words: str) -> str:
+    """Return what the server says, or where it goes on and on the beginning."""
+    return words if len(words) <= _MOST_CHARACTERS else words[:_MOST_CHARACTERS] + " …"
+
+
+@contextmanager
+def understood() -> Iterator[None]:
+    """Around what reads rows: raise where they have another shape than was asked for."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise errors.OTHERWISE(how=f"{type(error).__name__}: {short(str(error))}") from error
+
+
+def _peak_mb() -> float:
+    """How much memory this process has had at most."""
+    if sys.platform == "win32":
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)

@@ -26,6 +26,7 @@ from typing import Any
 from urllib.parse import quote
 
 from budget_engine import errors
+from budget_engine.trust import doubt
 
 if sys.platform != "win32":
     import fcntl
@@ -122,6 +123,8 @@ def _home(root: Path, major: int) -> Path:
         home = (root / Path(given).expanduser()).resolve()
     except (RuntimeError, OSError) as error:  # ~ of nobody; links in a circle, of which Python 3.13 says so later
         raise errors.EMBEDDED_FILES(why=str(error).strip("."), variable=DATA_VARIABLE, where=given) from None
+    if why := doubt(home, root):
+        raise errors.NOT_TRUSTED(where=why, variable=DATA_VARIABLE)
     if os.geteuid() != 0 or (home / str(major)).exists():
         return home
     elsewhere = MACHINE / _digest(home)

@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from budget_engine.output import console
 from budget_engine.spelling import lines, respelled, shown
 from conftest import TRAP, Db, Run, holding
 from psycopg import sql
@@ -148,6 +149,15 @@ def test_what_the_server_says_acts_on_nothing(db: Db, tmp_path: Path) -> None:
     assert (done.code, "touch made_by_a_name" in done.out, "touch made_by_a_name" in done.err) == (1, True, True), done
 
 
+def test_what_a_break_brings_to_a_lines_beginning_is_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    comment = " " * 9 + f"-- view {'v ' * 30}; CREATE TABLE x (): left to its owner"
+    assert console._fitted(comment) == [comment]
+    parts = console._fitted("error    " + r"very long words    \! touch x   " * 9)
+    assert len(parts) > 1
+    assert [part for part in parts if part.lstrip().startswith("\\")] == []
+
+
 TURN_ID = """
 SELECT format_type(atttypid, -1), col_description(attrelid, attnum) FROM pg_attribute
 WHERE attname = 'turn_id' AND attrelid = 'prompt_snapshots'::regclass"""
@@ -186,8 +196,9 @@ def test_remedies_are_pasted_as_they_were_printed(db: Db, tmp_path: Path) -> Non
     for name in names:
         db.execute(f"CREATE MATERIALIZED VIEW {quoted(name)} AS SELECT turn_id FROM prompt_snapshots LIMIT 0")
         db.execute(f"CREATE VIEW {quoted('v' + name[:40])} AS SELECT turn_id AS {quoted(name)} FROM prompt_snapshots")
-    shown_there = COLOURS.sub("", on_terminal(db, "verify", columns=60).out + on_terminal(db, "plan", columns=60).out)
-    pasted(db, tmp_path, shown_there)
+    conflicts = [on_terminal(db, words) for words in ("verify", "plan")]
+    assert all("no command restores it" in done.err for done in conflicts)
+    pasted(db, tmp_path, "".join(COLOURS.sub("", done.out) + done.err for done in conflicts))
     pasted(db, tmp_path, db.invoke("verify", "--remedies").out)
     assert [check.title for check in db.checks() if check.conflict] == []
     assert db.invoke("setup").code == 0

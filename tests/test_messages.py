@@ -444,6 +444,52 @@ def test_host_where_nobody_is(tree: Path, host: str, kind: errors.Case) -> None:
     assert_ends(recipe(tree, "setup", DATABASE_URL=f"postgresql://u@{host}/db"), kind, 4)
 
 
+NO_VALUES = {
+    **dict.fromkeys(("target_session_attrs=x", "require_auth=x", "connect_timeout=x", "port=99999"), errors.PARAMETER),
+    **dict.fromkeys(("sslmode=x", "channel_binding=x", "ssl_min_protocol_version=x"), errors.PARAMETER),
+    "service=nowhere": errors.SERVICE,
+}
+
+
+@pytest.mark.parametrize(("query", "kind"), NO_VALUES.items(), ids=NO_VALUES)
+def test_parameter_that_libpq_cannot_take(db: Db, query: str, kind: errors.Case) -> None:
+    """Settings, exit 3, and the parameter is named; in a variable, too."""
+    name, value = query.split("=")
+    word = value if name == "service" else name.partition("_timeout")[0]
+    for variables in ({"DATABASE_URL": f"{db.url}&{query}"}, {f"PG{name.upper().replace('_', '')}": value}):
+        if variables.keys() & {"DATABASE_URL", "PGREQUIREAUTH", "PGSERVICE", "PGSSLMODE"}:
+            done = db.invoke("setup", env=variables)
+            assert_ends(done, kind, 3)
+            assert word in done.err.partition("error")[2]
+
+
+def test_member_of_the_owner_that_does_not_inherit(db: Db) -> None:
+    """What the message says helps."""
+    owner, member = f"{db.name}_owner", f"{db.name}_member"
+    roles = f"CREATE ROLE {owner}; CREATE ROLE {member} LOGIN NOINHERIT IN ROLE {owner}"
+    db.execute(f"{roles}; GRANT ALL ON SCHEMA public TO {owner}; GRANT CREATE ON DATABASE {db.name} TO {owner}")
+    try:
+        refused = db.invoke("setup", role=member)
+        assert refused.code == 8, refused
+        assert "?options=-c role=OWNER" in refused.err
+        url = f"{db.url_as(member)}&options=-c role={owner}"
+        done = db.invoke("setup", env={"DATABASE_URL": url})
+        assert done.code == 0, done
+    finally:
+        db.execute(f"DROP OWNED BY {owner}, {member} CASCADE; DROP ROLE {owner}, {member}")
+
+
+@pytest.mark.skipif(poolers.PROGRAM is None or poolers.CONFIGURATION is None, reason="pgbouncer is not installed")
+def test_pooler_of_statements(finished: Db) -> None:
+    """A transaction that travels in one message may pass; it ends the session where a statement of it fails."""
+    finished.execute("ALTER TABLE slots DROP COLUMN min_chars CASCADE")
+    with Pooler(finished.cluster, settings={"pool_mode": "statement"}) as pooler:
+        env = {"DATABASE_URL": pooler.url(finished), "LOCK_TIMEOUT": "100ms", "LOCK_WAIT": "0"}
+        with holding(finished, "LOCK TABLE slots"):
+            done = [finished.invoke(task, env=env) for task in ("setup", "verify", "doctor")]
+    assert ["pool_mode = transaction" in run.out + run.err for run in done] == [True] * 3, done
+
+
 @pytest.mark.skipif(poolers.PROGRAM is None or poolers.CONFIGURATION is None, reason="pgbouncer is not installed")
 def test_login_that_a_pooler_refuses(db: Db) -> None:
     def refused(url: str) -> Run:

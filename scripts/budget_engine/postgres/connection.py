@@ -67,6 +67,8 @@ OLDEST_VERSION = 140000  # CREATE OR REPLACE TRIGGER and string_to_table came wi
 # own; the first that fit decide, so that an answer counts for more than none. A server that speaks another language
 # (lc_messages) is not understood: then the remedy is the one for all.
 _REFUSALS: tuple[tuple[str, errors.Case], ...] = (
+    (r'invalid "?\w+"? value: |invalid (port number|integer value)|bad value for \w+: ', errors.PARAMETER),
+    (r'definition of service ".*" not found|service file ".*" not found|syntax error in service file', errors.SERVICE),
     ("password authentication failed|no password supplied|SASL authentication failed", errors.PASSWORD),
     (r'role ".*" (does not exist|is not permitted to log in)|no such user|user not found', errors.LOGIN),
     (r"pg_hba\.conf|authentication failed", errors.LOGIN),
@@ -111,7 +113,9 @@ class Connection:
         except (psycopg.Error, UnicodeError) as error:  # UnicodeError: of what can be no host's name
             words = str(error)
             where = mask(words.strip(), target.secrets)
-            raise errors.NO_CONNECTION(target=target.display, where=where, remedy=_cause(words).remedy) from None
+            cause = _cause(words)
+            case = cause if cause.exit_code == errors.PARAMETER.exit_code else errors.NO_CONNECTION
+            raise case(target=target.display, where=where, remedy=cause.remedy) from None
         if self._connection.info.server_version < OLDEST_VERSION:
             version = self._connection.info.parameter_status("server_version")
             self.close()

@@ -357,13 +357,26 @@ def guarded(cluster: Cluster) -> Iterator[Db]:
     """A database on a server that lets not everybody in, and not many."""
     with private_server(max_connections="6") as server, database(server) as db:
         db.execute(ROLES)
-        db.execute(f"REVOKE CONNECT ON DATABASE {db.name} FROM public; GRANT CONNECT ON DATABASE {db.name} TO limited")
+        db.execute(f"REVOKE CONNECT ON DATABASE {db.name} FROM public")
+        db.execute(f"GRANT CONNECT ON DATABASE {db.name} TO limited, secretive")
         (server.data / "pg_hba.conf").write_text(HBA)
         db.execute("SELECT pg_reload_conf()")
         with suppress(psycopg.OperationalError):  # once the server has read the file
             while True:
                 db.connect("secretive").close()
         yield db
+
+
+def test_password_that_goes_out_without_tls_is_noted(guarded: Db) -> None:
+    """Where the server is not on this machine, for all that its name says; of doctor it is a finding."""
+    with Proxy(socket_of(guarded.cluster.sockets)) as proxy:
+        url = f"postgresql://secretive:right-and-secret@HOST:{proxy.port}/{guarded.name}"
+        for host, noted in (("db.example", True), ("localhost", False)):
+            env = {"DATABASE_URL": f"{url.replace('HOST', host)}?hostaddr=127.0.0.1&sslmode=prefer"}
+            for task in ("verify", "doctor"):
+                done = guarded.invoke(task, env=env)
+                assert "role secretive" in done.out, done
+                assert ("note     no TLS on the way to" in done.out) is (noted and task == "verify"), done
 
 
 # The URL's parts that are other, what helps, the SQLSTATE that it is known by.

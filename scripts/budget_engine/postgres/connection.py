@@ -137,6 +137,11 @@ class Connection:
         return host.startswith(("/", "@")) or all(_is_loopback(name) for name in (host, address))
 
     @property
+    def is_exposed(self) -> bool:
+        """Whether a password was asked for, and sent in whatever form where others may listen."""
+        return bool(self._connection.pgconn.used_password and not self.is_encrypted and not self.is_near)
+
+    @property
     def sslmode(self) -> str:
         """What libpq was told about TLS: in the URL, by PGSSLMODE, by a service."""
         options = {option.keyword: option.val for option in self._connection.pgconn.info}

@@ -353,13 +353,26 @@ def guarded(cluster: Cluster) -> Iterator[Db]:
     """A database on a server that lets not everybody in, and not many."""
     with private_server(max_connections="6") as server, database(server) as db:
         db.execute(ROLES)
-        db.execute(f"REVOKE CONNECT ON DATABASE {db.name} FROM public; GRANT CONNECT ON DATABASE {db.name} TO limited")
+        db.execute(f"REVOKE CONNECT ON DATABASE {db.name} FROM public")
+        db.execute(f"GRANT CONNECT ON DATABASE {db.name} TO limited, secretive")
         (server.data / "pg_hba.conf").write_text(HBA)
         db.execute("SELECT pg_reload_conf()")
         with suppress(psycopg.OperationalError):  # once the server has read the file
             while True:
                 db.connect("secretive").close()
         yield db
+
+
+def test_password_that_goes_out_without_tls_is_noted(guarded: Db) -> None:
+    """Where the server is not on this machine, for all that its name says; of doctor it is a finding."""
+    with Proxy(socket_of(guarded.cluster.sockets)) as proxy:
+        url = f"postgresql://secretive:right-and-secret@HOST:{proxy.port}/{guarded.name}"
+        for host, noted in (("db.example", True), ("localhost", False)):
+            env = {"DATABASE_URL": f"{url.replace('HOST', host)}?hostaddr=127.0.0.1&sslmode=prefer"}
+            for task in ("verify", "doctor"):
+                done = guarded.invoke(task, env=env)
+                assert "role secretive" in done.out, done
+                assert ("note     no TLS on the way to" in done.out) is (noted and task == "verify"), done
 
 
 # The URL's parts that are other, what helps, the SQLSTATE that it is known by.
@@ -438,6 +451,52 @@ HOSTS = {
 @pytest.mark.parametrize(("host", "kind"), HOSTS.items(), ids=HOSTS)
 def test_host_where_nobody_is(tree: Path, host: str, kind: errors.Case) -> None:
     assert_ends(recipe(tree, "setup", DATABASE_URL=f"postgresql://u@{host}/db"), kind, 4)
+
+
+NO_VALUES = {
+    **dict.fromkeys(("target_session_attrs=x", "require_auth=x", "connect_timeout=x", "port=99999"), errors.PARAMETER),
+    **dict.fromkeys(("sslmode=x", "channel_binding=x", "ssl_min_protocol_version=x"), errors.PARAMETER),
+    "service=nowhere": errors.SERVICE,
+}
+
+
+@pytest.mark.parametrize(("query", "kind"), NO_VALUES.items(), ids=NO_VALUES)
+def test_parameter_that_libpq_cannot_take(db: Db, query: str, kind: errors.Case) -> None:
+    """Settings, exit 3, and the parameter is named; in a variable, too."""
+    name, value = query.split("=")
+    word = value if name == "service" else name.partition("_timeout")[0]
+    for variables in ({"DATABASE_URL": f"{db.url}&{query}"}, {f"PG{name.upper().replace('_', '')}": value}):
+        if variables.keys() & {"DATABASE_URL", "PGREQUIREAUTH", "PGSERVICE", "PGSSLMODE"}:
+            done = db.invoke("setup", env=variables)
+            assert_ends(done, kind, 3)
+            assert word in done.err.partition("error")[2]
+
+
+def test_member_of_the_owner_that_does_not_inherit(db: Db) -> None:
+    """What the message says helps."""
+    owner, member = f"{db.name}_owner", f"{db.name}_member"
+    roles = f"CREATE ROLE {owner}; CREATE ROLE {member} LOGIN NOINHERIT IN ROLE {owner}"
+    db.execute(f"{roles}; GRANT ALL ON SCHEMA public TO {owner}; GRANT CREATE ON DATABASE {db.name} TO {owner}")
+    try:
+        refused = db.invoke("setup", role=member)
+        assert refused.code == 8, refused
+        assert "?options=-c role=OWNER" in refused.err
+        url = f"{db.url_as(member)}&options=-c role={owner}"
+        done = db.invoke("setup", env={"DATABASE_URL": url})
+        assert done.code == 0, done
+    finally:
+        db.execute(f"DROP OWNED BY {owner}, {member} CASCADE; DROP ROLE {owner}, {member}")
+
+
+@pytest.mark.skipif(poolers.PROGRAM is None or poolers.CONFIGURATION is None, reason="pgbouncer is not installed")
+def test_pooler_of_statements(finished: Db) -> None:
+    """A transaction that travels in one message may pass; it ends the session where a statement of it fails."""
+    finished.execute("ALTER TABLE slots DROP COLUMN min_chars CASCADE")
+    with Pooler(finished.cluster, settings={"pool_mode": "statement"}) as pooler:
+        env = {"DATABASE_URL": pooler.url(finished), "LOCK_TIMEOUT": "100ms", "LOCK_WAIT": "0"}
+        with holding(finished, "LOCK TABLE slots"):
+            done = [finished.invoke(task, env=env) for task in ("setup", "verify", "doctor")]
+    assert ["pool_mode = transaction" in run.out + run.err for run in done] == [True] * 3, done
 
 
 @pytest.mark.skipif(poolers.PROGRAM is None or poolers.CONFIGURATION is None, reason="pgbouncer is not installed")

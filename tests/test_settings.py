@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 import traceback
 from pathlib import Path
 from urllib.parse import quote
@@ -563,3 +564,24 @@ def test_no_error_holds_the_password(shape: str, password: str, encode: bool) ->
         said = repr(target)
     assert not leaks(password, said)
     assert not leaks(typed, said)
+
+
+# ── who else may read it ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_password_in_a_file_that_everybody_may_read_is_noted() -> None:
+    """Not where a folder on the way is closed, nor of a file without a password, nor one that does not count."""
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name).resolve()
+        write_env(place, f"DATABASE_URL={URL}")
+        noted = (".env holds a password, and every user of this machine may read it",)
+        for folder_mode, mode, expected in ((0o755, 0o644, noted), (0o700, 0o644, ()), (0o755, 0o640, ())):
+            place.chmod(folder_mode)
+            (place / ".env").chmod(mode)
+            assert load(place, {}).notes == expected
+        place.chmod(0o755)
+        (place / ".env").chmod(0o644)
+        assert load(place, {"DATABASE_URL": URL}).notes == ()
+        assert load(place, {"ENV_FILE": str(place / ".env")}).notes == noted
+        write_env(place, f"DATABASE_URL={URL.replace(':s3cret', '')}")
+        assert load(place, {}).notes == ()

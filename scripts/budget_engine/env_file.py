@@ -6,6 +6,7 @@ that holds it. What lies further up belongs to somebody else: nothing is taken f
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import stat
@@ -79,6 +80,15 @@ def read(home: Path, environ: Mapping[str, str]) -> tuple[dict[str, tuple[str, s
 def is_embedded(text: str) -> bool:
     """Whether this asks for the embedded server by name."""
     return text.strip(BLANKS + QUOTES).lower() == "embedded"
+
+
+def is_open(path: Path) -> bool:
+    """Whether every user of this machine may read it: the file, and the way there."""
+    return bool(
+        os.name == "posix"
+        and path.stat().st_mode & stat.S_IROTH
+        and all(folder.stat().st_mode & stat.S_IXOTH for folder in path.resolve().parents)
+    )
 
 
 # ── where it is looked for ─────────────────────────────────────────────────────────────────────────────────────────

@@ -148,6 +148,10 @@ OTHER_URL = Case(3, "DATABASE_URL is no URL of PostgreSQL: it {found}.", "Only P
 AMBIGUOUS_URL = Case(3, "DATABASE_URL cannot be taken apart without a guess.")
 MISPLACED_LOGIN = Case(3, "What stands for the name of the {part} is none.",
     "Write {form}, user and password percent-encoded, each part in its place.")
+PARAMETER = Case(3, "{target} has a parameter whose value can be none of it.",
+    "Correct the one that libpq names, or leave it out: in DATABASE_URL, a PG… variable, or a service.")
+SERVICE = Case(3, "{target} names a service that is not defined.",
+    "Is its name right, and does pg_service.conf (or PGSERVICEFILE) define it? Or write the URL out.")
 UNPARSABLE_URL = Case(3, "libpq cannot parse DATABASE_URL.")
 
 NO_TARGET = Case(3, "there is no target", "Name some: a line each in --targets, or another pattern.")
@@ -249,7 +253,9 @@ BUSY = Case(7, "another {who}", "Run the task again when it is done; LOCK_WAIT s
 NOT_PERMITTED = Case(8, "",
     "Log in as the owner of what the message names (on Supabase: as postgres), or have the owner GRANT the right to "
     "this role, then run the task again.")
-RIGHT = Case(8, "role {role} lacks a right", "Have it granted to {role}, or log in as the owner. Nothing was changed.")
+RIGHT = Case(8, "role {role} lacks a right",
+    "Have it granted to {role}, or log in as the owner; a member of the owner that does not inherit its rights "
+    "becomes it by ?options=-c role=OWNER in DATABASE_URL. Nothing was changed.")
 READ_ONLY = Case(8, "this database takes no writes: {why}",
     "Name the primary server in DATABASE_URL, or have default_transaction_read_only lifted.")
 
@@ -284,6 +290,8 @@ class StatementError(Exception):
     def remedy(self) -> str:
         """What helps: what we know of the SQLSTATE; where that says little, the hint of our files or the server."""
         kind = for_sqlstate(self.sqlstate)
+        if "statement pooling" in self.message:  # PgBouncer's words; its SQLSTATE is the same for all that it says
+            return TRANSACTIONS_POOLED
         return (self.hint if kind in _HINTED else "") or kind.remedy
 
     @property
@@ -331,6 +339,9 @@ LIMITS_OF_THE_ROLE = """\
 Concurrent work takes as long as it takes, but the role brings a statement_timeout, lock_timeout or transaction_timeout
 along, which cannot be lifted through a transaction pooler: name the server itself in DATABASE_URL (the direct URL, not
 the pooler's), and run the task again; it finishes what is left."""
+TRANSACTIONS_POOLED = """\
+The pooler pools statements, and every task needs transactions: name the server itself in DATABASE_URL (the direct URL),
+or a pooler, or a pool of it, with pool_mode = transaction."""
 CORRECT_THE_ROWS = "Correct those rows, then run invoke setup; no row was deleted or changed."
 
 

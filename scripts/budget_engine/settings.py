@@ -105,6 +105,8 @@ def load(home: Path, environ: Mapping[str, str]) -> Settings:
         source = f"embedded server ({why})"
     else:
         target = parse_target(text, where)
+        if target.secrets and "DATABASE_URL" not in environ and env_file.is_open(home / where):
+            notes = (*notes, f"{where} holds a password, and every user of this machine may read it")
     lock_timeout_ms = _duration_ms(given, "LOCK_TIMEOUT", Settings.lock_timeout_ms, least_ms=1)
     lock_wait_ms = _duration_ms(given, "LOCK_WAIT", Settings.lock_wait_s * 1000, least_ms=0)
     connect_ms = _duration_ms(given, "CONNECT_TIMEOUT", Settings.connect_timeout_s * 1000, plain="s", least_ms=1000)

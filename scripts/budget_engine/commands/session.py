@@ -72,7 +72,8 @@ def opened(
     given, where = announced(dry=dry)
     with Session(given, where, task, looks=looks, with_recreate=with_recreate, kind=kind) as session:
         found = session.look()
-        CONSOLE.first(text.opening(where, given, found))
+        exposed = [text.without_tls(session.connection.host)] if session.connection.is_exposed else []
+        CONSOLE.first("\n".join([text.opening(where, given, found), *exposed]))
         yield session, found
 
 

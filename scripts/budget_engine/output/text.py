@@ -85,6 +85,11 @@ def notes(target: Target, settings: Settings) -> list[str]:
     return [line("note", note) for note in (*settings.notes, *target.notes)]
 
 
+def without_tls(host: str) -> str:
+    """Say that a password went out in the open (doctor's finding says more)."""
+    return line("note", f"no TLS on the way to {host}: others can read password and data there (sslmode=require)")
+
+
 def row_security(checks: Iterable[Check]) -> str:
     """Which kind of server this is: the verification asks for policies where there is something to protect."""
     policies = [check.name for check in checks if check.kind is Kind.POLICY]

@@ -77,6 +77,8 @@ OLDEST_VERSION = 140000  # CREATE OR REPLACE TRIGGER and string_to_table came wi
 # own; the first that fit decide, so that an answer counts for more than none. A server that speaks another language
 # (lc_messages) is not understood: then the remedy is the one for all.
 _REFUSALS: tuple[tuple[str, errors.Case], ...] = (
+    (r'invalid "?\w+"? value: |invalid (port number|integer value)|bad value for \w+: ', errors.PARAMETER),
+    (r'definition of service ".*" not found|service file ".*" not found|syntax error in service file', errors.SERVICE),
     ("password authentication failed|no password supplied|SASL authentication failed", errors.PASSWORD),
     (r'role ".*" (does not exist|is not permitted to log in)|no such user|user not found', errors.LOGIN),
     (r"pg_hba\.conf|authentication failed", errors.LOGIN),
@@ -122,7 +124,8 @@ class Connection:
             words = str(error)
             where = mask(words.strip(), target.secrets)
             cause = _cause(words)
-            refused = errors.NO_CONNECTION(target=target.display, where=where, remedy=cause.remedy)
+            case = cause if cause.exit_code == errors.PARAMETER.exit_code else errors.NO_CONNECTION
+            refused = case(target=target.display, where=where, remedy=cause.remedy)
             refused.cause = cause
             raise refused from None
         if self._connection.info.server_version < OLDEST_VERSION:
@@ -144,6 +147,11 @@ class Connection:
         """Whether the server is on this machine, for all that its name says: a tunnel leads elsewhere."""
         host, address = self._connection.info.host, self._connection.info.hostaddr
         return host.startswith(("/", "@")) or all(_is_loopback(name) for name in (host, address))
+
+    @property
+    def is_exposed(self) -> bool:
+        """Whether a password was asked for, and sent in whatever form where others may listen."""
+        return bool(self._connection.pgconn.used_password and not self.is_encrypted and not self.is_near)
 
     @property
     def sslmode(self) -> str:

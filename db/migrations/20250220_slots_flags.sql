@@ -83,22 +83,22 @@ DO $$ DECLARE
   keep CONSTANT boolean := 'must_keep' = ANY (current_setting('budget_engine.new')::name[]);
   chars CONSTANT boolean := 'min_chars' = ANY (current_setting('budget_engine.new')::name[]);
   path CONSTANT text := current_setting('search_path');
-  owner CONSTANT text := current_setting('role');
-  ours CONSTANT text := current_setting('budget_engine.role');
+  owner CONSTANT text := current_setting('role'); ours CONSTANT text := current_setting('budget_engine.role');
   wanted CONSTANT jsonb := (SELECT pg_catalog.jsonb_agg(d) FROM critical_slot_defaults() AS d);  -- before theirs can replace it
   d record;
 BEGIN
   IF keep OR chars THEN
-    CREATE FUNCTION give_critical_slot_defaults(boolean, boolean) RETURNS void LANGUAGE sql SECURITY DEFINER AS $function$
-      UPDATE slots SET must_keep = CASE WHEN $1 THEN d.must_keep ELSE slots.must_keep END,
-                       min_chars = CASE WHEN $2 THEN d.min_chars ELSE slots.min_chars END FROM critical_slot_defaults() AS d
-       WHERE slots.type = d.type AND slots.name = d.name AND NOT slots.must_keep AND slots.min_chars IS NULL;
-    $function$;
-    PERFORM pg_catalog.set_config('enable_seqscan', 'off', true);
-    PERFORM give_critical_slot_defaults(keep, chars);
+    CREATE FUNCTION give_critical_slot_defaults(boolean, boolean) RETURNS void LANGUAGE plpgsql SECURITY DEFINER AS $function$ DECLARE
+      d record;
+    BEGIN
+      FOR d IN SELECT * FROM critical_slot_defaults() LOOP
+        UPDATE slots SET must_keep = CASE WHEN $1 THEN d.must_keep ELSE must_keep END, min_chars = CASE WHEN $2 THEN d.min_chars ELSE min_chars END
+         WHERE type = d.type AND name = d.name AND NOT must_keep AND min_chars IS NULL;
+      END LOOP;
+    END $function$;
+    PERFORM pg_catalog.set_config('enable_seqscan', 'off', true), give_critical_slot_defaults(keep, chars);
     -- Whatever they did to our settings, our functions and slots: from here on nothing of theirs is in reach.
-    PERFORM pg_catalog.set_config('search_path', path, true);
-    PERFORM pg_catalog.set_config('role', ours, true), pg_catalog.set_config('row_security', 'off', true);
+    PERFORM pg_catalog.set_config('search_path', path, true), pg_catalog.set_config('role', ours, true), pg_catalog.set_config('row_security', 'off', true);
     FOR d IN SELECT * FROM pg_catalog.jsonb_to_recordset(wanted) AS d (type text, name text, must_keep boolean, min_chars int) LOOP
       IF 4 <> (SELECT pg_catalog.count(*) FROM pg_class JOIN pg_attribute ON attrelid = pg_class.oid
                WHERE pg_class.oid = 'slots'::regclass::oid AND relkind = 'r'

@@ -433,7 +433,7 @@ def test_progress_is_shown_on_a_terminal(finished: Db) -> None:
         assert process.wait(60) == 0
     os.close(theirs)
     os.close(ours)
-    assert "\r\x1b[Kbuilding slots: waiting for old snapshots" in text
+    assert "\r\x1b[Kbuilding public.slots: waiting for old snapshots" in text
 
 
 @pytest.mark.parametrize(

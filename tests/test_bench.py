@@ -41,7 +41,10 @@ def test_startup_is_measured_and_drawn(tmp_path: Path) -> None:
     drawn = charts(tmp_path)
     assert set(drawn) == {"startup-direct", "startup-far"}
     for tool, round_trips in {"bare psycopg": ["5", "5"], "invoke setup": ["7", "5"]}.items():
-        assert [cells[-1] for cells in rows(done, tool)] == round_trips  # from nothing, with nothing to do
+        from_nothing, nothing_to_do = (cells[-1] for cells in rows(done, tool))
+        looked = str(int(round_trips[0]) + 5)  # a watch's connection: after a second of silence, on a busy machine
+        assert from_nothing in (round_trips[0], looked)
+        assert nothing_to_do == round_trips[1]
         assert all(tool in text for text in drawn.values())
     assert re.search(r"^Peak memory of invoke setup from nothing: \d+ MB", done.out, re.M)
 

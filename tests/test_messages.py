@@ -475,6 +475,7 @@ def test_parameter_that_libpq_cannot_take(db: Db, query: str, kind: errors.Case)
 def test_member_of_the_owner_that_does_not_inherit(db: Db) -> None:
     """What the message says helps."""
     owner, member = f"{db.name}_owner", f"{db.name}_member"
+    db.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")  # who had it before 15
     roles = f"CREATE ROLE {owner}; CREATE ROLE {member} LOGIN NOINHERIT IN ROLE {owner}"
     db.execute(f"{roles}; GRANT ALL ON SCHEMA public TO {owner}; GRANT CREATE ON DATABASE {db.name} TO {owner}")
     try:

@@ -33,6 +33,11 @@ WITH tables (name, relation) AS (
   SELECT polname, polcmd, concat_ws(' ', pg_get_expr(polqual, polrelid), pg_get_expr(polwithcheck, polrelid)) AS condition
   FROM supabase JOIN pg_policy ON polrelid = profiles
   WHERE polpermissive AND polroles && ARRAY[0::oid, to_regrole('authenticated')::oid, to_regrole('anon')::oid]
+), held (privilege, grantee, attname) AS (  -- what everybody, or authenticated, may do with which column of profiles
+  SELECT privilege_type, grantee, attname FROM supabase JOIN pg_class ON pg_class.oid = profiles
+  JOIN pg_attribute ON attrelid = profiles AND attnum > 0 AND NOT attisdropped AND attgenerated = ''
+  CROSS JOIN LATERAL (SELECT * FROM aclexplode(relacl) UNION ALL SELECT * FROM aclexplode(attacl)) AS granted
+  WHERE grantee IN (0::oid, to_regrole('authenticated')::oid)
 )
 SELECT 'roles', format('%s may insert into turns, but not into turn_metrics', role),
        format('GRANT INSERT ON %s TO %s;', metrics.relation::regclass, role)
@@ -66,17 +71,19 @@ SELECT 'profiles', 'no policy of profiles shows a user his own row, so that nobo
 FROM supabase JOIN pg_class ON pg_class.oid = profiles AND relrowsecurity
 WHERE NOT EXISTS (SELECT FROM applying WHERE polcmd IN ('r', '*'))
 UNION ALL  -- unless a trigger may keep him from it
-SELECT 'profiles', format('authenticated may %s profiles.role%s: any user can make himself an admin', string_agg(lower(may.what), ' and '),
+SELECT 'profiles', format('authenticated may %s profiles.role%s: any user can make himself an admin', lower(may.what),
                           ' (policy ' || string_agg(DISTINCT polname, ', ') || ')'),
-       format('REVOKE INSERT, UPDATE ON %1$s FROM PUBLIC, anon, authenticated; GRANT INSERT (%2$s), UPDATE (%2$s) ON %1$s TO authenticated;', profiles::regclass,
-              (SELECT string_agg(quote_ident(attname), ', ' ORDER BY attnum) FROM pg_attribute
-               WHERE attrelid = profiles AND attnum > 0 AND NOT attisdropped AND attgenerated = '' AND attname <> 'role'))
+       (SELECT string_agg(concat(format('REVOKE %s ON %s FROM %s;', may.what, profiles::regclass, holder),
+                                 CASE WHEN others <> '' THEN format(' GRANT %s (%s) ON %s TO %s;', may.what, others, profiles::regclass, holder) END), ' ')
+        FROM (SELECT CASE grantee WHEN 0 THEN 'PUBLIC' ELSE 'authenticated' END,
+                     string_agg(DISTINCT quote_ident(attname), ', ') FILTER (WHERE attname <> 'role')
+              FROM held WHERE privilege = may.what GROUP BY grantee HAVING bool_or(attname = 'role')) AS of_each (holder, others))
 FROM supabase JOIN pg_class ON pg_class.oid = profiles JOIN pg_attribute ON attrelid = profiles AND attname = 'role'
 CROSS JOIN (VALUES ('INSERT', 'a', 4), ('UPDATE', 'w', 16)) AS may (what, command, event) LEFT JOIN applying
   ON relrowsecurity AND polcmd IN (may.command::"char", '*') AND condition !~ '\mrole\M'
 WHERE has_column_privilege(to_regrole('authenticated'), profiles, 'role', may.what) AND (NOT relrowsecurity OR polname IS NOT NULL)
   AND NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = profiles AND NOT tgisinternal AND tgtype & (2 | may.event::int2) = 2 | may.event::int2)
-GROUP BY profiles
+GROUP BY profiles, may.what
 UNION ALL  -- a table with such a one gets none of ours
 SELECT 'policy', format('%s has policies of others (%s): the recipes add none there', name, string_agg(polname, ', ' ORDER BY polname)), NULL
 FROM supabase CROSS JOIN tables JOIN pg_policy ON polrelid = relation

@@ -64,7 +64,8 @@ def as_shown(text: str) -> list[str]:
 
 
 def sh(db: Db, command: str, **env: str) -> Run:
-    environment = clean_environment() | {"DATABASE_URL": db.url} | env
+    nowhere = str(db.cluster.data / "nowhere")  # this checkout may have an embedded server: setup may have been run
+    environment = clean_environment() | {"DATABASE_URL": db.url, embedded.DATA_VARIABLE: nowhere} | env
     environment["PATH"] = f"{db.cluster.binaries}:{environment['PATH']}"
     shell = SHELL.replace("{python}", shlex.quote(sys.executable))
     return run(["bash", "-c", shell + command], environment, cwd=ROOT)
@@ -107,11 +108,15 @@ def prepared(state: str | None, db: Db, finished: Db) -> Iterator[tuple[Db, dict
 
 
 def test_commands_without_output_run(db: Db) -> None:
+    db.execute("CREATE SCHEMA app_1")
+    db.execute("CREATE DATABASE tenant_1")
     blocks = [block for text in DOCUMENTS.values() for block in re.findall(r"```sh\n(.*?)```", text, re.S)]
     assert blocks
     for block in blocks:
-        done = sh(db, "set -e\n" + block)
+        listed = block.replace("<tenants", f"<<<'one={db.url}'")
+        done = sh(db, "set -e\n" + listed)
         assert done.code == 0, done
+    db.execute("DROP DATABASE tenant_1 WITH (FORCE)")
 
 
 def test_links_lead_somewhere() -> None:

@@ -356,6 +356,17 @@ RISKS = {
         "GRANT UPDATE (role) ON profiles TO authenticated; ALTER TABLE profiles DISABLE ROW LEVEL SECURITY",
         _ANY_USER,
     ),
+    "a column of several": (  # and no right that was not held before
+        "ALTER TABLE profiles ADD name text, ADD credit int; GRANT UPDATE (name, role) ON profiles TO authenticated;"
+        + _OWN_ROW.format("UPDATE", "USING"),
+        _ANY_USER,
+    ),
+    "a trigger keeps it": (
+        "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.role := OLD.role; RETURN NEW; END';"
+        "CREATE TRIGGER keep BEFORE UPDATE ON profiles FOR EACH ROW EXECUTE FUNCTION keep();"
+        f"GRANT UPDATE ON profiles TO authenticated; {_OWN_ROW.format('UPDATE', 'USING')}",
+        None,
+    ),
     "its role kept": (
         f"GRANT UPDATE ON profiles TO authenticated;{_OWN_ROW.format('UPDATE', 'USING')} WITH CHECK (role = 'player')",
         None,
@@ -377,13 +388,27 @@ def test_what_profiles_let_a_user_do_is_said_and_cleared(db: Db, change: str, sa
     told = _unusual(db, "profiles")
     assert [str(says) in one["says"] for one in told] == [True] * (says is not None)
     assert [one["says"] in db.invoke("doctor").out.replace("\n" + " " * 23, " ") for one in told] == [True] * len(told)
+    held = _held(db)
     for one in told:
         db.execute(one["command"])
+    assert _held(db) - held <= ({("id", "SELECT"), ("role", "SELECT")} if says and "nobody" in says else set())
+    assert held - _held(db) <= {("role", "INSERT"), ("role", "UPDATE")}
     assert _unusual(db, "profiles") == []
     with supabase.session(db, "authenticated", supabase.PLAYER) as player:
         with suppress(psycopg.errors.InsufficientPrivilege):
             player.execute("UPDATE profiles SET role = 'admin'")
         assert player.execute("SELECT role FROM profiles WHERE id = auth.uid()").fetchall() == [("player",)]
+
+
+def _held(db: Db) -> set[tuple[str, str]]:
+    """What authenticated may do with which column of profiles."""
+    return set(
+        db.rows(
+            "SELECT attname, privilege FROM pg_attribute, unnest('{SELECT,INSERT,UPDATE}'::text[]) AS privilege"
+            " WHERE attrelid = 'profiles'::regclass AND attnum > 0"
+            " AND has_column_privilege('authenticated', attrelid, attname, privilege)"
+        )
+    )
 
 
 def _unusual(db: Db, what: str) -> list[dict[str, str]]:

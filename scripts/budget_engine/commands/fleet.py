@@ -102,7 +102,12 @@ def run(
     orders = Orders(task, jobs or _JOBS, canary, stop_after, timeout_s)
     members = list(_part(_members(targets, databases, schemas), part))
     _refuse_what_is_none(members)
-    CONSOLE.say(text.line("fleet", f"{task} on {len(members)} targets, {min(orders.jobs, len(members))} at a time"))
+    CONSOLE.say(
+        text.line(
+            "fleet",
+            f"{task} on {len(members)} target{'s' * (len(members) > 1)}, {min(orders.jobs, len(members))} at a time",
+        )
+    )
     with _Fleet(orders, members) as fleet:
         ended = list(_told(fleet.results(), len(members)))
     _sum_up(ended, len(members))

@@ -87,7 +87,7 @@ def _starts(cluster: Cluster) -> bool:
 
 
 def _gone(pid: int) -> bool:
-    return embedded._until(lambda: not embedded._command_line(pid), 10)
+    return embedded._until(lambda: not embedded._lives(pid), 10)
 
 
 def _murder(cluster: Cluster) -> int:
@@ -105,6 +105,21 @@ def _starter(root: Path, binaries: Path, **how: Any) -> subprocess.Popen[str]:
     how = {"executable": sys.executable, "env": environment, **how}
     words: list[str | Path] = [how.pop("executable"), "-c", STARTER, root, binaries, str(MAJOR)]
     return subprocess.Popen(words, text=True, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
+
+
+def test_a_process_that_is_being_started_lives() -> None:
+    """While its program is loaded it has no command line, for milliseconds on a busy machine: that is no end."""
+    words = ["/bin/sh", "-c", '"$0" -c "import time; time.sleep(9)" >/dev/null 2>&1 & echo $!', sys.executable]
+    for _ in range(100):
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as shell:
+            pid = int((shell.stdout or sys.stdin).readline())
+            deadline = time.monotonic() + 0.01
+            looks = [embedded._lives(pid)]
+            while time.monotonic() < deadline:
+                looks.append(embedded._lives(pid))
+        os.kill(pid, signal.SIGKILL)
+        assert all(looks)
+        assert _gone(pid)
 
 
 # ── the usual life ─────────────────────────────────────────────────────────────────────────────────────────────────

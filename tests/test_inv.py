@@ -463,23 +463,31 @@ def forged(place: Path) -> Path:
 
 
 def shared(place: Path) -> None:
-    os.chown(place, -1, next(group.gr_gid for group in grp.getgrall() if group.gr_name == "users"))
+    os.chown(place, -1, STRANGER)
     place.chmod(0o775)
 
 
 OPEN: dict[str, Callable[[Path], None]] = {
     "others may write to it": lambda place: place.chmod(0o777),
     "others may write to its programs": lambda place: (place / "bin").chmod(0o777),
-    "its group may write to it": shared,
     "others may replace it": lambda place: place.parent.chmod(0o777),
     "sticky, but itself": lambda place: place.chmod(0o1777),
 }
-if os.geteuid() == 0:
-    OPEN["it is another's"] = lambda place: os.chown(place, STRANGER, STRANGER)
-    OPEN["the folder above is another's"] = lambda place: os.chown(place.parent, STRANGER, STRANGER)
+GIVEN_AWAY: dict[str, Callable[[Path], None]] = {
+    "its group may write to it": shared,
+    "it is another's": lambda place: os.chown(place, STRANGER, STRANGER),
+    "the folder above is another's": lambda place: os.chown(place.parent, STRANGER, STRANGER),
+}
+BY_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give folders away")
 
 
-@pytest.mark.parametrize("opened", OPEN.values(), ids=OPEN)
+@pytest.mark.parametrize(
+    "opened",
+    [
+        *(pytest.param(opened, id=how) for how, opened in OPEN.items()),
+        *(pytest.param(opened, id=how, marks=BY_ROOT) for how, opened in GIVEN_AWAY.items()),
+    ],
+)
 def test_environment_that_others_may_write_is_not_run(
     ready: Checkout, tmp_path: Path, opened: Callable[[Path], None]
 ) -> None:
@@ -492,7 +500,7 @@ def test_environment_that_others_may_write_is_not_run(
     assert not ran.exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give folders away")
+@BY_ROOT
 def test_link_of_another_is_not_followed(ready: Checkout, tmp_path: Path) -> None:
     place, links = tmp_path / "environment", tmp_path / "links"
     elsewhere(ready, place)
@@ -502,7 +510,7 @@ def test_link_of_another_is_not_followed(ready: Checkout, tmp_path: Path) -> Non
     assert_refused(ready.inv("setup", BUDGET_ENGINE_VENV=str(links / "environment")), f"{links} belongs to another")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give folders away")
+@BY_ROOT
 def test_checkout_of_another_is_trusted_as_its_scripts_are(ready: Checkout, tmp_path: Path) -> None:
     """As in a container of a CI: the checkout is the runner's, and root works in it."""
     for path in (ready.folder, *ready.folder.rglob("*")):

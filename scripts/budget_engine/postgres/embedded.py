@@ -255,6 +255,16 @@ def _command_line(pid: int) -> list[str]:
         return []
 
 
+def _lives(pid: int) -> bool:
+    """Tell whether a process is there, and not only waits to be buried. While it is being started it has no words."""
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD))
+    except psutil.Error:
+        return False
+
+
 @dataclass(frozen=True)
 class Health:
     """How a cluster stands, as far as one can see without starting it.
@@ -418,9 +428,9 @@ def _serve(cluster: Cluster, binaries: Path) -> bool:
     postgres: list[str | Path] = [binaries / "postgres", "-D", cluster.data, "-k", cluster.sockets, *settings]
     shell = ["/bin/sh", "-c", '"$@" >"$0" 2>&1 & echo $!', cluster.log, *postgres]
     pid = int(_run(shell, cluster.user, start_new_session=True, stdout=subprocess.PIPE).stdout)
-    if _until(lambda: running(cluster) or not _command_line(pid), START_SECONDS) and running(cluster):
+    if _until(lambda: running(cluster) or not _lives(pid), START_SECONDS) and running(cluster):
         return True
-    if _command_line(pid):
+    if _lives(pid):
         raise _failed("is not ready yet; perhaps it recovers", cluster)
     if "shared memory block" in cluster.log.read_text(errors="replace"):
         return False

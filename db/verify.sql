@@ -52,13 +52,16 @@ WITH path (schema, position) AS (
   ('fix_prompt_snapshots_turn_id', 'prompt_snapshots', 'turn_id bigint -> turns ON DELETE SET NULL =', true, 'uuid'),
   ('slots_flags', 'slots', 'must_keep boolean! = false, min_chars int =', false, NULL),
   ('budget_report', 'prompt_snapshots', 'budget_report jsonb =', false, NULL)
+), specs AS (
+  SELECT *, split_part(spec, ' ', 1) AS name, split_part(spec, ' ', 2) AS type, split_part(split_part(spec, ' -> ', 2), ' =', 1) AS link
+  FROM (SELECT *, false AS addable, NULL AS replaces FROM created UNION ALL SELECT step, table_name, columns, true, replaces FROM added) AS c
+  CROSS JOIN string_to_table(columns, ', ') AS spec
 ), columns (step, table_name, name, form, default_value, target, reference, addable, replaces) AS (
-  SELECT step, table_name, split_part(spec, ' ', 1),
-         format_type(to_regtype(rtrim(split_part(spec, ' ', 2), '!')), -1) || CASE WHEN split_part(spec, ' ', 2) LIKE '%!' THEN ' NOT NULL' ELSE '' END,
+  SELECT step, table_name, name, type_names ->> rtrim(type, '!') || CASE WHEN type LIKE '%!' THEN ' NOT NULL' ELSE '' END,
          CASE WHEN spec LIKE '% =%' THEN coalesce(nullif(split_part(spec, ' = ', 2), ''), 'none') END,
          nullif(split_part(link, ' ', 1), ''), 'REFERENCES ' || replace(link, ' ON', '(id) ON'), addable, replaces
-  FROM (SELECT *, false AS addable, NULL AS replaces FROM created UNION ALL SELECT step, table_name, columns, true, replaces FROM added) AS c
-  CROSS JOIN string_to_table(columns, ', ') AS spec CROSS JOIN LATERAL (SELECT split_part(split_part(spec, ' -> ', 2), ' =', 1)) AS its (link)
+  FROM (SELECT jsonb_object_agg(type, format_type(to_regtype(type), -1)) FROM (SELECT DISTINCT rtrim(type, '!') AS type FROM specs) AS t) AS t (type_names)
+  CROSS JOIN specs
 ), keys (step, table_name, columns, form, index_name, addable) AS (  -- index_name: where the step gives its index a name
   SELECT step, table_name, split_part(columns, ' ', 1), 'PRIMARY KEY', NULL, false FROM created
   UNION ALL (VALUES
@@ -89,11 +92,15 @@ WITH path (schema, position) AS (
   ('_admin_select', 'SELECT TO authenticated USING (admin)', '{prompt_snapshots,turn_metrics}'),
   ('_admin_insert', 'INSERT TO authenticated WITH CHECK (admin)', '{prompt_snapshots}'),
   ('_admin_update', 'UPDATE TO authenticated USING (admin) WITH CHECK (admin)', '{prompt_snapshots}')
-), tables (creator, table_name, relation, home) AS (  -- home: the schema where it is, or will be: beside others of its step
-  SELECT creator, table_name, relation, coalesce(found.home, max(found.home) OVER (PARTITION BY creator), (SELECT schema FROM path WHERE position = 1))
+), tables AS (  -- home: the schema where it is, or will be: beside others of its step
+  SELECT c.*, found.*, coalesce(schema, max(schema) OVER (PARTITION BY creator), (SELECT schema FROM path WHERE position = 1)) AS home
   FROM created AS c (creator, table_name) LEFT JOIN LATERAL (
-    SELECT pg_class.oid, schema FROM path JOIN pg_class ON relname = c.table_name AND relnamespace = schema ORDER BY position LIMIT 1
-  ) AS found (relation, home) ON true
+    SELECT pg_class.oid AS relation, schema, relkind, relpersistence, relispartition, relrowsecurity, relowner
+    FROM path JOIN pg_class ON relname = c.table_name AND relnamespace = schema ORDER BY position LIMIT 1
+  ) AS found ON true
+), attributes AS MATERIALIZED (
+  SELECT table_name, attrelid, attnum, attname, atttypid, atttypmod, format_type(atttypid, NULL) AS type, attnotnull, attgenerated, attidentity, attinhcount
+  FROM tables JOIN pg_attribute ON attrelid = relation AND attnum > 0 AND NOT attisdropped
 ), expected (position, step, kind, table_name, name, form, addable, index_name, replaces) AS (  -- addable: to a table that exists, too
   SELECT row_number() OVER (), listed.* FROM (
     SELECT step, 'table', table_name, '', 'table', false, NULL, NULL FROM created
@@ -133,20 +140,17 @@ WITH path (schema, position) AS (
 ), actual (kind, table_name, name, form) AS (
   SELECT 'table', table_name, '', CASE WHEN relpersistence = 't' THEN 'temporary table' WHEN relispartition THEN 'partition' ELSE json '{"r": "table",
     "p": "partitioned table", "v": "view", "m": "materialized view", "f": "foreign table", "S": "sequence", "c": "type", "i": "index", "I": "index"}'
-    ->> relkind::text END FROM tables JOIN pg_class ON pg_class.oid = relation
+    ->> relkind::text END FROM tables WHERE relation IS NOT NULL
   UNION ALL SELECT 'table', table_name, '', 'type' FROM tables JOIN pg_type ON typname = table_name AND typnamespace = home WHERE relation IS NULL
   UNION ALL SELECT 'column', table_name, attname, concat_ws(' ', format_type(atttypid, atttypmod), CASE WHEN attnotnull THEN 'NOT NULL' END,
-           (SELECT 'NOT VALID' FROM pg_constraint WHERE conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'n' AND NOT convalidated),
-           CASE WHEN attgenerated <> '' THEN 'GENERATED' END)
-  FROM tables JOIN pg_attribute ON attrelid = relation AND attnum > 0 AND NOT attisdropped
+           CASE WHEN conname IS NOT NULL THEN 'NOT VALID' END, CASE WHEN attgenerated <> '' THEN 'GENERATED' END)
+  FROM attributes LEFT JOIN pg_constraint ON conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'n' AND NOT convalidated
   UNION ALL SELECT 'default', table_name, attname, coalesce(pg_get_expr(adbin, adrelid), 'none')
-  FROM tables JOIN pg_attribute ON attrelid = relation AND attnum > 0 AND NOT attisdropped AND attgenerated = ''
-  LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
-  WHERE (attname, format_type(atttypid, NULL)) NOT IN (SELECT name, replaces FROM columns WHERE replaces IS NOT NULL)  -- that goes along
+  FROM attributes LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
+  WHERE attgenerated = '' AND (attname, type) NOT IN (SELECT name, replaces FROM columns WHERE replaces IS NOT NULL)  -- that goes along
   -- what hangs on a column that is to be replaced, besides its documented index, its default and its NOT NULL
   UNION ALL SELECT 'dependants', table_name, attname, string_agg(DISTINCT hanging.what, ', ')
-  FROM columns JOIN tables USING (table_name) JOIN pg_attribute ON attrelid = relation AND attname = columns.name AND format_type(atttypid, NULL) = replaces
-  CROSS JOIN LATERAL (
+  FROM columns JOIN attributes USING (table_name) CROSS JOIN LATERAL (
     SELECT pg_describe_object(classid, objid, objsubid) FROM pg_depend
     WHERE refclassid = 'pg_class'::regclass AND refobjid = attrelid AND refobjsubid = attnum
       AND NOT (classid = 'pg_attrdef'::regclass AND deptype = 'a' AND objid IN (SELECT oid FROM pg_attrdef WHERE adrelid = attrelid AND adnum = attnum))
@@ -162,31 +166,31 @@ WITH path (schema, position) AS (
     SELECT format('publication %s: its subscribers lack the kept column', pubname)
     FROM pg_publication_rel JOIN pg_publication ON pg_publication.oid = prpubid WHERE prrelid = attrelid AND to_jsonb(pg_publication_rel) ->> 'prattrs' IS NULL
   ) AS hanging (what)
-  GROUP BY table_name, attname
+  WHERE attname = columns.name AND type = replaces GROUP BY table_name, attname
   UNION ALL SELECT 'key', table_name, key.columns, CASE WHEN bool_or(indisprimary) THEN 'PRIMARY KEY' ELSE 'UNIQUE' END  -- columns in alphabetical order
   FROM tables JOIN pg_index ON indrelid = relation AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL AND indexprs IS NULL
-  CROSS JOIN LATERAL (SELECT string_agg(attname, ', ' ORDER BY attname) FROM pg_attribute
+  CROSS JOIN LATERAL (SELECT string_agg(attname, ', ' ORDER BY attname) FROM attributes
                       WHERE attrelid = indrelid AND attnum = ANY ((indkey::int2[])[0:indnkeyatts - 1])) AS key (columns)
   GROUP BY table_name, key.columns
-  UNION ALL SELECT 'foreign key', tables.table_name, attname,
+  UNION ALL SELECT 'foreign key', attributes.table_name, attname,
          regexp_replace(replace(pg_get_constraintdef(pg_constraint.oid), format(' REFERENCES %s(', confrelid::regclass),
                                 format(' REFERENCES %s(', coalesce(target.table_name, confrelid::regclass::text))), '^FOREIGN KEY [(].*?[)] ', '')
-  FROM tables JOIN pg_constraint ON conrelid = tables.relation AND contype = 'f'
-  JOIN pg_attribute ON attrelid = conrelid AND conkey = ARRAY[attnum] LEFT JOIN tables AS target ON target.relation = confrelid
-  UNION ALL SELECT 'foreign key', table_name, columns.name, format('missing, and its name %s is taken by %s', conname, pg_get_constraintdef(pg_constraint.oid))
-  FROM columns JOIN tables USING (table_name)
-  JOIN pg_constraint ON conrelid = relation AND conname = format('%s_%s_fkey', table_name, columns.name)
-  LEFT JOIN pg_attribute ON attrelid = conrelid AND attname = columns.name
+  FROM attributes JOIN pg_constraint ON conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'f'
+  LEFT JOIN tables AS target ON relation = confrelid
+  UNION ALL SELECT 'foreign key', tables.table_name, columns.name,
+         format('missing, and its name %s is taken by %s', conname, pg_get_constraintdef(pg_constraint.oid))
+  FROM columns JOIN tables USING (table_name) JOIN pg_constraint ON conrelid = relation AND conname = format('%s_%s_fkey', tables.table_name, columns.name)
+  LEFT JOIN attributes ON attrelid = conrelid AND attname = columns.name
   WHERE (target IS NOT NULL OR columns.name = 'created_by')
     AND NOT EXISTS (SELECT FROM pg_constraint AS key WHERE key.conrelid = relation AND key.contype = 'f' AND key.conkey = ARRAY[attnum])
   UNION ALL SELECT 'index', table_name, relname, concat_ws(' ', CASE WHEN indisunique THEN 'UNIQUE' END,
            replace(regexp_replace(substring(pg_get_indexdef(indexrelid) FROM ' USING (.*)$'), ' WITH [(][^)]*[)]', ''),
                    ' WHERE (must_keep = true)', ' WHERE must_keep'), CASE WHEN NOT indisvalid THEN 'INVALID' END)
   FROM tables JOIN pg_index ON indrelid = tables.relation JOIN pg_class ON pg_class.oid = indexrelid
-  UNION ALL SELECT 'comment', table_name, coalesce(attname, ''), 'present'  -- any will do
+  UNION ALL SELECT 'comment', tables.table_name, coalesce(attname, ''), 'present'  -- any will do
   FROM tables JOIN pg_description ON objoid = tables.relation AND classoid = 'pg_class'::regclass
-  LEFT JOIN pg_attribute ON attrelid = objoid AND attnum = objsubid AND attnum > 0
-  UNION ALL SELECT 'row-level security', table_name, '', CASE WHEN relrowsecurity THEN 'on' ELSE 'off' END FROM tables JOIN pg_class ON pg_class.oid = relation
+  LEFT JOIN attributes ON attrelid = objoid AND attnum = objsubid
+  UNION ALL SELECT 'row-level security', table_name, '', CASE WHEN relrowsecurity THEN 'on' ELSE 'off' END FROM tables WHERE relation IS NOT NULL
   UNION ALL SELECT 'policy', table_name, polname, concat(
            CASE polcmd WHEN '*' THEN 'ALL' WHEN 'r' THEN 'SELECT' WHEN 'a' THEN 'INSERT' WHEN 'w' THEN 'UPDATE' ELSE 'DELETE' END,
            ' TO ', (SELECT string_agg(coalesce(rolname, 'PUBLIC'), ', ') FROM unnest(polroles) AS role LEFT JOIN pg_roles ON pg_roles.oid = role),
@@ -210,10 +214,9 @@ WITH path (schema, position) AS (
            CASE WHEN prosecdef THEN 'SECURITY DEFINER' END, CASE WHEN prorettype <> 'trigger'::regtype AND NOT EXISTS (
                   SELECT FROM aclexplode(coalesce(proacl, acldefault('f', proowner))) WHERE grantee = 0) THEN 'not for everybody to call' END,
            'source md5 ' || md5(replace(prosrc, E'\r', '')))
-  FROM expected JOIN tables USING (table_name) JOIN pg_proc ON pronamespace = home AND proname = expected.name AND pronargs = 0
-  LEFT JOIN pg_class ON pg_class.oid = tables.relation WHERE expected.kind = 'function'
+  FROM expected JOIN tables USING (table_name) JOIN pg_proc ON pronamespace = home AND proname = expected.name AND pronargs = 0 AND kind = 'function'
 ), compared AS (
-  SELECT DISTINCT ON (expected.position) expected.*, tables.creator, tables.relation,
+  SELECT DISTINCT ON (expected.position) expected.*, tables.creator, tables.relation, tables.relkind,
          -- of a table that exists, not what came with it; a core table is its application's but for what foreign keys lead to
          expected.step <> 'core_schema' AND (expected.addable OR expected.kind <> 'foreign key') OR tables.relation IS NULL
          OR expected.kind IN ('row-level security', 'policy')
@@ -225,25 +228,23 @@ WITH path (schema, position) AS (
                    FROM pg_class LEFT JOIN pg_index ON indexrelid = pg_class.oid
                    WHERE relname = expected.index_name AND relnamespace = tables.home
                      AND (indrelid = tables.relation IS NOT TRUE OR expected.addable))) AS actual
-  FROM expected JOIN tables USING (table_name)
-  LEFT JOIN actual ON actual.kind = expected.kind AND actual.table_name = expected.table_name
-   AND actual.name = CASE expected.kind WHEN 'key' THEN (SELECT string_agg(part, ', ' ORDER BY part) FROM string_to_table(expected.name, ', ') AS part)
-                                        ELSE expected.name END
+  FROM expected JOIN tables USING (table_name) LEFT JOIN actual ON actual.kind = expected.kind AND actual.table_name = expected.table_name
+   AND actual.name = CASE expected.kind WHEN 'key'
+       THEN (SELECT string_agg(part, ', ' ORDER BY part COLLATE "C") FROM string_to_table(expected.name, ', ') AS part) ELSE expected.name END
   ORDER BY expected.position,  -- of several foreign keys on one column, the one that differs acts beside the expected one
            actual.form NOT IN (expected.form, expected.form || ' NOT VALID') DESC, actual.form
 ), checks AS MATERIALIZED (
   SELECT compared.*, CASE
            WHEN actual = form OR kind = 'dependants' THEN NULL
-           WHEN NOT required AND (NOT addable OR kind NOT IN ('index', 'key') OR EXISTS (  -- its indexes, where it has what they are made of
-                  SELECT FROM pg_class CROSS JOIN string_to_table(coalesce(substring(form FROM '[(](.*)[)]'), name), ', ') AS part WHERE pg_class.oid = relation
-                  AND (relkind <> 'r' OR NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = relation AND attname = part
-                    AND (form NOT LIKE 'gin %' OR atttypid = ANY ('{text[],jsonb,tsvector}'::regtype[])))))) THEN NULL
+           WHEN NOT required AND (NOT addable OR kind NOT IN ('index', 'key') OR relkind <> 'r' OR EXISTS (  -- its indexes, where it has what they need
+                  SELECT FROM string_to_table(coalesce(substring(form FROM '[(](.*)[)]'), name), ', ') AS part
+                  WHERE NOT EXISTS (SELECT FROM attributes WHERE attrelid = relation AND attname = part
+                    AND (form NOT LIKE 'gin %' OR type IN ('text[]', 'jsonb', 'tsvector'))))) THEN NULL
            WHEN actual = form || CASE WHEN kind = 'foreign key' THEN ' NOT VALID' WHEN addable THEN ' INVALID' END THEN step
            WHEN kind = 'row-level security' OR kind = 'default' AND actual = 'none' OR kind = 'column' AND replaces = split_part(actual, ' ', 1) THEN step
            WHEN addable AND (kind = 'trigger' AND actual NOT LIKE 'CREATE CONSTRAINT %' OR kind = 'function'
                   AND actual LIKE split_part(form, ',', 1) || ', %' AND actual NOT LIKE '%, owned by %') THEN step
-           WHEN step = 'core_schema' AND relation IS NOT NULL AND kind IN ('table', 'column', 'key') AND NOT addable
-                AND (SELECT relkind IN ('r', 'p', 'v', 'm', 'f') FROM pg_class WHERE pg_class.oid = relation) THEN 'recreate_core_schema'
+           WHEN step = 'core_schema' AND kind IN ('table', 'column', 'key') AND NOT addable AND relkind IN ('r', 'p', 'v', 'm', 'f') THEN 'recreate_core_schema'
            WHEN actual IS NOT NULL OR relation IS NOT NULL AND NOT addable THEN NULL
            WHEN relation IS NULL AND kind IN ('column', 'default', 'key', 'foreign key', 'index')
                 AND step NOT IN (SELECT step FROM added WHERE NOT new_table_has_them) THEN creator

@@ -63,7 +63,7 @@ MD5 = hashlib.md5(BODY[1].encode(), usedforsecurity=False).hexdigest()
 # What comes before which line of db/verify.sql.
 LINES = {
     "), added (step, table_name, columns": "  , ('slot_owners', 'slot_owners', 'id bigint!, name text!')",
-    "), columns (step, table_name, name": (
+    "), specs AS (": (
         "  , ('slot_owners', 'slots', 'owner_id bigint -> slot_owners ON DELETE SET NULL =,"
         " review text! = ''open''::text', false, NULL)"
     ),

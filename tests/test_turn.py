@@ -81,7 +81,7 @@ def test_the_turn_to_build_keeps_no_catalog_locked(finished: Db) -> None:
 def making_the_history(db: Db) -> Iterator[psycopg.Connection[Any]]:
     """A run in another schema, which has written its line, and comes to its commit."""
     with holding(db, "SELECT pg_current_xact_id(), set_config('budget_engine.started_at', '0', true)") as other:
-        other.execute(runner.history(CHAIN.steps[0], "transaction", "public", None).encode())
+        other.execute(runner.history(CHAIN.steps[0], "concurrent", "public", "1 s").encode())
         yield other
 
 

@@ -121,59 +121,65 @@ _ONE_LOCK = """\
         PERFORM pg_catalog.set_config('lock_timeout', '{moment_ms}ms', true);
       END IF;"""
 
-# Where another run got there first, the transaction wrote nothing, and the history says nothing.
-HISTORY = """DO ${tag}$
-DECLARE  -- of anybody else's table a trigger, a rule or a default would run with our rights
-  trusted CONSTANT pg_catalog.oid[] := ARRAY(
-    SELECT oid FROM pg_catalog.pg_roles WHERE rolsuper OR rolname = current_user);
-BEGIN
-  -- Subscribers of all tables would stop at its rows, unless they have it.
-  IF EXISTS (SELECT FROM pg_catalog.pg_publication WHERE puballtables) THEN
-    RETURN;
-  END IF;
-  -- Who makes the history now is about to commit. Where locks were taken, a shorter moment is left.
-  PERFORM pg_catalog.set_config('lock_timeout', '1s', true)
-    WHERE pg_catalog.current_setting('lock_timeout')::pg_catalog.interval > '1s'::pg_catalog.interval;
-  IF NOT EXISTS (SELECT FROM pg_catalog.pg_class JOIN pg_catalog.pg_namespace AS n ON n.oid = relnamespace
-                 WHERE nspname = 'budget_engine' AND relname = 'history') THEN
-    BEGIN
-      CREATE SCHEMA IF NOT EXISTS budget_engine;
-      CREATE TABLE budget_engine.history (
-        id           bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT history_pkey PRIMARY KEY,
-        step         text        NOT NULL,
-        part         text        NOT NULL CONSTRAINT history_part_check CHECK (part IN ('transaction', 'concurrent')),
-        schema_name  text        NOT NULL,
-        finished_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
-        duration     interval    NOT NULL,
-        role_name    text        NOT NULL DEFAULT session_user,
-        checksum     text        NOT NULL,
-        version      text        NOT NULL
-      );
-      COMMENT ON SCHEMA budget_engine IS 'Bookkeeping of the Budget Engine & Telemetry recipes';
-      COMMENT ON TABLE budget_engine.history IS 'Who ran which step when: for people to read, nothing decides by it';
-      COMMENT ON COLUMN budget_engine.history.checksum IS 'SHA-256 of the migration with LF line ends';
-      COMMENT ON COLUMN budget_engine.history.version IS 'Version of the recipes';
-    EXCEPTION WHEN unique_violation OR duplicate_table THEN
-      -- A run in another schema was faster: its history is ours. Our caches hear of it a moment after its commit, and
-      -- look for news where a table is opened.
-      PERFORM pg_catalog.pg_sleep(0.1);
-      PERFORM FROM pg_catalog.pg_class LIMIT 1;
-    END;
-  END IF;
-  IF EXISTS (SELECT FROM pg_catalog.pg_class JOIN pg_catalog.pg_namespace AS n ON n.oid = relnamespace
-             WHERE nspname = 'budget_engine' AND relname = 'history'
-               AND (relkind <> 'r' OR relowner <> ALL (trusted) OR nspowner <> ALL (trusted))) THEN
-    RAISE EXCEPTION 'it belongs to another role that is no superuser, or is no table';
-  END IF;
-  INSERT INTO budget_engine.history (step, part, schema_name, duration, checksum, version)
-  VALUES ({step}, {part}, {schema},
-          coalesce({duration}::pg_catalog.interval, pg_catalog.clock_timestamp() - pg_catalog.to_timestamp(
-                     pg_catalog.current_setting('budget_engine.started_at')::pg_catalog.float8)),
-          {checksum}, {version});
-EXCEPTION WHEN OTHERS THEN  -- a right that is missing, another table of that name: no reason to give up the step
-  RAISE NOTICE 'not written into the history: %', SQLERRM;
-END
-${tag}$"""
+# A right that is missing, another table of that name: no reason to give up the step. Subscribers of all tables would
+# stop at the history's rows, unless they have it.
+_NOTED = """
+  BEGIN
+    IF NOT EXISTS (SELECT FROM pg_publication WHERE puballtables) THEN
+{does}
+    END IF;
+  EXCEPTION WHEN OTHERS THEN
+    RAISE NOTICE 'not written into the history: %', SQLERRM;
+  END;
+"""
+# Of anybody else's table a trigger, a rule or a default would run with our rights.
+_IS_OURS = """(SELECT relkind = 'r' AND ARRAY[relowner, nspowner] <@ ARRAY(
+               SELECT oid FROM pg_roles WHERE rolsuper OR rolname = current_user)
+             FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
+             WHERE nspname = 'budget_engine' AND relname = 'history')"""
+# Once in a message, and before anything is locked: who makes it at the same moment is waited for until that step's end.
+_MADE = f"""\
+      IF {_IS_OURS} IS NULL THEN
+        DECLARE
+          patience CONSTANT text := current_setting('lock_timeout');
+        BEGIN
+          PERFORM set_config('lock_timeout', '5s', true) WHERE patience::interval > '5s'::interval;
+          CREATE SCHEMA IF NOT EXISTS budget_engine;
+          CREATE TABLE budget_engine.history (
+            id           bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT history_pkey PRIMARY KEY,
+            step         text        NOT NULL,
+            part         text        NOT NULL
+                                     CONSTRAINT history_part_check CHECK (part IN ('transaction', 'concurrent')),
+            schema_name  text        NOT NULL,
+            finished_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+            duration     interval    NOT NULL,
+            role_name    text        NOT NULL DEFAULT session_user,
+            checksum     text        NOT NULL,
+            version      text        NOT NULL
+          );
+          COMMENT ON SCHEMA budget_engine IS 'Bookkeeping of the Budget Engine & Telemetry recipes';
+          COMMENT ON TABLE budget_engine.history IS
+            'Who ran which step when: for people to read, nothing decides by it';
+          COMMENT ON COLUMN budget_engine.history.checksum IS 'SHA-256 of the migration with LF line ends';
+          COMMENT ON COLUMN budget_engine.history.version IS 'Version of the recipes';
+          PERFORM set_config('lock_timeout', patience, true);
+        EXCEPTION WHEN unique_violation OR duplicate_table THEN
+          -- A run in another schema was faster: its history is ours. Our caches hear of it a moment after its commit,
+          -- and look for news where a table is opened.
+          PERFORM pg_sleep(0.1);
+          PERFORM FROM pg_class LIMIT 1;
+        END;
+      END IF;
+      IF NOT {_IS_OURS} THEN
+        RAISE EXCEPTION 'it belongs to another role that is no superuser, or is no table';
+      END IF;"""
+_LINE = f"""\
+      IF {_IS_OURS} THEN
+        INSERT INTO budget_engine.history (step, part, schema_name, duration, checksum, version)
+        VALUES ({{step}}, {{part}}, {{schema}}, coalesce({{duration}}::interval, clock_timestamp() - to_timestamp(
+                                                     current_setting('budget_engine.started_at')::float8)),
+                {{checksum}}, {{version}});
+      END IF;"""
 
 # Not now(): in a message of many transactions that is the time at which the message came, for all of them.
 _CLOCK = "extract(epoch FROM pg_catalog.clock_timestamp())"
@@ -240,12 +246,12 @@ class Script:
             if first or not rehearsed:
                 begun = f"SELECT {self.settings}, {pins}, {_STARTED}"
                 message += (Sent(step, Part.FRAME, sql) for sql in (*BEGIN, begun))
-                message.append(Sent(step, Part.GUARD, self._guard(compare=first)))
+                message.append(Sent(step, Part.GUARD, self._guard(first=first, rehearsed=rehearsed)))
             message += self._work(planned)
             if rehearsed:
                 end = [(Part.DEFERRED, "SET CONSTRAINTS ALL IMMEDIATE"), (Part.CLOCK, _TOOK), (Part.FRAME, goes_on)]
             else:
-                line = history(step, "transaction", self.found.server.schema, None)
+                line = history(step, "transaction", self.found.server.schema)
                 end = [(Part.HISTORY, line), (Part.CLOCK, _TOOK), (Part.COMMIT, "COMMIT")]
             message += (Sent(step, *part) for part in end)
         last = [*survey.statements(self.chain), "ROLLBACK"] if rehearsed else []
@@ -259,9 +265,10 @@ class Script:
         verification = Sent(step, Part.VERIFICATION, self._verification(planned))
         return [*([Sent(step, Part.LOCKS, locks)] if locks else []), *actions, verification]
 
-    def _guard(self, *, compare: bool) -> str:
+    def _guard(self, *, first: bool, rehearsed: bool) -> str:
         does = _BUSY_IF.format(condition=f"NOT {self.found.turn.taken(turn.RUN)}")
-        if compare:
+        if first:
+            does += "" if rehearsed else _NOTED.format(does=_MADE)
             checks = self.found.checks
             seen = f"{sum(check.actual is not None for check in checks)} {sum(check.passed for check in checks)}"
             prepare = literal(_VERIFICATION.format(verification=self.chain.verification))
@@ -329,11 +336,13 @@ def _keys(keys: Iterable[tuple[Kind, str, str]]) -> str:
     return literal(json.dumps(sorted((kind.value, table, name) for kind, table, name in keys)))
 
 
-def history(step: Step, part: str, schema: str | None, duration: str | None) -> str:
-    """Write the statement that adds a line to the history."""
+def history(step: Step, part: str, schema: str | None, duration: str | None = None) -> str:
+    """Write the statement that adds a line to the history; duration: of a concurrent part, which makes it, too."""
     values = {"step": step.label, "part": part, "schema": schema or "", "duration": duration}
     values |= {"checksum": step.checksum, "version": __version__}
-    return HISTORY.format(tag=_tag("history", str(schema)), **{name: literal(value) for name, value in values.items()})
+    line = _LINE.format(**{name: literal(value) for name, value in values.items()})
+    does = _NOTED.format(does=f"{_MADE}\n{line}" if duration else line)
+    return _OURS.format(tag=_tag("history", str(schema)), does=does)
 
 
 @understood()

@@ -299,15 +299,26 @@ def _stamp_of_another_python(checkout: Checkout) -> None:
 
 BREAKAGES: dict[str, Callable[[Checkout], object]] = {
     "no library": lambda checkout: shutil.rmtree(checkout.venv / "lib"),
-    "no Invoke": lambda checkout: shutil.rmtree(_packages(checkout) / "invoke"),
     "no file of Invoke": lambda checkout: (_packages(checkout) / "invoke/main.py").unlink(),
+    "an interpreter that does not run": lambda checkout: _replace_interpreters(checkout, "#!/bin/sh\nexit 127\n"),
+}
+OTHERS: dict[str, Callable[[Checkout], object]] = {
     "no pyvenv.cfg": lambda checkout: (checkout.venv / "pyvenv.cfg").unlink(),
     "no interpreter": lambda checkout: _replace_interpreters(checkout, ""),
-    "an interpreter that does not run": lambda checkout: _replace_interpreters(checkout, "#!/bin/sh\nexit 127\n"),
     "another Python's": _stamp_of_another_python,
 }
 
 
+@pytest.mark.parametrize("broken", OTHERS)
+def test_broken_environment_is_known_as_such(ready: Checkout, broken: str) -> None:
+    OTHERS[broken](ready)
+    inv = runpy.run_path(str(ready.folder / "scripts/inv"))
+    assert not inv["installed"](["requirements.txt"])
+    finished = any(line.endswith(inv["TAG"]) for line in inv["stamped"]())
+    assert not (finished and inv["usable"]())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", BREAKAGES)
 def test_broken_environment_is_made_anew(ready: Checkout, broken: str) -> None:
     left_over = ready.venv / "left-over"

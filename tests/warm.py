@@ -147,6 +147,8 @@ def _leave(code: object) -> None:
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
     sys.path.insert(1, str(ROOT / "scripts"))
+    from budget_engine.migration import chain
+
     for module in (
         "invoke.main",
         "budget_engine.commands.doctor",
@@ -154,6 +156,7 @@ if __name__ == "__main__":
         "budget_engine.commands.inspect",
     ):
         importlib.import_module(module)
+    chain.load()
     gc.freeze()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -279,10 +279,11 @@ def mode(lock: str) -> str:
 
 
 @pytest.mark.parametrize("state", LOCKED.values(), ids=LOCKED)
-def test_plan_foretells_the_locks_of_the_transactions(db: Db, state: str) -> None:
-    """Those of its statements, run as they are said, and those that setup's message takes before them."""
+def test_plan_foretells_the_locks_of_the_transactions_and_what_setup_runs(db: Db, state: str) -> None:
+    """Locks: those of its statements, run as they are said, and those that setup's message takes before them."""
     in_state(db, state)
-    actions = [action for action in asked(db, "plan")["actions"] if action["part"] == "transaction"]
+    seen = asked(db, "plan")
+    actions = [action for action in seen["actions"] if action["part"] == "transaction"]
     foretold = [(table, mode(lock)) for action in actions for table, lock in action["locks"].items()]
     with db.connect(autocommit=False) as connection:
         [[tables]] = connection.execute(USERS_TABLES).fetchall()
@@ -295,12 +296,6 @@ def test_plan_foretells_the_locks_of_the_transactions(db: Db, state: str) -> Non
     done = db.invoke("plan", "--sql")
     taken = re.findall(r"LOCK TABLE (?:public\.)?(\S+) IN ([A-Z ]+) MODE", done.out)
     assert strongest((table, mode(lock)) for table, lock in taken) == strongest(foretold)
-
-
-@pytest.mark.parametrize("state", LOCKED.values(), ids=LOCKED)
-def test_parts_that_are_said_to_be_due_are_those_that_setup_runs(db: Db, state: str) -> None:
-    in_state(db, state)
-    seen = asked(db, "plan")
     due = {(step["step"], part) for step in seen["steps"] for part, is_due in zip(PARTS, (
         step["transaction_due"], step["concurrent_part_due"]), strict=True) if is_due}  # fmt: skip
     assert due == {(action["step"], action["part"]) for action in seen["actions"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -105,6 +106,7 @@ class Session:
         self._connect = partial(kind, where, replace(given, lock_timeout_ms=moment_ms) if looks else given)
         self._stack = ExitStack()
         self._builder: runner.Builder | None = None
+        self._planned: tuple[tuple[object, ...], plan.Plan] | None = None  # of what the last plan was made
         self._at_work = ""
 
     def __enter__(self) -> Session:
@@ -118,7 +120,13 @@ class Session:
         self._stack.close()
 
     def todo(self, found: survey.Survey) -> plan.Plan:
-        """Plan what this task has to do: first of all, where tables are to move, their move."""
+        """Plan what this task has to do, once for what is asked again; where tables are to move, their move first."""
+        asked = (found, self.wanted, self.moves)
+        if self._planned is None or not all(map(operator.is_, self._planned[0], asked)):
+            self._planned = asked, self._plan(found)
+        return self._planned[1]
+
+    def _plan(self, found: survey.Survey) -> plan.Plan:
         if self.moves and self.chain.recreate:
             return recreate.make(self.chain, self.chain.recreate, self.wanted, found.checks, self.moves)
         return plan.make(self.chain, self.wanted, found.checks)

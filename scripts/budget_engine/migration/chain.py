@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 from budget_engine import PACKAGE, errors
@@ -37,7 +37,7 @@ class Statement:
     concurrent: bool
     flat: str = field(repr=False)  # without comments, white space folded
 
-    @property
+    @cached_property
     def new_table(self) -> str | None:
         """The table that it creates, if it is a CREATE TABLE."""
         created = re.match(r"CREATE TABLE (?:IF NOT EXISTS )?(\w+) \(", self.flat)
@@ -95,7 +95,7 @@ class Step:
         """The stem without its date: what people call the step."""
         return label(self.stem)
 
-    @property
+    @cached_property
     def updates(self) -> set[str]:
         """The tables whose rows it updates."""
         return {table for statement in self.statements for table in re.findall(r"\bUPDATE (\w+) SET\b", statement.flat)}

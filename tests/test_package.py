@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import sysconfig
 import venv
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def setup(c):
 namespace = Collection.from_module(sys.modules[__name__])
 namespace.add_collection(collection("budget", __file__))
 """
+SUBMODULE = 'from pathlib import Path; sys.path.append(f"{Path(__file__).parent}/vendor/budget/scripts")'
+COPIED = shutil.ignore_patterns(".[!g]*", ".git", "__pycache__")
 LEFT_OUT = shutil.ignore_patterns(".*", "tests", "__pycache__", "docs", "pyproject.toml", "requirements*")
 
 
@@ -37,8 +40,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT)]
     assert run(build, clean_environment(), cwd=folder).code == 0
     [wheel] = folder.glob("*.whl")
-    venv.create(folder / "venv", with_pip=False)
-    python = folder / "venv" / "bin" / "python"
+    python = environment(folder / "venv")
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", str(wheel)]
     done = run(install, clean_environment(), cwd=folder)
     assert done.code == 0, done
@@ -57,6 +59,34 @@ def application(tmp_path: Path, db: Db) -> Path:
 
 def has_menu(application: Path, path: str = "") -> None:
     (application / "tasks.py").write_text(MENU.replace("{path}", path))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a repository of this project, its sdist, and an environment with the build backend.
+
+    What is built and run there has our own environment's packages: only the backend is asked of a registry.
+    """
+    folder = tmp_path_factory.mktemp("sources")
+    shutil.copytree(ROOT, folder / "repository", ignore=COPIED)
+    committed = "git init -q && git add . && git -c user.name=a -c user.email=a commit -qm all"
+    python = environment(folder / "backend")
+    for command in (
+        ["sh", "-c", f"cd repository && {committed}"],
+        [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "hatchling", "editables"],
+        [str(python), "-m", "hatchling", "build", "-t", "sdist", "-d", str(folder)],
+    ):
+        done = run(command, clean_environment(), cwd=folder / "repository" if "build" in command else folder)
+        assert done.code == 0, done
+    return folder
+
+
+def environment(folder: Path, *others: Path) -> Path:
+    """Make an empty environment, which has the packages of others, too; return its Python."""
+    venv.create(folder, with_pip=False)
+    packages = sysconfig.get_path("purelib", vars={"base": str(folder)})
+    Path(packages, "others.pth").write_text("".join(f"{path}\n" for path in others))
+    return folder / "bin" / "python"
 
 
 def ran(*words: object, cwd: Path) -> Run:
@@ -96,13 +126,48 @@ def test_installed_package_in_the_menu_of_an_application(installed: Path, applic
     assert "budget.db.psql" in ran(installed / "invoke", "--list", cwd=application).out
 
 
-def test_submodule_in_the_menu_of_an_application(application: Path, db: Db) -> None:
-    shutil.copytree(ROOT, application / "vendor" / "budget", ignore=shutil.ignore_patterns(".*", "__pycache__"))
-    has_menu(application, 'sys.path.append("vendor/budget/scripts")')
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [["-e", "repository"], ["git+file://{}/repository"], ["{}/{}"]], ids=" ".join)
+def test_other_ways_to_install_bring_the_same(
+    sources: Path, tmp_path: Path, application: Path, db: Db, way: list[str]
+) -> None:
+    [sdist] = sources.glob("*.tar.gz")
+    site = [
+        Path(sysconfig.get_path("purelib")),
+        Path(sysconfig.get_path("purelib", vars={"base": str(sources / "backend")})),
+    ]
+    python = environment(tmp_path / "venv", *site)
+    source = [word.format(sources, sdist.name) for word in way]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
+    done = run([*install, *source], clean_environment(), cwd=sources)
+    assert done.code == 0, done
+    command = python.with_name("budget-engine")
+    assert ran(command, "--version", cwd=application).out.strip() == f"Budget Engine recipes {__version__}"
+    assert_done(db, ran(command, "setup", cwd=application))
+    has_menu(application)
+    assert_done(db, ran(python, "-m", "invoke", "budget.setup", cwd=application))
+
+
+def test_submodule_in_the_menu_of_an_application(sources: Path, application: Path, db: Db) -> None:
+    git = ["git", "-c", "protocol.file.allow=always"]
+    assert ran("git", "init", "-q", cwd=application).code == 0
+    done = ran(*git, "submodule", "add", sources / "repository", "vendor/budget", cwd=application)
+    assert done.code == 0, done
+    has_menu(application, SUBMODULE)
     invoke = Path(sys.executable).with_name("invoke")
     assert "the application's own" in ran(invoke, "setup", cwd=application).out
     assert "budget.pictures" not in ran(invoke, "--list", cwd=application).out
-    assert_done(db, ran(invoke, "budget.setup", cwd=application))
+    assert_done(db, ran(invoke, "budget.setup", cwd=application / "scripts"))  # Invoke looks for tasks.py upwards
 
 
 def test_copied_folder_needs_neither_our_pyproject_nor_our_tests(application: Path, db: Db) -> None:

@@ -108,7 +108,8 @@ HIDDEN_TABLE = Case(1, "the session has temporary tables of these names: {tables
     "itself in DATABASE_URL (the direct URL), or run the task again when that client has dropped them.")
 OPTION = Case(1, "{options} belongs to {of}, which is not there", "Add {of}, or leave it out.")
 NO_PACKAGE = Case(1, "a package cannot be loaded: {why}",
-    "Run the task (again) through python3 scripts/inv, which installs all that is needed.")
+    "Run the task (again) through python3 scripts/inv, which installs all that is needed; in an environment of your "
+    "own, pip install -r requirements.txt of this project.")
 CHECKOUT = Case(1, "{file} of this project cannot be read: {why}",
     "Bring the checkout back into order (git status, git checkout), then run the task again.")
 SYSTEM_REFUSES = Case(1, "the operating system refuses: {why}",

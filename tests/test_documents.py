@@ -15,6 +15,8 @@ import pytest
 from budget_engine.migration.chain import ROOT
 from budget_engine.postgres import embedded
 from conftest import Db, Run, clean_environment, run
+from pictures import __main__ as pictures
+from versions import MAJOR
 
 DOCUMENTS = {
     str(file.relative_to(ROOT)): file.read_text("utf-8") for file in (*ROOT.glob("*.md"), *ROOT.glob("d*/*.md"))
@@ -105,6 +107,14 @@ def prepared(state: str | None, db: Db, finished: Db) -> Iterator[tuple[Db, dict
         db.execute("CREATE ROLE ada LOGIN; REVOKE CREATE ON SCHEMA public FROM PUBLIC")
         yield db, {"DATABASE_URL": f"{db.url_as('ada')}&pgbouncer=true"}
         db.execute("DROP ROLE ada")
+
+
+@pytest.mark.skipif(MAJOR != 18, reason="the picture names PostgreSQL 18")
+def test_picture_shows_what_is_printed() -> None:
+    def words(svg: str) -> list[str]:  # without numbers, and wherever lines break
+        return re.sub(r"\d[\d,.]*", "N", re.sub("<.*?>", " ", svg.partition("<rect")[2])).split()
+
+    assert words(pictures.drawn()) == words(pictures.FILE.read_text("utf-8"))
 
 
 def test_commands_without_output_run(db: Db) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import sysconfig
@@ -98,9 +99,11 @@ def ran(*words: object, cwd: Path) -> Run:
 def test_installed_package_brings_a_command(installed: Path, application: Path, db: Db) -> None:
     command = installed / "budget-engine"
     assert ran(command, "--version", cwd=application).out.strip() == f"Budget Engine recipes {__version__}"
-    listed = ran(command, "--list", cwd=application)
-    assert "turn-metrics" in listed.out
-    assert "pictures" not in listed.out
+    (application / ".invoke.yaml").write_text("run: {dry: [")  # of somebody's home
+    listed = ran("env", f"HOME={application}", command, "--list", cwd=application)
+    assert re.findall("^  ([a-z.-]+)  ", listed.out, re.M)[::15] == ["setup", "db.psql"]  # in the order of the work
+    broken = ran(command, "--config", ".invoke.yaml", "verify", cwd=application)
+    assert (broken.code, broken.err[:29]) == (1, "budget-engine: Invoke cannot ")
     done = ran(command, "setup", cwd=application)
     assert "(.env)" in done.out
     assert_done(db, done)

@@ -14,22 +14,20 @@ from budget_engine import __version__
 from budget_engine.migration.chain import ROOT
 from conftest import Db, Run, assert_done, assert_fails, clean_environment, run
 
-# An application's menu, which has a task setup, and whose module is called tasks as ours is.
+# An application's menu, which has a task setup, and whose module is called tasks as ours is; README's lines at its end.
 MENU = """
 import sys
+from pathlib import Path
 from invoke import Collection, task
-
-{path}
-from budget_engine import collection
 
 @task
 def setup(c):
     print("the application's own")
 
-namespace = Collection.from_module(sys.modules[__name__])
-namespace.add_collection(collection("budget", __file__))
 """
-SUBMODULE = 'from pathlib import Path; sys.path.append(f"{Path(__file__).parent}/vendor/budget/scripts")'
+FOR_FOLDER, _, FOR_ALL = (
+    (ROOT / "README.md").read_text("utf-8").partition("```python\n")[2].partition("```")[0].partition("\n")
+)
 COPIED = shutil.ignore_patterns(".[!g]*", ".git", "__pycache__")
 LEFT_OUT = shutil.ignore_patterns(".*", "tests", "__pycache__", "docs", "pyproject.toml", "requirements*")
 
@@ -59,7 +57,7 @@ def application(tmp_path: Path, db: Db) -> Path:
 
 
 def has_menu(application: Path, path: str = "") -> None:
-    (application / "tasks.py").write_text(MENU.replace("{path}", path))
+    (application / "tasks.py").write_text(MENU + path + "\n" + FOR_ALL)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +164,7 @@ def test_submodule_in_the_menu_of_an_application(sources: Path, application: Pat
     assert ran("git", "init", "-q", cwd=application).code == 0
     done = ran(*git, "submodule", "add", sources / "repository", "vendor/budget", cwd=application)
     assert done.code == 0, done
-    has_menu(application, SUBMODULE)
+    has_menu(application, FOR_FOLDER)
     invoke = Path(sys.executable).with_name("invoke")
     assert "the application's own" in ran(invoke, "setup", cwd=application).out
     assert "budget.pictures" not in ran(invoke, "--list", cwd=application).out

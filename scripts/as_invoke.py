@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from inspect import unwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,31 +24,15 @@ def _distrust(lost: ImportError) -> None:
 
 
 try:
-    from invoke.config import Config
+    from budget_engine.__main__ import Menu, Settings
     from invoke.main import program
-    from invoke.program import Program
 except ImportError as error:
     _distrust(error)
     sys.exit(subprocess.call([sys.executable, str(ROOT / "scripts/inv"), *sys.argv[1:]]))
 
 
-class _Settings(Config):
-    """Invoke's settings, from files and variables that have this project's name instead of Invoke's, and --config."""
-
-    prefix = "budget_engine_recipes"
-
-
-class _Menu(Program):
-    """Invoke with a menu in the order of tasks.py, which is that of the work, and with this project's version."""
-
-    def list_flat(self) -> None:
-        pairs = self._make_pairs(self.scoped_collection)
-        self.display_with_columns(pairs if self.list_depth else sorted(pairs, key=self._line))
-
-    def _line(self, pair: tuple[str, str | None]) -> tuple[bool, int]:
-        """Return the line on which a task of the menu begins; those of tasks.py come first."""
-        code = unwrap(self.scoped_collection[pair[0].split()[0].strip(".")].body).__code__
-        return not code.co_filename.endswith("tasks.py"), code.co_firstlineno
+class _Menu(Menu):
+    """With this project's version, and Invoke's."""
 
     def print_version(self) -> None:
         with reported():
@@ -59,7 +42,7 @@ class _Menu(Program):
 
 
 program.__class__ = _Menu  # tasks.py asks this very program for its menu
-program.config_class = _Settings
+program.config_class = Settings
 try:
     program.run(["invoke", "--search-root", str(ROOT), *sys.argv[1:]])
 except SystemExit as end:

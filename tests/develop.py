@@ -46,7 +46,7 @@ def bench(c: Context, load: bool = False, options: str = "") -> None:
 
 @task
 def pictures(c: Context) -> None:
-    """Draw the README's pictures of a terminal anew, from real runs."""
+    """Draw the README's picture of a terminal anew, from a real run."""
     _run_beside_the_tests(c, "pictures")
 
 

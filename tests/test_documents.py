@@ -15,6 +15,9 @@ import pytest
 from budget_engine.migration.chain import ROOT
 from budget_engine.postgres import embedded
 from conftest import Db, Run, clean_environment, run
+from invoke.vendor import yaml
+from pictures import __main__ as pictures
+from versions import MAJOR
 
 DOCUMENTS = {
     str(file.relative_to(ROOT)): file.read_text("utf-8") for file in (*ROOT.glob("*.md"), *ROOT.glob("d*/*.md"))
@@ -30,6 +33,7 @@ CONSOLES = {
 # Spelled as the documents spell them; each is a process of its own.
 SHELL = """
 invoke() { {python} -m invoke "$@"; }
+budget-engine() { PYTHONPATH=scripts {python} -m budget_engine "$@"; }
 python3() { shift; {python} -X ran_as="python3 scripts/inv" -m invoke "$@"; }
 set -o pipefail
 """
@@ -107,6 +111,14 @@ def prepared(state: str | None, db: Db, finished: Db) -> Iterator[tuple[Db, dict
         db.execute("DROP ROLE ada")
 
 
+@pytest.mark.skipif(MAJOR != 18, reason="the picture names PostgreSQL 18")
+def test_picture_shows_what_is_printed() -> None:
+    def words(svg: str) -> list[str]:  # without numbers, and wherever lines break
+        return re.sub(r"\d[\d,.]*", "N", re.sub("<.*?>", " ", svg.partition("<rect")[2])).split()
+
+    assert words(pictures.drawn()) == words(pictures.FILE.read_text("utf-8"))
+
+
 def test_commands_without_output_run(db: Db) -> None:
     db.execute("CREATE SCHEMA app_1")
     db.execute("CREATE DATABASE tenant_1")
@@ -117,6 +129,21 @@ def test_commands_without_output_run(db: Db) -> None:
         done = sh(db, "set -e\n" + listed)
         assert done.code == 0, done
     db.execute("DROP DATABASE tenant_1 WITH (FORCE)")
+
+
+def test_workflows_and_jobs_run(db: Db) -> None:
+    """Of each the commands, as their machine would run them; CONTRIBUTING says how the rest of them is validated."""
+    for block in [block for text in DOCUMENTS.values() for block in re.findall(r"```yaml\n(.*?)```", text, re.S)]:
+        document = yaml.safe_load(block)  # type: ignore[no-untyped-call]
+        if document.get("kind") == "Job":
+            ran = [container["command"][-1] for container in document["spec"]["template"]["spec"]["containers"]]
+        else:
+            ran = [step["run"] for job in document["jobs"].values() for step in job["steps"] if "run" in step]
+        assert ran
+        for command in ran:
+            here = command.replace("${{ matrix.part }}", "1/4").replace("/secrets/targets", '<(echo "$TARGETS")')
+            done = sh(db, here, CI="true", TARGETS=f"one={db.url}", JOB_COMPLETION_INDEX="0")
+            assert done.code == 0, done
 
 
 def test_links_lead_somewhere() -> None:

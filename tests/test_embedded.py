@@ -275,9 +275,14 @@ def test_copied_folder_knows_no_server_and_a_moved_one_keeps_its_own(folder: Pat
     assert stop(moved)
 
 
-def test_lost_socket_leads_to_a_new_server(cluster: Cluster) -> None:
+def test_lost_socket_or_program_leads_to_a_new_server(cluster: Cluster) -> None:
+    """The program lies in an environment, which another Python, or a new lock file, has made anew."""
     start(cluster)
     (cluster.sockets / ".s.PGSQL.5432").unlink()
+    assert not running(cluster)
+    assert _starts(cluster)
+    options = cluster.data / "postmaster.opts"
+    options.write_text("/of/another/python" + options.read_text())
     assert not running(cluster)
     assert _starts(cluster)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
+import sysconfig
 import venv
 from pathlib import Path
 
@@ -12,21 +14,21 @@ from budget_engine import __version__
 from budget_engine.migration.chain import ROOT
 from conftest import Db, Run, assert_done, assert_fails, clean_environment, run
 
-# An application's menu, which has a task setup, and whose module is called tasks as ours is.
+# An application's menu, which has a task setup, and whose module is called tasks as ours is; README's lines at its end.
 MENU = """
 import sys
+from pathlib import Path
 from invoke import Collection, task
-
-{path}
-from budget_engine import collection
 
 @task
 def setup(c):
     print("the application's own")
 
-namespace = Collection.from_module(sys.modules[__name__])
-namespace.add_collection(collection("budget", __file__))
 """
+FOR_FOLDER, _, FOR_ALL = (
+    (ROOT / "README.md").read_text("utf-8").partition("```python\n")[2].partition("```")[0].partition("\n")
+)
+COPIED = shutil.ignore_patterns(".[!g]*", ".git", "__pycache__")
 LEFT_OUT = shutil.ignore_patterns(".*", "tests", "__pycache__", "docs", "pyproject.toml", "requirements*")
 
 
@@ -37,8 +39,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT)]
     assert run(build, clean_environment(), cwd=folder).code == 0
     [wheel] = folder.glob("*.whl")
-    venv.create(folder / "venv", with_pip=False)
-    python = folder / "venv" / "bin" / "python"
+    python = environment(folder / "venv")
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", str(wheel)]
     done = run(install, clean_environment(), cwd=folder)
     assert done.code == 0, done
@@ -56,7 +57,35 @@ def application(tmp_path: Path, db: Db) -> Path:
 
 
 def has_menu(application: Path, path: str = "") -> None:
-    (application / "tasks.py").write_text(MENU.replace("{path}", path))
+    (application / "tasks.py").write_text(MENU + path + "\n" + FOR_ALL)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a repository of this project, its sdist, and an environment with the build backend.
+
+    What is built and run there has our own environment's packages: only the backend is asked of a registry.
+    """
+    folder = tmp_path_factory.mktemp("sources")
+    shutil.copytree(ROOT, folder / "repository", ignore=COPIED)
+    committed = "git init -q && git add . && git -c user.name=a -c user.email=a commit -qm all"
+    python = environment(folder / "backend")
+    for command in (
+        ["sh", "-c", f"cd repository && {committed}"],
+        [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "hatchling", "editables"],
+        [str(python), "-m", "hatchling", "build", "-t", "sdist", "-d", str(folder)],
+    ):
+        done = run(command, clean_environment(), cwd=folder / "repository" if "build" in command else folder)
+        assert done.code == 0, done
+    return folder
+
+
+def environment(folder: Path, *others: Path) -> Path:
+    """Make an empty environment, which has the packages of others, too; return its Python."""
+    venv.create(folder, with_pip=False)
+    packages = sysconfig.get_path("purelib", vars={"base": str(folder)})
+    Path(packages, "others.pth").write_text("".join(f"{path}\n" for path in others))
+    return folder / "bin" / "python"
 
 
 def ran(*words: object, cwd: Path) -> Run:
@@ -68,9 +97,11 @@ def ran(*words: object, cwd: Path) -> Run:
 def test_installed_package_brings_a_command(installed: Path, application: Path, db: Db) -> None:
     command = installed / "budget-engine"
     assert ran(command, "--version", cwd=application).out.strip() == f"Budget Engine recipes {__version__}"
-    listed = ran(command, "--list", cwd=application)
-    assert "turn-metrics" in listed.out
-    assert "pictures" not in listed.out
+    (application / ".invoke.yaml").write_text("run: {dry: [")  # of somebody's home
+    listed = ran("env", f"HOME={application}", command, "--list", cwd=application)
+    assert re.findall("^  ([a-z.-]+)  ", listed.out, re.M)[::15] == ["setup", "db.psql"]  # in the order of the work
+    broken = ran(command, "--config", ".invoke.yaml", "verify", cwd=application)
+    assert (broken.code, broken.err[:29]) == (1, "budget-engine: Invoke cannot ")
     done = ran(command, "setup", cwd=application)
     assert "(.env)" in done.out
     assert_done(db, done)
@@ -96,13 +127,48 @@ def test_installed_package_in_the_menu_of_an_application(installed: Path, applic
     assert "budget.db.psql" in ran(installed / "invoke", "--list", cwd=application).out
 
 
-def test_submodule_in_the_menu_of_an_application(application: Path, db: Db) -> None:
-    shutil.copytree(ROOT, application / "vendor" / "budget", ignore=shutil.ignore_patterns(".*", "__pycache__"))
-    has_menu(application, 'sys.path.append("vendor/budget/scripts")')
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [["-e", "repository"], ["git+file://{}/repository"], ["{}/{}"]], ids=" ".join)
+def test_other_ways_to_install_bring_the_same(
+    sources: Path, tmp_path: Path, application: Path, db: Db, way: list[str]
+) -> None:
+    [sdist] = sources.glob("*.tar.gz")
+    site = [
+        Path(sysconfig.get_path("purelib")),
+        Path(sysconfig.get_path("purelib", vars={"base": str(sources / "backend")})),
+    ]
+    python = environment(tmp_path / "venv", *site)
+    source = [word.format(sources, sdist.name) for word in way]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
+    done = run([*install, *source], clean_environment(), cwd=sources)
+    assert done.code == 0, done
+    command = python.with_name("budget-engine")
+    assert ran(command, "--version", cwd=application).out.strip() == f"Budget Engine recipes {__version__}"
+    assert_done(db, ran(command, "setup", cwd=application))
+    has_menu(application)
+    assert_done(db, ran(python, "-m", "invoke", "budget.setup", cwd=application))
+
+
+def test_submodule_in_the_menu_of_an_application(sources: Path, application: Path, db: Db) -> None:
+    git = ["git", "-c", "protocol.file.allow=always"]
+    assert ran("git", "init", "-q", cwd=application).code == 0
+    done = ran(*git, "submodule", "add", sources / "repository", "vendor/budget", cwd=application)
+    assert done.code == 0, done
+    has_menu(application, FOR_FOLDER)
     invoke = Path(sys.executable).with_name("invoke")
     assert "the application's own" in ran(invoke, "setup", cwd=application).out
     assert "budget.pictures" not in ran(invoke, "--list", cwd=application).out
-    assert_done(db, ran(invoke, "budget.setup", cwd=application))
+    assert_done(db, ran(invoke, "budget.setup", cwd=application / "scripts"))  # Invoke looks for tasks.py upwards
 
 
 def test_copied_folder_needs_neither_our_pyproject_nor_our_tests(application: Path, db: Db) -> None:

@@ -108,7 +108,8 @@ HIDDEN_TABLE = Case(1, "the session has temporary tables of these names: {tables
     "itself in DATABASE_URL (the direct URL), or run the task again when that client has dropped them.")
 OPTION = Case(1, "{options} belongs to {of}, which is not there", "Add {of}, or leave it out.")
 NO_PACKAGE = Case(1, "a package cannot be loaded: {why}",
-    "Run the task (again) through python3 scripts/inv, which installs all that is needed.")
+    "Run the task (again) through python3 scripts/inv, which installs all that is needed; in an environment of your "
+    "own, pip install -r requirements.txt of this project.")
 CHECKOUT = Case(1, "{file} of this project cannot be read: {why}",
     "Bring the checkout back into order (git status, git checkout), then run the task again.")
 SYSTEM_REFUSES = Case(1, "the operating system refuses: {why}",
@@ -146,9 +147,9 @@ UNPRINTABLE_URL = Case(3, "DATABASE_URL holds a line break or an invisible chara
     "It must stand on one line; write such a character percent-encoded.")
 OTHER_URL = Case(3, "DATABASE_URL is no URL of PostgreSQL: it {found}.", "Only PostgreSQL will do: {form}")
 AMBIGUOUS_URL = Case(3, "DATABASE_URL cannot be taken apart without a guess.")
-MISPLACED_LOGIN = Case(3, "What stands for the name of the {part} is none.",
+MISPLACED_LOGIN = Case(3, "DATABASE_URL has something else where the name of the {part} belongs.",
     "Write {form}, user and password percent-encoded, each part in its place.")
-PARAMETER = Case(3, "{target} has a parameter whose value can be none of it.",
+PARAMETER = Case(3, "{target} has a parameter with an invalid value.",
     "Correct the one that libpq names, or leave it out: in DATABASE_URL, a PG… variable, or a service.")
 SERVICE = Case(3, "{target} names a service that is not defined.",
     "Is its name right, and does pg_service.conf (or PGSERVICEFILE) define it? Or write the URL out.")
@@ -156,11 +157,11 @@ UNPARSABLE_URL = Case(3, "libpq cannot parse DATABASE_URL.")
 
 NO_TARGET = Case(3, "there is no target", "Name some: a line each in --targets, or another pattern.")
 TARGET_TWICE = Case(3, "targets are named twice", "Leave one of each, or give them names: NAME=URL.")
-FLEET_TARGET = Case(3, "the list of targets will not do: {place} {why}",
+FLEET_TARGET = Case(3, "the list of targets cannot be used: {place} {why}",
     "Write a URL of PostgreSQL there, or NAME=URL.")
 FLEET_FILE = Case(3, "the targets in {file} cannot be read: {why}",
     "Name a file of lines URL or NAME=URL, or - for stdin.")
-FLEET_OPTION = Case(3, "{option} will not do: it takes {wants}",
+FLEET_OPTION = Case(3, "{option}: expected {wants}",
     "Correct it; invoke --help fleet explains the options.")
 FLEET_FAILED = Case(1, "not every target ended well: {said}",
     "Run it again when their reasons are gone: it does what is left.")
@@ -180,7 +181,7 @@ LOGIN = Case(4, "",
     'list.')
 NO_DATABASE = Case(4, "",
     "Check the name after the last / of DATABASE_URL (without one it is the user's); psql -l lists those that there "
-    "are, and createdb NAME makes one.")
+    "are, and invoke setup --create-database makes it.")
 # The server, or the pooler, does not take what the session was to begin with.
 STARTUP_OPTION = Case(4, "",
     "Correct or remove what the message names: in options of DATABASE_URL, or a PG… variable of the environment "

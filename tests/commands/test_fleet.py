@@ -114,6 +114,11 @@ def test_parts_are_the_whole(tenants: list[Db], tmp_path: Path) -> None:
     file = listed(tmp_path, *named(*tenants))
     parts = [set(asked(tenants[0], "--targets", file, "--task", "plan", "--part", f"{n}/3")[1]) for n in (1, 2, 3)]
     assert sorted(name for part in parts for name in part) == [f"tenant-{number}" for number in range(6)]
+    one = listed(tmp_path, tenants[0].url)
+    done = [tenants[0].invoke("fleet", "--targets", one, "--part", f"{number}/3") for number in (1, 2, 3)]
+    assert sorted((run.code, run.out.splitlines()[-1][:15]) for run in done) == [(0, "done     0 of 0")] * 2 + [
+        (0, "done     1 of 1")
+    ]
 
 
 def test_status_and_verify_say_what_is_missing(tenants: list[Db], tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""The README's pictures: terminals, drawn from real runs on real servers by `invoke pictures`."""
+"""The README's picture: a terminal, drawn from a real run on a real server by `invoke pictures`."""

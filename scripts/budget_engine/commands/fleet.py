@@ -100,12 +100,13 @@ def run(
         raise errors.FLEET_OPTION(option=f"--task {task}", wants=", ".join(TASKS))
     timeout_s = duration_ms("--timeout", timeout) / 1000 if timeout else None
     orders = Orders(task, jobs or _JOBS, canary, stop_after, timeout_s)
-    members = list(_part(_members(targets, databases, schemas), part))
-    _refuse_what_is_none(members)
+    named = list(_members(targets, databases, schemas))
+    _refuse_what_is_none(named)
+    members = list(_part(named, part))  # none, perhaps: a machine too many is no failure
     CONSOLE.say(
         text.line(
             "fleet",
-            f"{task} on {len(members)} target{'s' * (len(members) > 1)}, {min(orders.jobs, len(members))} at a time",
+            f"{task} on {len(members)} target{'s' * (len(members) != 1)}, {min(orders.jobs, len(members))} at a time",
         )
     )
     with _Fleet(orders, members) as fleet:

@@ -122,7 +122,7 @@ class Connection:
             self._connection = psycopg.connect(make_conninfo(**conninfo), autocommit=True, prepare_threshold=None)
         except (psycopg.Error, UnicodeError) as error:  # UnicodeError: of what can be no host's name
             words = str(error)
-            where = mask(words.strip(), target.secrets)
+            where = mask(words.strip(), target.secrets).replace("\t", "")  # libpq's, before a question
             cause = _cause(words)
             case = cause if cause.exit_code == errors.PARAMETER.exit_code else errors.NO_CONNECTION
             refused = case(target=target.display, where=where, remedy=cause.remedy)

@@ -166,7 +166,8 @@ def start(cluster: Cluster) -> bool:
         with _locked(cluster.data.parent.with_suffix(".lock")) as lock:
             for folder in (cluster.data.parent, cluster.sockets):
                 _make_private(folder, cluster)
-            # One whose starter was killed, or that is going down, gets its time; one that is ready has lost its socket.
+            # One whose starter was killed, or that is going down, gets its time; one that is ready has lost its socket,
+            # or its program.
             _until(lambda: running(cluster) or _pid(cluster) is None, 1.0 if _ready(cluster) else START_SECONDS)
             if running(cluster):
                 return False
@@ -195,7 +196,13 @@ def running(cluster: Cluster) -> bool:
     """Tell whether the server takes connections: no process is started, so that attaching costs nothing."""
     with _explained(cluster):
         private = _is_private(cluster.data.parent, cluster) and _is_private(cluster.sockets, cluster)
-        return private and _ready(cluster) and _listening(cluster)
+        return private and _ready(cluster) and _has_files(cluster) and _listening(cluster)
+
+
+def _has_files(cluster: Cluster) -> bool:
+    """Tell whether the program still lies where the server was started: not so in an environment that was made anew."""
+    program = (cluster.data / "postmaster.opts").read_text().partition(' "')[0]
+    return Path(program).exists()
 
 
 def _stop(cluster: Cluster) -> bool:

@@ -363,7 +363,7 @@ def db(request: pytest.FixtureRequest) -> Iterator[Db]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--of-the-version", action="store_true", help="leave out what meets no server of TEST_POSTGRES")
+    parser.addoption("--of-the-version", action="store_true", help="of what meets a server of TEST_POSTGRES, a third")
 
 
 def pytest_configure() -> None:
@@ -378,13 +378,19 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin with the slow ones, for which nobody shall wait at the end; mark what the version is nothing to."""
+    """Begin with the slow ones, for which nobody shall wait at the end; leave out what another version's run had."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if config.getoption("--of-the-version"):
-        reason = "they meet no PostgreSQL of the chosen version: --of-the-version"
+        cases: dict[str, list[pytest.Item]] = {}
         for item in items:
-            if not concern(item):
-                item.add_marker(pytest.mark.skip(reason))
+            if concern(item):
+                cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+            else:
+                item.add_marker(pytest.mark.skip("they meet no PostgreSQL of the chosen version: --of-the-version"))
+        drawn = random.Random(SEED)
+        for of_one_test in cases.values():
+            for item in drawn.sample(of_one_test, len(of_one_test) * 2 // 3):
+                item.add_marker(pytest.mark.skip(f"of each test's cases a third is drawn, by FAULT_SEED={SEED}"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

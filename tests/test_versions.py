@@ -75,12 +75,19 @@ def test_so_is_what_asks_for_a_finished_database(request: pytest.FixtureRequest,
 
 
 def test_what_the_version_is_nothing_to_is_left_out_where_that_is_asked_for() -> None:
-    tests = ["tests/test_patience.py", "tests/test_versions.py::test_the_server_is_of_the_chosen_version"]
+    tests = [
+        "tests/test_patience.py",
+        "tests/test_versions.py::test_the_server_is_of_the_chosen_version",
+        "tests/test_others.py::test_a_function_of_hers_under_a_name_of_ours_is_a_conflict",  # of three cases
+    ]
     words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--of-the-version"]
     done = run([*words, *tests], clean_environment())
     assert done.code == 0, done
     assert re.search(r"^left out: 5 tests of tests/test_patience.py \(.*--of-the-version\)$", done.out, re.M), done
-    assert "1 passed, 5 skipped" in done.out
+    assert re.search(
+        r"^left out: 2 tests of tests/test_others.py \(of each .* a third .* FAULT_SEED=.+\)$", done.out, re.M
+    )
+    assert "2 passed, 7 skipped" in done.out
 
 
 def test_versions_are_all_from_the_oldest_that_is_accepted_to_the_embedded_one() -> None:

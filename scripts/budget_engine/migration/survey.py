@@ -7,15 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from psycopg import sql
-
 from budget_engine import errors
 from budget_engine.errors import StatementError
 from budget_engine.migration.chain import Chain
 from budget_engine.migration.checks import Check, Kind
 from budget_engine.migration.turn import Turn, being_built
 from budget_engine.postgres.connection import PIN, UNPIN, Connection, Rows, understood
-from budget_engine.spelling import respelled
+from budget_engine.spelling import literal, respelled
 
 
 @dataclass(frozen=True)
@@ -273,8 +271,3 @@ def _orphans(connection: Connection, check: Check, timeout: str) -> Orphans:
     except StatementError as error:
         return Orphans(check.table, respelled(query), None, str(error))
     return Orphans(check.table, respelled(query), int(count or 0))
-
-
-def literal(value: object) -> str:
-    """Write a value as SQL does."""
-    return sql.Literal(value).as_string()

@@ -33,6 +33,11 @@ def to_bytes(text: str) -> bytes:
     return text.encode(errors="surrogateescape")
 
 
+def in_bytes(text: str) -> bool:
+    """Say whether it has bytes that are no characters."""
+    return _BYTES.search(text) is not None
+
+
 def readable(text: str) -> str:
     r"""Write bytes as the characters that they are in UTF-8, if they are, else as \x and two digits."""
     for bytes_ in (_BYTES, _ALIEN):
@@ -116,7 +121,7 @@ def _executed(statement: str) -> str:
     if _ALIEN.search(statement):
         why = "a name in it is of another encoding than this database's; have it renamed where it was given"
         return f"{begin}-- left out: {why}: {' '.join(shown(statement).split())}\n"
-    if not _BYTES.search(statement):
+    if not in_bytes(statement):
         return statement
     written = _ascii(statement.strip()[:-1].replace("\\", "\\\\").replace("'", "''"), "\n", byte=r"\x")
     if _ALONE.match(statement):  # in no function; psql sends what it has got

@@ -36,7 +36,7 @@ from budget_engine.postgres.connection import (
     Rows,
     understood,
 )
-from budget_engine.spelling import literal, respelled
+from budget_engine.spelling import in_bytes, literal, respelled
 
 _BUSY = "TB004"  # raised by the guard
 AT_WORK = "run is at work in this schema"
@@ -300,6 +300,8 @@ class Script:
         concurrent = [f"{sql};" for action in self.plan.concurrent for sql in action.sql]
         if any(action.effect is Effect.SCAN for action in self.plan.concurrent):
             message.append(f"SELECT {pinned(self.found.server, local=False)};")
+        if in_bytes("".join(self.found.server.path)):  # psql is told them, too
+            message.insert(0, "SET client_encoding = SQL_ASCII;")
         return respelled("\n".join([*message, *concurrent]), kept="\n") or "-- nothing to do"
 
 

@@ -53,6 +53,7 @@ _PARTS = (  # of an error, as StatementError has them
     *(DiagnosticField.SQLSTATE, DiagnosticField.MESSAGE_PRIMARY, DiagnosticField.MESSAGE_DETAIL),
     *(DiagnosticField.MESSAGE_HINT, DiagnosticField.CONTEXT),
 )
+_IN_BYTES = ("SQL_ASCII", "EUC_JIS_2004")  # some characters of the latter are two of Unicode's, which no U&"" joins
 _UNTRANSLATABLE = "22P05"  # a name holds what UTF8 has no character for
 _CANCEL_S = 3.0  # how long a request to cancel may take to reach the server, and then its answer
 # What each transaction of ours begins with: to compile queries as large as ours takes longer than to run them, and
@@ -143,7 +144,7 @@ class Connection:
         self.is_encrypted = bool(self._connection.pgconn.ssl_in_use)
 
     def _connect(self, *, in_bytes: bool) -> None:
-        """Log in; in_bytes: as what the server converts nothing for, because it cannot (SQL_ASCII, MULE_INTERNAL)."""
+        """Log in; in_bytes: as somebody for whom the server converts nothing, where it cannot, or not both ways."""
         conninfo = make_conninfo(**self._conninfo | {"client_encoding": "SQL_ASCII" if in_bytes else "UTF8"})
         self._in_bytes = in_bytes
         try:
@@ -153,7 +154,7 @@ class Connection:
                 raise
             self._connect(in_bytes=True)
             return
-        if not in_bytes and self._connection.info.parameter_status("server_encoding") == "SQL_ASCII":
+        if not in_bytes and self._connection.info.parameter_status("server_encoding") in _IN_BYTES:
             self.close()
             self._connect(in_bytes=True)
 

@@ -210,7 +210,7 @@ def _session(where: Target, given: Settings) -> Iterator[Finding]:
 def _look_around(session: Session) -> Iterator[Finding]:
     connection = session.connection
     with understood():
-        _, _, _, limited, [(role, database, replication_role, cipher)], triggers, _ = connection.run(
+        _, _, _, limited, [(role, database, replication_role, cipher)], triggers, _ = connection.read(
             [*BEGIN_READ_ONLY, PIN, _LIMITS, _SESSION, _EVENT_TRIGGERS, "COMMIT"]
         )
     yield Finding("login", f"role {role}, database {database}")

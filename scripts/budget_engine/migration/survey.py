@@ -92,7 +92,6 @@ SELECT c.position,
             WHEN c.kind = 'policy' AND c.expected LIKE '%(admin)%' AND NOT has_schema_privilege(auth.oid, 'USAGE')
               THEN 'USAGE on schema auth'
             ELSE led_to.lacking END AS lacking,
-       row_security_active(relation.oid) AS rows_hidden,
        c.actual LIKE '% INVALID' AND {being_built} AS being_built, blocked.how, blocked.says
 FROM (
 SELECT *, count(*) FILTER (WHERE is_added) OVER (PARTITION BY "table") AS wanted
@@ -209,13 +208,11 @@ def _check(row: Sequence[str | None], on_request: str) -> Check:
     return replace(check, fixed_by=None, on_request=fixed_by) if fixed_by == on_request else check
 
 
-def _with_rights(
-    check: Check, lacking: str | None, hidden: bool | None, built: bool | None, blocked: str | None, says: str | None
-) -> Check:
+def _with_rights(check: Check, lacking: str | None, built: bool | None, blocked: str | None, says: str | None) -> Check:
     """Return the check with what keeps it from being fixed; blocked: what is around its table makes it a conflict."""
     if blocked:
         return replace(check, fixed_by=None, blocked=tuple(blocked.split()), around=says or "")
-    return replace(check, lacking=lacking, rows_hidden=hidden is True, being_built=built is True)
+    return replace(check, lacking=lacking, being_built=built is True)
 
 
 def _server(row: Sequence[str | None], checks: Sequence[Check], connection: Connection) -> Server:

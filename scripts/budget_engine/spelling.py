@@ -77,12 +77,14 @@ def respelled(sql: str, *, kept: str = "") -> str:
     backslash becomes E'…', too: then standard_conforming_strings is of no concern. A name with bytes that are no
     characters has no such form: its statement becomes a literal, which PL/pgSQL or psql executes.
     """
-    statements = [""]
+    written: list[str] = []
+    begun: list[str] = []  # of a statement
     for token in _TOKEN.finditer(sql):
-        statements[-1] += _respelled(token, kept)
+        begun.append(_respelled(token, kept))
         if token[0] == ";":
-            statements.append("")
-    return "".join(_executed(statement) if statement.endswith(";") else statement for statement in statements)
+            written.append(_executed("".join(begun)))
+            begun = []
+    return "".join([*written, *begun])
 
 
 def _respelled(token: re.Match[str], kept: str) -> str:

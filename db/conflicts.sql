@@ -56,9 +56,9 @@ WITH RECURSIVE checks AS MATERIALIZED (
   ) AS found
   WHERE kind = 'dependants'
   UNION  -- and on what hangs there
-  SELECT table_name, name, level + 1, depends.classid, depends.objid, depends.objsubid
-  FROM hanging JOIN depends ON refclassid = hanging.classid AND refobjid = hanging.objid
-  WHERE hanging.objsubid = 0 AND level < 32  -- functions and views can be replaced until they call each other
+  SELECT table_name, name, level + 1, found.* FROM hanging CROSS JOIN LATERAL (  -- of each by the index
+    SELECT depends.classid, depends.objid, depends.objsubid FROM depends WHERE refclassid = hanging.classid AND refobjid = hanging.objid OFFSET 0
+  ) AS found WHERE hanging.objsubid = 0 AND level < 32  -- functions and views can be replaced until they call each other
 ), keys AS (  -- "other": the primary key, where another one is expected
   SELECT kind, table_name, name, our_name, relid, other.oid AS other, other.conindid, other.conkey,
          (SELECT string_agg(quote_ident(part), ', ' ORDER BY n) FROM string_to_table(name, ', ') WITH ORDINALITY AS parts (part, n)) AS columns

@@ -179,7 +179,7 @@ def run(command: list[str], environment: Mapping[str, str], timeout: float = 120
     if command[:3] == [sys.executable, "-m", "invoke"] and cwd == ROOT:
         return Run(*warm.run(tuple(command[3:]), environment, timeout))
     done = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        command, cwd=cwd, env=environment, capture_output=True, errors="replace", timeout=timeout, check=False
     )
     return Run(done.returncode, done.stdout, done.stderr)
 
@@ -291,10 +291,10 @@ def _start(cluster: embedded.Cluster) -> None:
 
 
 @contextmanager
-def database(cluster: embedded.Cluster, template: str = "template0") -> Iterator[Db]:
+def database(cluster: embedded.Cluster, template: str = "template0", options: str = "") -> Iterator[Db]:
     """Make a database, which is dropped afterwards, whatever became of the server meanwhile."""
     name = f"test_{uuid.uuid4().hex}"
-    _administer(cluster, f"CREATE DATABASE {name} TEMPLATE {template}")
+    _administer(cluster, f"CREATE DATABASE {name} TEMPLATE {template} {options}")
     try:
         yield Db(cluster, name)
     finally:

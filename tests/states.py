@@ -296,7 +296,7 @@ def random_name(chance: random.Random) -> str:
     return name.decode(errors="ignore") or "v"
 
 
-def strange_names(chance: random.Random) -> list[str]:
+def strange_names(chance: random.Random, more: int = 20) -> list[str]:
     """Return names that end a line, begin a command of psql or GitHub, or steer a terminal, and random ones."""
     ends = ["\r", "\n", "\v", "\f", "\t", "\x1b[2K", "\x7f", "\x85", "\u2028", "\u2029", "\u202e", "\x1c", "\x1e"]
     names = [f"v{sign}\\! touch made_by_a_name;#" for sign in [*ends, " " * 30]]
@@ -307,4 +307,4 @@ def strange_names(chance: random.Random) -> list[str]:
         "v##[error]x",
         "%s $$ $locks$ :x",
     ]
-    return [*names, *(random_name(chance) for _ in range(20))]
+    return [*names, *(random_name(chance) for _ in range(more))]

@@ -333,7 +333,7 @@ _BY_SQLSTATE: dict[str | None, Case] = {
     "57P05": IDLE_SESSION,  # idle_session_timeout
     None: LOST_CONNECTION,  # not the server's: the connection is gone
 }
-_HINTED = (PREREQUISITE, REFUSED, STEP_FAILED)
+_HINTED = (PREREQUISITE, REFUSED, STEP_FAILED, BROKEN_STEP)
 
 # Remedies that the case decides: timeouts in a concurrent part, through a pooler; rows that refuse what is expected.
 LIMITS_OF_THE_ROLE = """\

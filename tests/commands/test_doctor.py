@@ -169,11 +169,6 @@ RIGHTS = {
         False,
         "REFERENCES on table worlds",
     ),
-    "rows of slots": (
-        OWNED + "ALTER TABLE slots ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
-        False,
-        "BYPASSRLS",
-    ),
 }
 
 

@@ -236,7 +236,6 @@ SWALLOWED = {
         CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
         CREATE TRIGGER keep BEFORE UPDATE ON slots FOR EACH ROW EXECUTE FUNCTION keep()""",
     "a rule": "CREATE RULE keep AS ON UPDATE TO slots DO INSTEAD NOTHING",
-    "a policy": "ALTER TABLE slots ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
 }
 
 
@@ -249,6 +248,38 @@ def test_what_swallows_the_defaults_is_an_error(db: Db, role: str, change: str) 
     assert done.code == 3, done
     assert "ERROR:  TB003: " in done.err
     assert db.dump(data=True) == before
+
+
+FORCED = "ALTER TABLE slots ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;"
+HIDING = {  # policies by which anybody may insert, and not all rows are seen
+    "by none": FORCED + "CREATE POLICY p ON slots FOR INSERT WITH CHECK (true)",
+    "some": FORCED + "CREATE POLICY p ON slots USING (type = 'npc') WITH CHECK (true); GRANT SELECT ON slots TO PUBLIC",
+    "to update": FORCED + "CREATE POLICY p ON slots FOR INSERT WITH CHECK (true); CREATE POLICY q ON slots FOR SELECT"
+    " USING (true)",
+    "restricted": FORCED + "CREATE POLICY p ON slots USING (true); CREATE POLICY q ON slots AS RESTRICTIVE FOR SELECT"
+    " USING (current_user = 'nobody'); GRANT SELECT ON slots TO PUBLIC",
+}
+
+
+@pytest.mark.parametrize("hiding", HIDING.values(), ids=HIDING)
+@pytest.mark.parametrize("migrates", ["the owner", "a superuser", "the owner, before"])
+def test_who_does_not_see_a_row_gives_it_its_defaults(db: Db, role: str, migrates: str, hiding: str) -> None:
+    """Where row-level security is forced upon the owner, before the step or after it; or upon who inserts."""
+    before = "before" in migrates
+    db.execute(SLOTS_TEMPLATES + SLOT_ROWS + ("" if before else hiding))
+    db.execute(f"GRANT CREATE ON SCHEMA public TO {role}; ALTER TABLE slots OWNER TO {role}")
+    done = db.invoke("slots-flags", role=role if "owner" in migrates else "postgres")
+    assert (done.code, flags(db)) == (0, CRITICAL | PLAIN), done
+    db.execute(hiding if before else "SELECT")
+    assert db.value("SELECT relforcerowsecurity FROM pg_class WHERE oid = 'slots'::regclass")
+    for inserts in (role, f"{role}_2"):
+        db.execute("DELETE FROM slots")
+        if inserts != role:
+            db.execute(f"CREATE ROLE {inserts} LOGIN; GRANT INSERT ON slots TO {inserts}")
+        with db.connect(inserts) as connection:
+            connection.execute(insert(CRITICAL | PLAIN))
+        assert flags(db) == CRITICAL | PLAIN
+    db.execute(f"DROP OWNED BY {inserts}; DROP ROLE {inserts}")
 
 
 def test_the_owners_triggers_run_as_the_owner(db: Db, role: str) -> None:

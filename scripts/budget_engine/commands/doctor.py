@@ -210,7 +210,7 @@ def _session(where: Target, given: Settings) -> Iterator[Finding]:
 def _look_around(session: Session) -> Iterator[Finding]:
     connection = session.connection
     with understood():
-        _, _, _, limited, [(role, database, replication_role, cipher)], triggers, _ = connection.run(
+        _, _, _, limited, [(role, database, replication_role, cipher)], triggers, _ = connection.read(
             [*BEGIN_READ_ONLY, PIN, _LIMITS, _SESSION, _EVENT_TRIGGERS, "COMMIT"]
         )
     yield Finding("login", f"role {role}, database {database}")
@@ -296,17 +296,17 @@ def _chain(found: Survey, todo: Plan) -> Iterator[Finding]:
 
 def limits(server: Server, brought: Sequence[Limit], replication_role: str, lock_timeout_ms: int) -> Iterator[Finding]:
     """Say which time limits, and other settings, that the role or the database bring along will bite."""
-    alter = spelling.respelled('ALTER ROLE "' + server.role.replace('"', '""') + '"')
+    alter = 'ALTER ROLE "' + server.role.replace('"', '""') + '"'
     biting = {limit: why for limit in brought if (why := _bite(limit, server, lock_timeout_ms))}
     for limit, why in biting.items():
         direct = "Name the server itself in DATABASE_URL (the direct URL), or lift it:" if server.pooled else "Lift it:"
-        lifted = f"{alter} SET {limit.name} = 0;"
+        lifted = spelling.respelled(f"{alter} SET {limit.name} = 0;")
         if limit.source == "client":
             lifted = f"unset {limit.name} in PGOPTIONS, or in DATABASE_URL"
         yield Finding("limits", f"{limit}: {why}", f"{direct}\n{lifted}")
     if replication_role == "replica":  # local is as origin
         says = f"session_replication_role = replica: no trigger runs for rows that {server.role} writes"
-        yield Finding("limits", says, f"{alter} SET session_replication_role = origin;")
+        yield Finding("limits", says, spelling.respelled(f"{alter} SET session_replication_role = origin;"))
     elif not biting:
         listed = ", ".join(map(str, brought))
         yield Finding("limits", f"{listed}: setup works with its own" if listed else "none that the role brings along")

@@ -24,6 +24,7 @@ from budget_engine.output.ending import as_message
 from budget_engine.output.formats import View
 from budget_engine.postgres import blockers
 from budget_engine.postgres.connection import Connection, transaction_settings, understood
+from budget_engine.spelling import literal
 
 _FORMATS = {"verify": (PEOPLE, "json", "github"), "status": (PEOPLE, "json"), "plan": (PEOPLE, "json")}
 
@@ -113,7 +114,7 @@ def _kept(connection: Connection, column: Check) -> str:
     kind = str(column.actual).removesuffix(" NOT NULL")
     names = [f"{column.name}_{kind}{suffix}" for suffix in ("", *(f"_{number}" for number in range(2, 10)))]
     queries = [
-        f"SELECT attname FROM pg_attribute WHERE attrelid = {survey.literal(column.found)}::regclass",
+        f"SELECT attname FROM pg_attribute WHERE attrelid = {literal(column.found)}::regclass",
         f"SELECT count({column.name}) FROM {column.found}",
     ]
     try:

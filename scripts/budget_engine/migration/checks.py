@@ -82,10 +82,10 @@ class Check:
     step, fixed_by: labels of steps (fixed_by None: it passes, or is a conflict); table: the one that it belongs to,
     by its bare name; name: its own ("" of a table; the columns of a key); actual: None where there is nothing;
     required: whether it must pass; found: the table as SQL writes it, or None; lacking: the right that this role
-    lacks to fix it; rows_hidden: whether row-level security hides rows of the table from it; being_built: whether
-    another session builds on the table; on_request: the step that would fix it, but runs only where it is asked for;
-    blocked: what around the table keeps it from being created, as the commands that clear that are called in
-    db/conflicts.sql ("full": no column is left, no command helps but to move the table); around: the same for people.
+    lacks to fix it; being_built: whether another session builds on the table; on_request: the step that would fix it,
+    but runs only where it is asked for; blocked: what around the table keeps it from being created, as the commands
+    that clear that are called in db/conflicts.sql ("full": no column is left, no command helps but to move the table);
+    around: the same for people.
     """
 
     step: str
@@ -98,7 +98,6 @@ class Check:
     required: bool
     found: str | None
     lacking: str | None = None
-    rows_hidden: bool = False
     being_built: bool = False
     on_request: str | None = None
     blocked: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ from typing import Any
 
 from budget_engine.migration.chain import DB, query_of
 from budget_engine.migration.checks import Check, Kind
-from budget_engine.spelling import respelled, shown
+from budget_engine.spelling import literal, respelled, shown
 
 _TARGET = re.compile(r"(?<=^REFERENCES )[^(]+")  # of a foreign key
 _NAMED = (Kind.TABLE, Kind.KEY, Kind.FOREIGN_KEY, Kind.INDEX, Kind.TRIGGER)  # things on a column may have their names
@@ -51,8 +51,8 @@ def query(checks: Sequence[Check]) -> str:
         taken = "".join(re.findall(r"its name (\S+) is taken", check.actual or ""))
         rest = (expected, taken or _our_name(check), taken != "", check.found, check.conflict)
         listed.append(dict(zip(words, (check.kind.value, check.table, check.name, *rest), strict=True)))
-    literal = json.dumps(listed).replace("\\", "\\\\").replace("'", "''")
-    return query_of(DB / "conflicts.sql").replace(":'checks'", f"E'{literal}'")
+    written = literal(json.dumps(listed, ensure_ascii=False))
+    return query_of(DB / "conflicts.sql").replace(":'checks'", written)
 
 
 def _our_name(check: Check) -> str:

@@ -122,14 +122,8 @@ class Plan:
     @property
     def lacking(self) -> tuple[str, ...]:
         """The rights that the role lacks for what is to be done, each once."""
-        reasons = [(step.step, check) for step in self.steps for check in step.reasons]
-        rights = [right for _, check in reasons for right in (check.lacking or "").split("\n") if right]
-        unseen = [
-            f"BYPASSRLS (or ALTER TABLE {check.table} NO FORCE ROW LEVEL SECURITY meanwhile: it may hide rows)"
-            for step, check in reasons  # rows are given the values of a column that is new
-            if check.rows_hidden and check.kind is Kind.COLUMN and check.actual is None and check.table in step.updates
-        ]
-        return tuple(dict.fromkeys([*rights, *unseen]))
+        reasons = (check for step in self.steps for check in step.reasons)
+        return tuple(dict.fromkeys(right for check in reasons for right in (check.lacking or "").split("\n") if right))
 
     @property
     def missing(self) -> tuple[Check, ...]:

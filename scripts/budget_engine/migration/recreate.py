@@ -13,8 +13,9 @@ from budget_engine import errors
 from budget_engine.migration import plan
 from budget_engine.migration.chain import Chain, Step
 from budget_engine.migration.checks import Check, Kind, Lock, as_if_missing
-from budget_engine.migration.survey import Survey, literal
+from budget_engine.migration.survey import Survey
 from budget_engine.postgres.connection import Connection, Row, understood
+from budget_engine.spelling import literal
 
 ARCHIVE = "core_archive"  # the schema that the file moves them to, or this with a number
 _TABLES = ("r", "p")  # of pg_class.relkind: what can be locked, and read without running what others wrote

@@ -20,15 +20,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from psycopg.errors import Diagnostic
-
 from budget_engine import __version__, errors
 from budget_engine.errors import StatementError
 from budget_engine.migration import survey, turn
 from budget_engine.migration.chain import Chain, Step
 from budget_engine.migration.checks import STRENGTH, Check, Kind, Lock
 from budget_engine.migration.plan import Action, Effect, Plan, StepPlan
-from budget_engine.migration.survey import Server, Survey, literal
+from budget_engine.migration.survey import Server, Survey
 from budget_engine.postgres.connection import (
     BEGIN,
     BEGIN_READ_ONLY,
@@ -36,10 +34,9 @@ from budget_engine.postgres.connection import (
     PIN,
     Connection,
     Rows,
-    short,
     understood,
 )
-from budget_engine.spelling import respelled
+from budget_engine.spelling import in_bytes, literal, respelled
 
 _BUSY = "TB004"  # raised by the guard
 AT_WORK = "run is at work in this schema"
@@ -310,13 +307,15 @@ class Script:
         concurrent = [f"{sql};" for action in self.plan.concurrent for sql in action.sql]
         if any(action.effect is Effect.SCAN for action in self.plan.concurrent):
             message.append(f"SELECT {pinned(self.found.server, local=False)};")
+        if in_bytes("".join(self.found.server.path)):  # psql is told them, too
+            message.insert(0, "SET client_encoding = SQL_ASCII;")
         return respelled("\n".join([*message, *concurrent]), kept="\n") or "-- nothing to do"
 
 
 def pinned(server: Server, *, local: bool = True) -> str:
     """Write what pins the search_path to the schemas that it leads to, and notes them for the verification."""
     path = ", ".join(['"' + schema.replace('"', '""') + '"' for schema in server.path] + ["pg_temp"])
-    values = {"search_path": path, "budget_engine.path": json.dumps(server.path)}
+    values = {"search_path": path, "budget_engine.path": json.dumps(server.path, ensure_ascii=False)}
     return ", ".join(f"pg_catalog.set_config('{name}', {literal(value)}, {local})" for name, value in values.items())
 
 
@@ -362,13 +361,13 @@ def run_transactions(
         say(message[index], rows)
         done = index + 1
 
-    def on_notice(said: Diagnostic) -> None:
-        if (said.sqlstate or "").startswith("42"):  # IF NOT EXISTS was asked for: that it exists is no news
+    def on_notice(sqlstate: str, words: str) -> None:
+        if sqlstate.startswith("42"):  # IF NOT EXISTS was asked for: that it exists is no news
             return
         noticed[done] += 1
         if noticed[done] <= _MOST_NOTICES:
-            words = short(said.message_primary or "") if noticed[done] < _MOST_NOTICES else "… (more such notices)"
-            notice(message[min(done, len(message) - 1)].step, words)
+            more = noticed[done] == _MOST_NOTICES
+            notice(message[min(done, len(message) - 1)].step, "… (more such notices)" if more else words)
 
     # Any of them may wait for a lock; the server keeps its answers back until they fill 8 kB.
     answer_s = connection.answer_s + len(message) * connection.lock_timeout_ms / 1000
@@ -456,11 +455,11 @@ class Builder:
         self._has_turn = not self._pooled
 
     def _run_alone(self, step: Step, action: Action, sql: str) -> None:
-        noticed: set[str | None] = set()
+        noticed: set[str] = set()
         sent = Sent(step, Part.CONCURRENT, sql, action)
         message = [*BEGIN, f"{self._frame}, {self._patience}", sql, "COMMIT"] if action.effect is Effect.SCAN else [sql]
         try:
-            with self.connection.notices(lambda notice: noticed.add(notice.sqlstate)):
+            with self.connection.notices(lambda sqlstate, _: noticed.add(sqlstate)):
                 self.connection.run(message, answer_s=math.inf)
         except StatementError as error:
             if error.sqlstate == _DEADLOCK:  # two builds on one table waited for each other; the other one goes on

@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass
 
 from budget_engine.migration.chain import DB, Chain, query_of
-from budget_engine.migration.survey import Survey, literal
+from budget_engine.migration.survey import Survey
 from budget_engine.postgres.connection import Connection, understood
-from budget_engine.spelling import respelled
+from budget_engine.spelling import literal, respelled
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def read(connection: Connection, chain: Chain, found: Survey) -> Surroundings:
     tables = sorted({check.table for check in found.checks})
     names = f"SELECT set_config('budget_engine.tables', {literal(json.dumps(tables))}, true)"
     _, rows, has_history = connection.ask([names, query_of(DB / "unusual.sql"), _HAS_HISTORY])
-    ours = f"schema_name = ANY ({literal(list(found.turn.own))})"
+    ours = f"schema_name = ANY ({literal(found.turn.own)})"
     about_us = [_HISTORY.format(ours=ours), _APPLIED.format(ours=ours)]
     history, applied = connection.ask(about_us, "set_config('row_security', 'off', true)") if has_history else ([], [])
     checksums = {step.label: step.checksum for step in chain.steps}

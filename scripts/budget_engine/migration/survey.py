@@ -7,15 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from psycopg import sql
-
 from budget_engine import errors
 from budget_engine.errors import StatementError
 from budget_engine.migration.chain import Chain
 from budget_engine.migration.checks import Check, Kind
 from budget_engine.migration.turn import Turn, being_built
 from budget_engine.postgres.connection import PIN, UNPIN, Connection, Rows, understood
-from budget_engine.spelling import respelled
+from budget_engine.spelling import literal, respelled
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,6 @@ SELECT c.position,
             WHEN c.kind = 'policy' AND c.expected LIKE '%(admin)%' AND NOT has_schema_privilege(auth.oid, 'USAGE')
               THEN 'USAGE on schema auth'
             ELSE led_to.lacking END AS lacking,
-       row_security_active(relation.oid) AS rows_hidden,
        c.actual LIKE '% INVALID' AND {being_built} AS being_built, blocked.how, blocked.says
 FROM (
 SELECT *, count(*) FILTER (WHERE is_added) OVER (PARTITION BY "table") AS wanted
@@ -211,13 +208,11 @@ def _check(row: Sequence[str | None], on_request: str) -> Check:
     return replace(check, fixed_by=None, on_request=fixed_by) if fixed_by == on_request else check
 
 
-def _with_rights(
-    check: Check, lacking: str | None, hidden: bool | None, built: bool | None, blocked: str | None, says: str | None
-) -> Check:
+def _with_rights(check: Check, lacking: str | None, built: bool | None, blocked: str | None, says: str | None) -> Check:
     """Return the check with what keeps it from being fixed; blocked: what is around its table makes it a conflict."""
     if blocked:
         return replace(check, fixed_by=None, blocked=tuple(blocked.split()), around=says or "")
-    return replace(check, lacking=lacking, rows_hidden=hidden is True, being_built=built is True)
+    return replace(check, lacking=lacking, being_built=built is True)
 
 
 def _server(row: Sequence[str | None], checks: Sequence[Check], connection: Connection) -> Server:
@@ -273,8 +268,3 @@ def _orphans(connection: Connection, check: Check, timeout: str) -> Orphans:
     except StatementError as error:
         return Orphans(check.table, respelled(query), None, str(error))
     return Orphans(check.table, respelled(query), int(count or 0))
-
-
-def literal(value: object) -> str:
-    """Write a value as SQL does."""
-    return sql.Literal(value).as_string()

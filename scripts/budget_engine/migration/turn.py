@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from psycopg import sql
+from budget_engine.spelling import literal
 
 RUN = int.from_bytes(b"budg", "big")  # the transactions of the steps
 # And one builder: of two CREATE INDEX CONCURRENTLY on one table the second waits for the first one's lock, the first
@@ -52,4 +52,4 @@ def being_built(tables: str) -> str:
 
 
 def _among(names: tuple[str, ...]) -> str:
-    return f"nspname = ANY ({sql.Literal(list(names)).as_string()}::name[])"
+    return f"nspname = ANY ({literal(names)}::name[])"

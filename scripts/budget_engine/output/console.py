@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, cast
 
 from budget_engine import errors
-from budget_engine.spelling import shown
+from budget_engine.spelling import readable, shown
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -108,7 +108,7 @@ class Console:
 
     def _spelled(self, text: str) -> str:
         """Mask the secrets, and name the tasks as this run was started."""
-        return self.mask(_TASKS.sub(lambda found: f"{self.command} {found[1] or ''}{self.prefix}", text))
+        return self.mask(_TASKS.sub(lambda found: f"{self.command} {found[1] or ''}{self.prefix}", readable(text)))
 
     def _print(self, stream: TextIO, *lines: str) -> None:
         for line in "\n".join(lines).split("\n") if lines else ():
@@ -124,7 +124,7 @@ def _fitted(line: str) -> list[str]:
     """
     width = shutil.get_terminal_size().columns
     parts = [line]
-    if len(line) > width and not (line.endswith(";") or line.lstrip().startswith("-- ")):
+    if len(line) > width and not (line.endswith((";", r"\gexec")) or line.lstrip().startswith("-- ")):
         margin = _margin(line, width * 3 // 5)
         start, rest = line[:margin], line[margin:]
         wrapper = textwrap.TextWrapper(width, start, " " * margin, break_long_words=False, break_on_hyphens=False)

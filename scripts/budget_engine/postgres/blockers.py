@@ -13,11 +13,10 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from psycopg import sql
-
 from budget_engine import errors
 from budget_engine.errors import StatementError
 from budget_engine.postgres.connection import Connection, understood
+from budget_engine.spelling import literal
 
 _FIRST_LOOK_S = 1.0  # of silence: a statement is waiting, or has much to do; sooner where it gives up sooner
 _LONGEST_PAUSE_S = 1.0  # between two looks; they begin close together
@@ -226,7 +225,7 @@ class Watch:
     def _look(self) -> None:
         if self._second is None:
             self._second = self._open_second()
-        pid = sql.Literal(self._pid).as_string()
+        pid = str(self._pid)
         waits, progress = self._second.ask([_WAITS.format(pid=pid), _PROGRESS.format(pid=pid)])
         seen = {_who(holder) for holder in self._holders}
         self._holders = tuple(dict.fromkeys(str(holder) for _, holder in waits)) or self._holders
@@ -248,7 +247,7 @@ def sizes(connection: Connection, tables: Mapping[str, str]) -> dict[str, Size]:
 
     tables: as SQL writes each in full, by its name.
     """
-    values = ", ".join(f"({_literal(name)}, {_literal(found)})" for name, found in tables.items())
+    values = ", ".join(f"({literal(name)}, {literal(found)})" for name, found in tables.items())
     [rows] = connection.ask([_SIZES.format(values=values)]) if tables else [[]]
     return {
         str(name): Size(str(qualified), None if rows is None else int(rows), None if size is None else int(size))
@@ -264,7 +263,7 @@ def bystanders(
     found: as SQL writes the tables in full.
     """
     these = ((name, found.get(name, name), modes) for name, modes in wanted.items())
-    values = ", ".join(f"({_literal(name)}, {_literal(full)}, {_array(modes)})" for name, full, modes in these)
+    values = ", ".join(f"({literal(name)}, {literal(full)}, {_array(modes)})" for name, full, modes in these)
     queries = [_BYSTANDERS.format(wanted=_THESE.format(values=values))] if wanted else []
     return _bystanders(connection, [*queries, *([_SNAPSHOTS] if building else [])])
 
@@ -281,8 +280,4 @@ def _bystanders(connection: Connection, queries: list[str]) -> tuple[Bystander, 
 
 
 def _array(texts: Iterable[str]) -> str:
-    return f"{_literal(sorted(set(texts)))}::text[]"
-
-
-def _literal(value: object) -> str:
-    return sql.Literal(value).as_string()
+    return f"{literal(sorted(set(texts)))}::text[]"

@@ -18,15 +18,16 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, TypeVar
 
 import psycopg
-from psycopg import generators, pq, sql, waiting
+from psycopg import generators, pq, waiting
 from psycopg.abc import PQGen
 from psycopg.conninfo import make_conninfo
-from psycopg.errors import Diagnostic, error_from_result
+from psycopg.pq import DiagnosticField
 from psycopg.waiting import Ready
 
 from budget_engine import errors, libpq
 from budget_engine.errors import StatementError
 from budget_engine.settings import Settings, Target, mask
+from budget_engine.spelling import literal, text_of, to_bytes
 
 if sys.platform != "win32":
     import resource
@@ -41,12 +42,19 @@ _T = TypeVar("_T")
 Row = tuple[str | None, ...]
 Rows = list[Row]
 OnDone = Callable[[int, Rows], None]  # which statement is done, and its rows
+OnNotice = Callable[[str, str], None]  # SQLSTATE and message
 
 _STATEMENT_TIMEOUT_S = 60  # for catalog work, instead of what the role brings along for its queries
 _MOMENT_S = 0.1  # without an answer, after which a watcher may look around
 _ANSWERS = (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK, pq.ExecStatus.FATAL_ERROR)
 _MOST_MB = 256  # of memory; all that we ask for takes a few
 _MOST_CHARACTERS = 10_000  # of each part of an error; those of a verification that finds much have that many
+_PARTS = (  # of an error, as StatementError has them
+    *(DiagnosticField.SQLSTATE, DiagnosticField.MESSAGE_PRIMARY, DiagnosticField.MESSAGE_DETAIL),
+    *(DiagnosticField.MESSAGE_HINT, DiagnosticField.CONTEXT),
+)
+_IN_BYTES = ("SQL_ASCII", "EUC_JIS_2004")  # some characters of the latter are two of Unicode's, which no U&"" joins
+_UNTRANSLATABLE = "22P05"  # a name holds what UTF8 has no character for
 _CANCEL_S = 3.0  # how long a request to cancel may take to reach the server, and then its answer
 # What each transaction of ours begins with: to compile queries as large as ours takes longer than to run them, and
 # others wait for our locks meanwhile. (A SET is not planned, so that it is not compiled itself.)
@@ -115,11 +123,11 @@ class Connection:
         self._most_mb = _peak_mb() + _MOST_MB
         self.watch: Watch | None = None  # looks around while a message is on its way
         defaults = {"application_name": "budget-engine-recipes", "connect_timeout": str(settings.connect_timeout_s)}
-        conninfo = defaults | target.conninfo | {"client_encoding": "UTF8"}
-        if conninfo.get("sslrootcert") == "system":
+        self._conninfo = defaults | target.conninfo
+        if self._conninfo.get("sslrootcert") == "system":
             libpq.find_certificates()
         try:
-            self._connection = psycopg.connect(make_conninfo(**conninfo), autocommit=True, prepare_threshold=None)
+            self._connect(in_bytes=False)
         except (psycopg.Error, UnicodeError) as error:  # UnicodeError: of what can be no host's name
             words = str(error)
             where = mask(words.strip(), target.secrets).replace("\t", "")  # libpq's, before a question
@@ -135,18 +143,38 @@ class Connection:
         self.backend_pid = self._connection.info.backend_pid  # a pooler's, if there is one
         self.is_encrypted = bool(self._connection.pgconn.ssl_in_use)
 
+    def _connect(self, *, in_bytes: bool) -> None:
+        """Log in; in_bytes: as somebody for whom the server converts nothing, where it cannot, or not both ways."""
+        conninfo = make_conninfo(**self._conninfo | {"client_encoding": "SQL_ASCII" if in_bytes else "UTF8"})
+        self._in_bytes = in_bytes
+        try:
+            self._connection = psycopg.connect(conninfo, autocommit=True, prepare_threshold=None)
+        except psycopg.OperationalError as error:
+            if in_bytes or "UTF8" not in str(error):
+                raise
+            self._connect(in_bytes=True)
+            return
+        if not in_bytes and self._connection.info.parameter_status("server_encoding") in _IN_BYTES:
+            self.close()
+            self._connect(in_bytes=True)
+
     @property
     def host(self) -> str:
         """The host that answered, with its port where it is another than usual; of a socket the folder."""
         info = self._connection.info
-        host = f"[{info.host}]" if ":" in info.host else info.host
+        host = self._host
+        host = f"[{host}]" if ":" in host else host
         return host if info.port == 5432 or host.startswith(("/", "@")) else f"{host}:{info.port}"
 
     @property
     def is_near(self) -> bool:
         """Whether the server is on this machine, for all that its name says: a tunnel leads elsewhere."""
-        host, address = self._connection.info.host, self._connection.info.hostaddr
+        host, address = self._host, self._connection.info.hostaddr
         return host.startswith(("/", "@")) or all(_is_loopback(name) for name in (host, address))
+
+    @property
+    def _host(self) -> str:
+        return self._connection.pgconn.host.decode(errors="replace")
 
     @property
     def is_exposed(self) -> bool:
@@ -165,13 +193,18 @@ class Connection:
         return transaction_settings(self._target, self.lock_timeout_ms)
 
     @contextmanager
-    def notices(self, handler: Callable[[Diagnostic], None]) -> Iterator[None]:
+    def notices(self, handler: OnNotice) -> Iterator[None]:
         """Call the handler with each notice as it arrives."""
-        self._connection.add_notice_handler(handler)
+
+        def said(result: pq.abc.PGresult) -> None:
+            handler(*(self._said(result, one) for one in (DiagnosticField.SQLSTATE, DiagnosticField.MESSAGE_PRIMARY)))
+
+        pgconn = self._connection.pgconn
+        before, pgconn.notice_handler = pgconn.notice_handler, said
         try:
             yield
         finally:
-            self._connection.remove_notice_handler(handler)
+            pgconn.notice_handler = before
 
     def run(
         self,
@@ -192,12 +225,12 @@ class Connection:
             try:
                 for result in self._answers(statements, answer_s):
                     if result.status == pq.ExecStatus.FATAL_ERROR:
-                        failure = _refused(len(rows), error_from_result(result))
+                        failure = self._refused(len(rows), result)
                     else:
-                        rows.append(_rows(result))
+                        rows.append(self._rows(result))
                         on_done(len(rows) - 1, rows[-1])
             except psycopg.Error as error:  # the connection is gone
-                failure = failure or _refused(len(rows), error)
+                failure = failure or StatementError(len(rows), error.sqlstate, short(str(error).strip()))
             if failure is not None:
                 if self._connection.pgconn.transaction_status == pq.TransactionStatus.INERROR:
                     with suppress(psycopg.OperationalError):
@@ -212,7 +245,18 @@ class Connection:
         settings: what is to hold for it beside our own, as SELECT lists. Waits, and raises, as run() does.
         """
         begun = [*BEGIN_READ_ONLY, f"SELECT {self.transaction_settings}", PIN, *(f"SELECT {one}" for one in settings)]
-        return self.run([*begun, *queries, "COMMIT"], answer_s=answer_s)[len(begun) : -1]
+        return self.read([*begun, *queries, "COMMIT"], answer_s=answer_s)[len(begun) : -1]
+
+    def read(self, statements: Sequence[str], *, answer_s: float | None = None) -> list[Rows]:
+        """As run(), of what writes nothing: in a new session where what was found has no characters in UTF8."""
+        try:
+            return self.run(statements, answer_s=answer_s)
+        except StatementError as error:
+            if error.sqlstate != _UNTRANSLATABLE or self._in_bytes:
+                raise
+        self.close()
+        self._connect(in_bytes=True)
+        return self.run(statements, answer_s=answer_s)
 
     @contextmanager
     def _cancelled_by_ctrl_c(self) -> Iterator[None]:
@@ -278,10 +322,25 @@ class Connection:
 
     def _exchange(self, message: str, answer_s: float) -> Iterator[pq.abc.PGresult]:
         pgconn = self._connection.pgconn
-        pgconn.send_query(message.encode())
+        pgconn.send_query(to_bytes(message))
         self._wait(generators.send(pgconn), answer_s)
         while (result := self._wait(generators.fetch(pgconn), answer_s)) is not None:
             yield result
+
+    def _rows(self, result: pq.abc.PGresult) -> Rows:
+        def text(row: int, column: int) -> str | None:
+            value = result.get_value(row, column)
+            return None if value is None else text_of(value, in_bytes=self._in_bytes)
+
+        return [tuple(text(row, column) for column in range(result.nfields)) for row in range(result.ntuples)]
+
+    def _refused(self, index: int, result: pq.abc.PGresult) -> StatementError:
+        sqlstate, message, detail, hint, context = (self._said(result, part) for part in _PARTS)
+        message = message or short(result.get_error_message())  # libpq's own: the connection is gone
+        return StatementError(index, sqlstate or None, message, detail, hint, context)
+
+    def _said(self, result: pq.abc.PGresult, field: DiagnosticField) -> str:
+        return short(text_of(result.error_field(field) or b"", in_bytes=self._in_bytes))
 
     def _wait(self, generator: PQGen[_T], answer_s: float) -> _T:
         """Wait as psycopg does, who would answer Ctrl-C by waiting on; what has not come by then does not count."""
@@ -318,7 +377,7 @@ def transaction_settings(target: Target, lock_timeout_ms: int) -> str:
     }
     if target.search_path is not None:
         settings["search_path"] = target.search_path
-    ours = [sql.SQL("pg_catalog.set_config({}, {}, true)").format(*setting).as_string() for setting in settings.items()]
+    ours = [f"pg_catalog.set_config('{name}', {literal(value)}, true)" for name, value in settings.items()]
     return ", ".join([*ours, _OTHERS_LAST, _AS_BUILT])
 
 
@@ -329,24 +388,9 @@ def _is_loopback(name: str) -> bool:
         return False
 
 
-def _rows(result: pq.abc.PGresult) -> Rows:
-    def text(row: int, column: int) -> str | None:
-        value = result.get_value(row, column)
-        return None if value is None else value.decode(errors="replace")  # of SQL_ASCII, where text is bytes
-
-    return [tuple(text(row, column) for column in range(result.nfields)) for row in range(result.ntuples)]
-
-
 def _cause(words: str) -> errors.Case:
     """Return what a login that failed with these words stands for."""
     return next((case for phrases, case in _REFUSALS if re.search(phrases, words)), errors.NO_CONNECTION)
-
-
-def _refused(index: int, error: psycopg.Error) -> StatementError:
-    said = error.diag
-    message = short(said.message_primary or str(error).strip())
-    detail, hint, context = (short(words or "") for words in (said.message_detail, said.message_hint, said.context))
-    return StatementError(index, error.sqlstate, message, detail, hint, context)
 
 
 def short(words: str) -> str:

@@ -118,6 +118,8 @@ class _Clearing:
 
     def in_place(self, check: Check) -> list[str] | None:
         """Return the commands that leave the check's table where it is; None: it has to go."""
+        if check.remedies:
+            return [_comment(one[3:]) if one.startswith("-- ") else _safe(one) for one in check.remedies]
         if any(not table.more["alterable"] for table in self.of_table(check, "table")):
             return None
         if check.blocked:

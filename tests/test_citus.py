@@ -60,9 +60,13 @@ CREATE SCHEMA app;
 """
 DISTRIBUTED = "SELECT citus_schema_distribute('app');"
 ALLOWED = "ALTER ROLE postgres IN DATABASE {name} SET citus.enable_unsafe_triggers = on;"
-ASTRAY = "DO $$ BEGIN CREATE TABLE app.games (id uuid PRIMARY KEY); CREATE TABLE app.turns (id bigint PRIMARY KEY); END $$;"
+ASTRAY = (
+    "DO $$ BEGIN CREATE TABLE app.games (id uuid PRIMARY KEY); CREATE TABLE app.turns (id bigint PRIMARY KEY); END $$;"
+)
 TURNS = "INSERT INTO pg_dist_partition VALUES ('app.turns', {how});"
-BY_ID, REFERENCE, ONE_SHARD = (TURNS.format(how=how) for how in ("'h', ':varattno 1', 3, 's'", "'n', '', 2, 't'", "'n', '', 3, 's'"))
+BY_ID, REFERENCE, ONE_SHARD = (
+    TURNS.format(how=how) for how in ("'h', ':varattno 1', 3, 's'", "'n', '', 2, 't'", "'n', '', 3, 's'")
+)
 ELSEWHERE = "CREATE SCHEMA regular; ALTER TABLE app.turn_metrics SET SCHEMA regular; ALTER DATABASE {name} SET search_path = app, regular;"
 LOCAL_METRICS = "Citus does not enforce it: turns is distributed (colocation {n}), turn_metrics on the coordinator"
 METRICS, SNAPSHOTS = "foreign key turn_metrics (turn_id)", "foreign key prompt_snapshots (turn_id)"
@@ -72,7 +76,12 @@ METRICS, SNAPSHOTS = "foreign key turn_metrics (turn_id)", "foreign key prompt_s
 CASES: dict[str, tuple[str, str, dict[str, str], list[str]]] = {
     "none of ours is distributed": ("", "", {}, []),
     "a distributed schema": (DISTRIBUTED + ALLOWED, "", {}, []),
-    "triggers want no leave": (DISTRIBUTED + "UPDATE pg_extension SET extversion = '15.0-1' WHERE extname = 'citus';", "", {}, []),
+    "triggers want no leave": (
+        DISTRIBUTED + "UPDATE pg_extension SET extversion = '15.0-1' WHERE extname = 'citus';",
+        "",
+        {},
+        [],
+    ),
     "triggers want leave": (
         DISTRIBUTED,
         "",
@@ -149,7 +158,9 @@ def test_what_citus_would_not_enforce_is_a_conflict_with_commands_that_work(db: 
         assert done.code == 6 if conflicts else done.code in (0, 5), done
         if conflicts and task != "doctor":
             found = re.findall(r"^conflict (.*?) is (.*)$", done.out + done.err, re.M)
-            assert {title: title in conflicts and conflicts[title] in what for title, what in found} == dict.fromkeys(conflicts, True), done
+            assert {title: title in conflicts and conflicts[title] in what for title, what in found} == dict.fromkeys(
+                conflicts, True
+            ), done
     printed = db.invoke("verify", "--remedies").out
     assert [line for line in printed.splitlines() if line and not line.startswith("--")] == [
         command.replace("{name}", db.name) for command in commands
@@ -159,6 +170,8 @@ def test_what_citus_would_not_enforce_is_a_conflict_with_commands_that_work(db: 
     assert db.psql("-f", str(script)).code == 0
     done = db.invoke("setup")
     assert done.code == 0, done
-    shared = db.rows("SELECT count(*) FROM pg_dist_schema JOIN pg_class ON relnamespace = schemaid AND relkind = 'r' "
-                     "LEFT JOIN pg_dist_partition AS p ON logicalrelid = oid WHERE p.colocationid IS DISTINCT FROM 7")
+    shared = db.rows(
+        "SELECT count(*) FROM pg_dist_schema JOIN pg_class ON relnamespace = schemaid AND relkind = 'r' "
+        "LEFT JOIN pg_dist_partition AS p ON logicalrelid = oid WHERE p.colocationid IS DISTINCT FROM 7"
+    )
     assert shared == [(0,)]

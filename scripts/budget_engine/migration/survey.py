@@ -192,7 +192,12 @@ def read(connection: Connection, chain: Chain, *, with_recreate: bool = False) -
     updated = literal([f"{step.label} {table}" for step in chain.steps for table in step.updates])
     rights = _RIGHTS.replace("{being_built}", being_built("ARRAY[relation.oid]")).replace("{updated}", updated)
     citus = _CITUS.replace("{citus}", query_of(DB / "citus.sql"))
-    asked = [_CHECKS.replace("{verification}", chain.verification), _IF_NEEDED.replace("{rights}", rights), citus, _NOTED]
+    asked = [
+        _CHECKS.replace("{verification}", chain.verification),
+        _IF_NEEDED.replace("{rights}", rights),
+        citus,
+        _NOTED,
+    ]
     try:
         [server], [[noted]], _, _, [[able, spread]] = connection.ask([_SERVER, *asked])
     except StatementError as error:

@@ -1,8 +1,8 @@
 """Citus, as far as its catalogs tell: a stand-in for them, and for what its hooks do with the statements that come.
 
-The stand-in does as Citus' sources have it (utility_hook.c, trigger.c, schema_based_sharding.c): a table that is created
-at the top level in a distributed schema is distributed, one made inside a DO block or in a message of several statements
-is not; such a message cannot change a distributed table either.
+The stand-in does as Citus' sources have it (utility_hook.c, trigger.c, schema_based_sharding.c): a table that is
+created at the top level in a distributed schema is distributed, one made inside a DO block or in a message of several
+statements is not; such a message cannot change a distributed table either.
 """
 
 from __future__ import annotations
@@ -35,17 +35,23 @@ CREATE FUNCTION pg_catalog.citus_schema_undistribute(regnamespace) RETURNS void 
 END $$;
 CREATE FUNCTION pg_catalog.undistribute_table(regclass, cascade_via_foreign_keys bool) RETURNS void LANGUAGE sql AS
   'DELETE FROM pg_dist_partition';
-CREATE FUNCTION pg_catalog.create_distributed_table(regclass, text, colocate_with regclass) RETURNS void LANGUAGE sql AS
-  'INSERT INTO pg_dist_partition SELECT $1, partmethod, partkey, colocationid, repmodel FROM pg_dist_partition WHERE logicalrelid = $3';
+CREATE FUNCTION pg_catalog.create_distributed_table(regclass, text, colocate_with regclass) RETURNS void
+LANGUAGE sql AS $$
+  INSERT INTO pg_dist_partition SELECT $1, partmethod, partkey, colocationid, repmodel
+  FROM pg_dist_partition WHERE logicalrelid = $3 $$;
 CREATE FUNCTION pg_catalog.hook() RETURNS event_trigger LANGUAGE plpgsql AS $$
 DECLARE
   done record;
 BEGIN
-  FOR done IN SELECT command_tag, schema_name::regnamespace AS home, coalesce(tgrelid, objid) AS id FROM pg_event_trigger_ddl_commands()
-              LEFT JOIN pg_trigger ON classid = 'pg_trigger'::regclass AND pg_trigger.oid = objid WHERE object_type IN ('table', 'trigger') LOOP
+  FOR done IN
+    SELECT command_tag, schema_name::regnamespace AS home, coalesce(tgrelid, objid) AS id
+    FROM pg_event_trigger_ddl_commands()
+    LEFT JOIN pg_trigger ON classid = 'pg_trigger'::regclass AND pg_trigger.oid = objid
+    WHERE object_type IN ('table', 'trigger')
+  LOOP
     IF current_query() ~ '^\s*(CREATE TABLE|ALTER TABLE .* SET SCHEMA)' THEN
-      INSERT INTO pg_dist_partition SELECT done.id, 'n', NULL, colocationid, 's' FROM pg_dist_schema WHERE schemaid = done.home
-      ON CONFLICT DO NOTHING;
+      INSERT INTO pg_dist_partition SELECT done.id, 'n', NULL, colocationid, 's'
+      FROM pg_dist_schema WHERE schemaid = done.home ON CONFLICT DO NOTHING;
     ELSIF done.id IN (SELECT logicalrelid FROM pg_dist_partition) AND current_query() ~ '^BEGIN' THEN
       RAISE 'cannot execute multiple utility events';
     ELSIF done.id IN (SELECT logicalrelid FROM pg_dist_partition) AND done.command_tag = 'CREATE TRIGGER'
@@ -67,12 +73,13 @@ TURNS = "INSERT INTO pg_dist_partition VALUES ('app.turns', {how});"
 BY_ID, REFERENCE, ONE_SHARD = (
     TURNS.format(how=how) for how in ("'h', ':varattno 1', 3, 's'", "'n', '', 2, 't'", "'n', '', 3, 's'")
 )
-ELSEWHERE = "CREATE SCHEMA regular; ALTER TABLE app.turn_metrics SET SCHEMA regular; ALTER DATABASE {name} SET search_path = app, regular;"
+ELSEWHERE = """CREATE SCHEMA regular; ALTER TABLE app.turn_metrics SET SCHEMA regular;
+ALTER DATABASE {name} SET search_path = app, regular;"""
 LOCAL_METRICS = "Citus does not enforce it: turns is distributed (colocation {n}), turn_metrics on the coordinator"
 METRICS, SNAPSHOTS = "foreign key turn_metrics (turn_id)", "foreign key prompt_snapshots (turn_id)"
 
-# What the database has before a first run, what befalls it after that; which conflicts setup finds then, with what word of
-# each, and the commands.
+# What the database has before a first run, what befalls it after that; which conflicts setup finds then, with what word
+# of each, and the commands.
 CASES: dict[str, tuple[str, str, dict[str, str], list[str]]] = {
     "none of ours is distributed": ("", "", {}, []),
     "a distributed schema": (DISTRIBUTED + ALLOWED, "", {}, []),
@@ -175,3 +182,11 @@ def test_what_citus_would_not_enforce_is_a_conflict_with_commands_that_work(db: 
         "LEFT JOIN pg_dist_partition AS p ON logicalrelid = oid WHERE p.colocationid IS DISTINCT FROM 7"
     )
     assert shared == [(0,)]
+
+
+def test_the_commands_are_nobody_elses(db: Db) -> None:
+    """A setting of the database, by which its owner would have a superuser run what he likes."""
+    planted = '[{"position": 0, "says": "x", "commands": ["DROP TABLE turns;"]}]'
+    db.execute(f"ALTER DATABASE {db.name} SET budget_engine.citus = '{planted}'")
+    assert db.invoke("setup").code == 0
+    assert db.invoke("verify", "--remedies").out == ""

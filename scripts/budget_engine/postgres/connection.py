@@ -2,6 +2,7 @@
 
 A message travels by the simple query protocol (PostgreSQL manual, "Protocol Flow", "Multiple Statements in a Simple
 Query"): its statements run in order, after an error the rest is skipped. So the round trips are counted by messages.
+With Citus it travels as a pipeline of the extended protocol, to the same effect.
 """
 
 from __future__ import annotations

@@ -8,8 +8,7 @@ WITH tables (name, relation, home) AS (
   LEFT JOIN pg_class ON pg_class.oid = to_regclass(found)::oid WHERE kind = 'table'
 ), placed AS (  -- colocation: tables of one number are where the other's rows are; 0: on the coordinator
   SELECT tables.*, coalesce(partmethod = 'n' AND repmodel = 't', false) AS is_reference, coalesce(of_schema.colocationid, 0) AS of_schema,
-         coalesce(p.colocationid, CASE WHEN relation IS NULL THEN of_schema.colocationid END, 0) AS colocation,
-         partmethod,
+         coalesce(p.colocationid, CASE WHEN relation IS NULL THEN of_schema.colocationid END, 0) AS colocation, partmethod,
          coalesce(relation::regclass::text, format('%I.%I', home::regnamespace, name)) AS found
   FROM tables LEFT JOIN pg_dist_partition AS p ON logicalrelid = relation LEFT JOIN pg_dist_schema AS of_schema ON schemaid = home
 ), astray AS (  -- of a distributed schema, the tables that were made inside a DO block, or in a message of several statements

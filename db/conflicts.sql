@@ -257,7 +257,8 @@ WITH RECURSIVE checks AS MATERIALIZED (
     UNION ALL SELECT 99, 'ALTER INDEX %4$s ATTACH PARTITION %3$s;', NULL WHERE kind <> 'foreign key' AND level > 0 AND is_attached IS NOT TRUE
     UNION ALL SELECT 0, concat(CASE WHEN NOT is_valid THEN 'DROP INDEX CONCURRENTLY %3$s; ' END, 'CREATE UNIQUE INDEX CONCURRENTLY %2$s ON %1$s (%5$s);'), NULL
     WHERE kind = 'key' AND is_leaf AND is_valid IS NOT TRUE
-    UNION ALL SELECT 1, format('ALTER TABLE %%1$s DROP CONSTRAINT %I;', conname), format('ALTER TABLE %s ADD %s;', piece, pg_get_constraintdef(oid))
+    UNION ALL SELECT 1, concat('ALTER TABLE %1$s DROP CONSTRAINT ', replace(quote_ident(conname), '%', '%%'), ';'),
+                     format('ALTER TABLE %s ADD %s;', piece, pg_get_constraintdef(oid))
     FROM pg_constraint WHERE kind = 'key' AND level = 0 AND conrelid = piece AND contype = 'p'
       AND pg_get_constraintdef(oid) <> format('%s (%s)', expected, name)
     UNION ALL SELECT 2, CASE WHEN is_leaf THEN 'ALTER TABLE %1$s ADD %6$s USING INDEX %2$s;'

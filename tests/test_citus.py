@@ -189,4 +189,4 @@ def test_the_commands_are_nobody_elses(db: Db) -> None:
     planted = '[{"position": 0, "says": "x", "commands": ["DROP TABLE turns;"]}]'
     db.execute(f"ALTER DATABASE {db.name} SET budget_engine.citus = '{planted}'")
     assert db.invoke("setup").code == 0
-    assert db.invoke("verify", "--remedies").out == ""
+    assert "DROP" not in db.invoke("verify", "--remedies").out

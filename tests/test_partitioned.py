@@ -22,6 +22,7 @@ BY_HASH = f"""CREATE TABLE turn_metrics {COLUMNS} PARTITION BY HASH (turn_id);
 CREATE TABLE rest PARTITION OF turn_metrics FOR VALUES WITH (MODULUS 1, REMAINDER 0);"""
 KEY = "ALTER TABLE turn_metrics ADD PRIMARY KEY (turn_id);"
 OTHER_KEY = KEY.replace("turn_id)", "turn_id, created_at)")
+NAMED = """ALTER TABLE turn_metrics RENAME CONSTRAINT turn_metrics_pkey TO "%s %1$s";"""
 LEADS = "ALTER TABLE turn_metrics ADD FOREIGN KEY (turn_id) REFERENCES turns ON DELETE CASCADE;"
 INDEXES = """CREATE INDEX idx_turn_metrics_story_created ON turn_metrics (story_id, created_at DESC);
 CREATE INDEX idx_turn_metrics_created ON turn_metrics (created_at DESC);"""
@@ -43,7 +44,11 @@ CASES = {
     "no foreign key": (BY_TURN + KEY + INDEXES, [LED]),
     "another foreign key": (BY_TURN + KEY + INDEXES + LEADS.replace(" ON DELETE CASCADE", ""), [LED]),
     "nothing": (BY_TURN, [KEYED, LED, *BUILT]),
-    "another key": (BY_TURN + OTHER_KEY + LEADS + INDEXES, [KEYED]),
+    "another key": (BY_TURN + OTHER_KEY + NAMED + LEADS + INDEXES, [KEYED]),
+    "a column without NOT NULL": (
+        BY_TURN.replace("tokens_before int NOT NULL", "tokens_before int") + KEY + LEADS + INDEXES,
+        ["turn_metrics.tokens_before"],
+    ),
     "by day": (BY_DAY + OTHER_KEY + LEADS + INDEXES, ["turn_metrics"]),
     "by day, bare": (BY_DAY, ["turn_metrics"]),
 }

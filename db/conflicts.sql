@@ -6,8 +6,9 @@
 WITH RECURSIVE checks AS MATERIALIZED (
   SELECT * FROM json_to_recordset(:'checks')
     AS checks (kind text, table_name text, name text, expected text, our_name text, taken boolean, found text, conflict boolean)
-), tables (table_name, relid, relkind, home, owner, sort) AS (
-  SELECT table_name, pg_class.oid, relkind, coalesce(relnamespace, quote_ident(current_setting('budget_engine.path')::json ->> 0)::regnamespace), relowner,
+), tables (table_name, relid, relkind, alterable, home, owner, sort) AS (
+  SELECT table_name, pg_class.oid, relkind, relkind = 'r' OR relkind = 'p' AND NOT conflict,
+         coalesce(relnamespace, quote_ident(current_setting('budget_engine.path')::json ->> 0)::regnamespace), relowner,
          upper((pg_identify_object('pg_class'::regclass, pg_class.oid, 0)).type)
   FROM checks LEFT JOIN pg_class ON pg_class.oid = to_regclass(found)::oid WHERE kind = 'table'
 ), family (table_name, root, oid) AS (  -- a table, and those that inherit from it
@@ -33,7 +34,7 @@ WITH RECURSIVE checks AS MATERIALIZED (
   FROM checks JOIN tables USING (table_name)
   JOIN pg_attribute AS a ON attrelid = relid AND attname = checks.name AND attnum > 0 AND NOT attisdropped
   LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
-  WHERE conflict AND kind IN ('column', 'default', 'dependants') AND relkind = 'r'
+  WHERE conflict AND kind IN ('column', 'default', 'dependants') AND alterable
 ), depends (refclassid, refobjid, refobjsubid, classid, objid, objsubid) AS NOT MATERIALIZED (  -- an expression is that of its column
   SELECT refclassid, refobjid, refobjsubid, CASE WHEN adnum > 0 THEN 'pg_class'::regclass ELSE classid END, coalesce(adrelid, objid), coalesce(adnum, objsubid)
   FROM pg_depend LEFT JOIN pg_attrdef ON classid = 'pg_attrdef'::regclass AND pg_attrdef.oid = objid
@@ -77,9 +78,9 @@ WITH RECURSIVE checks AS MATERIALIZED (
   UNION ALL  -- a foreign key that acts otherwise than the expected one, whether that exists beside it or not
   SELECT kind, checks.table_name, checks.name, 'drop', 0, 'pg_constraint'::regclass, pg_constraint.oid, 0
   FROM checks JOIN tables USING (table_name) JOIN pg_attribute ON attrelid = relid AND attname = checks.name
-  JOIN pg_constraint ON conrelid = relid AND contype = 'f' AND conkey = ARRAY[attnum]
+  JOIN pg_constraint ON conrelid = relid AND contype = 'f' AND conkey = ARRAY[attnum] AND conparentid = 0
   WHERE conflict AND kind = 'foreign key'
-    AND regexp_replace(pg_get_constraintdef(pg_constraint.oid), '^FOREIGN KEY [(].*?[)] | NOT VALID$', '', 'g') <> expected
+    AND regexp_replace(pg_get_constraintdef(pg_constraint.oid), '^FOREIGN KEY [^)]*[)] | NOT VALID$', '', 'g') <> expected
   UNION ALL SELECT kind, table_name, name, 'drop', 0, 'pg_class'::regclass, attrelid, attnum FROM columns WHERE kind = 'column' AND attgenerated = 's'
   UNION ALL SELECT kind, table_name, name, 'drop', 0, 'pg_policy'::regclass, pg_policy.oid, 0
   FROM checks JOIN tables USING (table_name) JOIN pg_policy ON polrelid = relid AND polname = name WHERE conflict AND kind = 'policy'
@@ -153,6 +154,7 @@ WITH RECURSIVE checks AS MATERIALIZED (
            replace(upper((pg_identify_object('pg_class'::regclass, pg_class.oid, 0)).type), 'COMPOSITE ', ''), pg_class.oid::regclass), our_name
   FROM checks JOIN tables USING (table_name) JOIN pg_class ON relname = our_name AND relnamespace = home LEFT JOIN pg_index ON indexrelid = pg_class.oid
   WHERE conflict AND (kind = 'index' OR taken AND kind = 'key' OR kind = 'table' AND pg_class.relkind IN ('S', 'i', 'I', 'c'))
+    AND NOT (tables.relkind = 'p' AND alterable AND indrelid = relid AND pg_get_indexdef(indexrelid) LIKE '%USING ' || expected)  -- lacks those of partitions
   UNION ALL
   SELECT kind, table_name, checks.name, 'rename', 0, format('ALTER TABLE %s RENAME CONSTRAINT %I', relid::regclass, conname), our_name
   FROM checks JOIN tables USING (table_name) JOIN pg_constraint ON conrelid = relid AND conname = our_name
@@ -169,6 +171,13 @@ WITH RECURSIVE checks AS MATERIALIZED (
   UNION ALL
   SELECT kind, table_name, checks.name, 'elsewhere', 0, format('ALTER TYPE %s RENAME', pg_type.oid::regtype), our_name
   FROM checks JOIN tables USING (table_name) JOIN pg_type ON typname = our_name AND typnamespace = home WHERE conflict AND kind = 'table' AND relid IS NULL
+), pieces (kind, table_name, name, expected, piece, is_leaf, level, own, index, above) AS (  -- of a table that is partitioned as it may be
+  SELECT kind, table_name, checks.name, expected, part.relid, isleaf, level, its.own, format('%s.%I', relnamespace::regnamespace, its.own),
+         format('%s.%I', (SELECT relnamespace::regnamespace FROM pg_class WHERE oid = parentrelid),
+                our_name || CASE WHEN level > 1 THEN '_' || parentrelid::oid ELSE '' END)
+  FROM checks JOIN tables USING (table_name) CROSS JOIN pg_partition_tree(tables.relid) AS part JOIN pg_class ON pg_class.oid = part.relid
+  CROSS JOIN concat(our_name, CASE WHEN level > 0 AND kind <> 'foreign key' THEN '_' || part.relid::oid END) AS its (own)
+  WHERE conflict AND kind IN ('index', 'key', 'foreign key') AND tables.relkind = 'p' AND alterable
 ), facts (kind, table_name, name, what, position, command, restore, more) AS (
   SELECT kind, table_name, name, CASE WHEN is_whole THEN what ELSE 'cannot' END, position,
          CASE WHEN is_whole THEN command ELSE pg_describe_object(classid, d.objid, objsubid) END,
@@ -186,7 +195,7 @@ WITH RECURSIVE checks AS MATERIALIZED (
   SELECT 'table', table_name, '', 'table', 0, format('ALTER %s %s', sort, relid::regclass),
          (SELECT CASE WHEN bool_or(r = 0) THEN 'PUBLIC' ELSE string_agg(r::regrole::text, ', ') END
           FROM (SELECT owner UNION SELECT grantee FROM aclexplode(nspacl) WHERE privilege_type = 'USAGE') AS reaching (r)),
-         jsonb_build_object('alterable', relkind = 'r', 'table', relid::regclass, 'namesakes', (
+         jsonb_build_object('alterable', alterable, 'table', relid::regclass, 'namesakes', (
            SELECT string_agg(pg_class.oid::regclass::text, ', ') FROM pg_class WHERE relname = table_name AND pg_class.oid <> relid
              AND relnamespace::regnamespace::text IN (SELECT quote_ident(s) FROM json_array_elements_text(current_setting('budget_engine.path')::json) AS s)))
   FROM tables JOIN pg_namespace ON pg_namespace.oid = home WHERE relid IS NOT NULL
@@ -236,6 +245,71 @@ WITH RECURSIVE checks AS MATERIALIZED (
       AND (step = 2 OR attnotnull AND NOT atthasdef AND NOT EXISTS (
              SELECT FROM pg_constraint WHERE conrelid = attrelid AND contype = 'p' AND attnum = ANY (conkey)))
   ) AS blocking WHERE conflict AND kind = 'column'
+  UNION ALL  -- a partitioned table gets it partition by partition, each without keeping anybody waiting
+  SELECT kind, table_name, name, 'leave', step, format(command, piece, quote_ident(own), index, above, name, expected), restore, NULL
+  FROM pieces LEFT JOIN LATERAL (
+    SELECT indisvalid, EXISTS (SELECT FROM pg_inherits WHERE inhrelid = indexrelid) FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+    WHERE indrelid = piece AND relname = own AND (kind <> 'index' OR pg_get_indexdef(indexrelid) LIKE '%USING ' || expected)
+  ) AS found (is_valid, is_attached) ON true CROSS JOIN LATERAL (
+    SELECT level, concat(CASE WHEN NOT is_valid AND is_leaf THEN 'DROP INDEX CONCURRENTLY %3$s; ' END,
+      CASE WHEN is_leaf THEN 'CREATE INDEX CONCURRENTLY %2$s ON %1$s USING %6$s;' ELSE 'CREATE INDEX %2$s ON ONLY %1$s USING %6$s;' END), NULL
+    WHERE kind = 'index' AND (is_valid IS NULL OR NOT is_valid AND is_leaf)
+    UNION ALL SELECT 99, 'ALTER INDEX %4$s ATTACH PARTITION %3$s;', NULL WHERE kind <> 'foreign key' AND level > 0 AND is_attached IS NOT TRUE
+    UNION ALL SELECT 0, concat(CASE WHEN NOT is_valid THEN 'DROP INDEX CONCURRENTLY %3$s; ' END, 'CREATE UNIQUE INDEX CONCURRENTLY %2$s ON %1$s (%5$s);'), NULL
+    WHERE kind = 'key' AND is_leaf AND is_valid IS NOT TRUE
+    UNION ALL SELECT 1, concat('ALTER TABLE %1$s DROP CONSTRAINT ', replace(quote_ident(conname), '%', '%%'), ';'),
+                     format('ALTER TABLE %s ADD %s;', piece, pg_get_constraintdef(oid))
+    FROM pg_constraint WHERE kind = 'key' AND level = 0 AND conrelid = piece AND contype = 'p'
+      AND pg_get_constraintdef(oid) <> format('%s (%s)', expected, name)
+    UNION ALL SELECT 2, CASE WHEN is_leaf THEN 'ALTER TABLE %1$s ADD %6$s USING INDEX %2$s;'
+                             ELSE 'ALTER TABLE ONLY %1$s ADD CONSTRAINT %2$s %6$s (%5$s);' END, NULL
+    WHERE kind = 'key' AND NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = piece AND conname = own
+                                          AND pg_get_constraintdef(oid) = format('%s (%s)', expected, name))
+    UNION ALL SELECT step, format('ALTER TABLE %%1$s %s;', command), NULL
+    FROM (VALUES (1, 'ADD CONSTRAINT %2$s FOREIGN KEY (%5$s) %6$s NOT VALID'), (2, 'VALIDATE CONSTRAINT %2$s'),
+                 (3, 'ADD CONSTRAINT %2$s FOREIGN KEY (%5$s) %6$s')) AS of (step, command)
+    LEFT JOIN pg_constraint ON conrelid = piece AND conname = own AND conparentid = 0
+     AND regexp_replace(pg_get_constraintdef(oid), '^FOREIGN KEY [^)]*[)] | NOT VALID$', '', 'g') = expected
+    WHERE kind = 'foreign key' AND CASE step WHEN 1 THEN is_leaf AND oid IS NULL WHEN 2 THEN convalidated IS NOT TRUE AND (is_leaf OR oid IS NOT NULL)
+                                             ELSE level = 0 AND oid IS NULL END
+  ) AS way (step, command, restore)
+  UNION ALL  -- partitioned otherwise: years of rows go to a new table day by day, while the old one is in use
+  SELECT 'table', tables.table_name, '', 'elsewhere', way.*, NULL, NULL
+  FROM tables JOIN given AS new ON new.base = tables.table_name JOIN given AS old ON old.base = tables.table_name || '_old'
+  JOIN checks AS key ON key.kind = 'key' AND key.table_name = tables.table_name CROSS JOIN concat(home::regnamespace, '.', new.name) AS copy
+  CROSS JOIN LATERAL (
+    SELECT 0, format('CREATE TABLE %s (LIKE %s INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING COMMENTS, PRIMARY KEY (%s));',
+                     copy, relid::regclass, key.name)
+    UNION ALL SELECT 1, format('ALTER TABLE %s OWNER TO %s;', copy, owner::regrole)
+    UNION ALL SELECT 1, format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY;', copy) FROM pg_class WHERE oid = relid AND relrowsecurity
+    UNION ALL SELECT 2, format('GRANT %s ON %s TO %s;', string_agg(privilege_type, ', '), copy, coalesce(nullif(grantee::regrole::text, '-'), 'PUBLIC'))
+    FROM pg_class CROSS JOIN aclexplode(relacl) WHERE oid = relid AND grantee <> owner GROUP BY grantee
+    UNION ALL SELECT 3, '-- day by day, the newest first; to keep no more than some of them, name the first one in place of the query:'
+    UNION ALL SELECT 4, format($command$DO $batches$ DECLARE
+  first CONSTANT date := (SELECT min(created_at) FROM %2$s WHERE isfinite(created_at));
+  day date := (SELECT max(created_at) FROM %2$s WHERE isfinite(created_at));
+BEGIN
+  WHILE day >= first LOOP
+    INSERT INTO %1$s SELECT * FROM %2$s WHERE created_at >= day AND created_at < day + 1 ON CONFLICT DO NOTHING;
+    COMMIT;
+    day := day - 1;
+  END LOOP;
+END $batches$;$command$, copy, relid::regclass)
+    UNION ALL SELECT 5, 'BEGIN;' UNION ALL SELECT 6, format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE;', relid::regclass)
+    UNION ALL SELECT 7, format('INSERT INTO %1$s SELECT * FROM %2$s WHERE created_at >= (SELECT max(created_at)::date FROM %1$s) ON CONFLICT DO NOTHING;',
+                               copy, relid::regclass)
+    UNION ALL SELECT 8, format('ALTER INDEX %s RENAME TO %s;', pg_class.oid::regclass, free.name)
+    FROM checks AS named JOIN pg_class ON relname = named.our_name JOIN pg_index ON indexrelid = pg_class.oid AND indrelid = relid
+    JOIN given AS free ON free.base = named.our_name || '_old' WHERE named.table_name = tables.table_name AND named.kind = 'index'
+    UNION ALL SELECT 9, format('ALTER TABLE %s RENAME TO %s;', relid::regclass, old.name)
+    UNION ALL SELECT 10, format('ALTER TABLE %s RENAME TO %I;', copy, tables.table_name) UNION ALL SELECT 11, 'COMMIT;'
+    UNION ALL SELECT 12, '-- triggers, policies and views stay with the old one, as do rows that share a key; its partitions can be dropped one by one'
+  ) AS way
+  WHERE tables.relkind = 'p' AND NOT alterable AND strpos(copy, '$') = 0 AND NOT EXISTS (  -- nothing else is unique in it, or leads to it
+    SELECT FROM checks AS c WHERE c.table_name = tables.table_name AND c.kind = 'key' AND c.name <> key.name
+       OR c.kind = 'foreign key' AND starts_with(c.expected, format('REFERENCES %s(', relid::regclass)))
+    AND EXISTS (SELECT FROM pg_attribute WHERE attrelid = relid AND attname = key.name AND NOT attisdropped) AND EXISTS (
+      SELECT FROM pg_attribute WHERE attrelid = relid AND attname = 'created_at' AND atttypid = ANY ('{timestamptz,timestamp,date}'::regtype[]))
   UNION ALL SELECT '', '', '', 'archive', n, archive, NULL, NULL FROM generate_series(1, 99) AS n CROSS JOIN concat('archive', '_' || nullif(n, 1)) AS archive
   WHERE NOT EXISTS (SELECT FROM pg_namespace WHERE nspname = archive)
 )

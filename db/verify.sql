@@ -1,8 +1,7 @@
 -- Every object that the steps create, one line each: what is expected, what the database has, who fixes the difference.
 --   psql "$DATABASE_URL" -f db/verify.sql     or: invoke verify
 --
--- A check that does not pass is fixed by a step; required and fixed by none, it is a conflict. Of a core table that existed before only what
--- the other tables need is required: what else differs is its application's affair.
+-- A check that does not pass is fixed by a step; required and fixed by none, it is a conflict. Of older core tables only what others need is required.
 \set ON_ERROR_STOP on
 BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY;
 SET LOCAL jit = off;
@@ -138,9 +137,11 @@ WITH path (schema, position) AS (
                         AND polname <> ALL (SELECT table_name || p.suffix FROM policies AS p WHERE table_name = ANY (p.tables)))
   ) AS listed
 ), actual (kind, table_name, name, form) AS (
-  SELECT 'table', table_name, '', CASE WHEN relpersistence = 't' THEN 'temporary table' WHEN relispartition THEN 'partition' ELSE json '{"r": "table",
-    "p": "partitioned table", "v": "view", "m": "materialized view", "f": "foreign table", "S": "sequence", "c": "type", "i": "index", "I": "index"}'
-    ->> relkind::text END FROM tables WHERE relation IS NOT NULL
+  SELECT 'table', table_name, '', CASE WHEN relpersistence = 't' THEN 'temporary table' WHEN relispartition THEN 'partition'
+    WHEN (SELECT bool_and(columns ~ ('\m' || substring(pg_get_partkeydef(relation) FROM '[(](\w+)[)]$') || '\M')) FROM keys AS k  -- its keys hold it
+          WHERE k.table_name = tables.table_name AND NOT addable) THEN 'table' ELSE json '{"r": "table", "p": "partitioned table", "v": "view",
+    "m": "materialized view", "f": "foreign table", "S": "sequence", "c": "type", "i": "index", "I": "index"}' ->> relkind::text END
+  FROM tables WHERE relation IS NOT NULL
   UNION ALL SELECT 'table', table_name, '', 'type' FROM tables JOIN pg_type ON typname = table_name AND typnamespace = home WHERE relation IS NULL
   UNION ALL SELECT 'column', table_name, attname, concat_ws(' ', format_type(atttypid, atttypmod), CASE WHEN attnotnull THEN 'NOT NULL' END,
            CASE WHEN conname IS NOT NULL THEN 'NOT VALID' END, CASE WHEN attgenerated <> '' THEN 'GENERATED' END)
@@ -165,8 +166,7 @@ WITH path (schema, position) AS (
     UNION ALL  -- with a list of columns (new in 15) it depends on the column
     SELECT format('publication %s: its subscribers lack the kept column', pubname)
     FROM pg_publication_rel JOIN pg_publication ON pg_publication.oid = prpubid WHERE prrelid = attrelid AND to_jsonb(pg_publication_rel) ->> 'prattrs' IS NULL
-  ) AS hanging (what)
-  WHERE attname = columns.name AND type = replaces GROUP BY table_name, attname
+  ) AS hanging (what) WHERE attname = columns.name AND type = replaces GROUP BY table_name, attname
   UNION ALL SELECT 'key', table_name, key.columns, CASE WHEN bool_or(indisprimary) THEN 'PRIMARY KEY' ELSE 'UNIQUE' END  -- columns in alphabetical order
   FROM tables JOIN pg_index ON indrelid = relation AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL AND indexprs IS NULL
   CROSS JOIN LATERAL (SELECT string_agg(attname, ', ' ORDER BY attname) FROM attributes
@@ -175,7 +175,7 @@ WITH path (schema, position) AS (
   UNION ALL SELECT 'foreign key', attributes.table_name, attname,
          regexp_replace(replace(pg_get_constraintdef(pg_constraint.oid), format(' REFERENCES %s(', confrelid::regclass),
                                 format(' REFERENCES %s(', coalesce(target.table_name, confrelid::regclass::text))), '^FOREIGN KEY [(].*?[)] ', '')
-  FROM attributes JOIN pg_constraint ON conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'f'
+  FROM attributes JOIN pg_constraint ON conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'f' AND conparentid = 0  -- one more leads to each partition
   LEFT JOIN tables AS target ON relation = confrelid
   UNION ALL SELECT 'foreign key', tables.table_name, columns.name,
          format('missing, and its name %s is taken by %s', conname, pg_get_constraintdef(pg_constraint.oid))
@@ -240,6 +240,7 @@ WITH path (schema, position) AS (
                   SELECT FROM string_to_table(coalesce(substring(form FROM '[(](.*)[)]'), name), ', ') AS part
                   WHERE NOT EXISTS (SELECT FROM attributes WHERE attrelid = relation AND attname = part
                     AND (form NOT LIKE 'gin %' OR type IN ('text[]', 'jsonb', 'tsvector'))))) THEN NULL
+           WHEN kind IN ('index', 'foreign key') AND relkind = 'p' THEN NULL
            WHEN actual = form || CASE WHEN kind = 'foreign key' THEN ' NOT VALID' WHEN addable THEN ' INVALID' END THEN step
            WHEN kind = 'row-level security' OR kind = 'default' AND actual = 'none' OR kind = 'column' AND replaces = split_part(actual, ' ', 1) THEN step
            WHEN addable AND (kind = 'trigger' AND actual NOT LIKE 'CREATE CONSTRAINT %' OR kind = 'function'

@@ -75,7 +75,7 @@ def test_rows_that_row_security_hides_are_not_passed_over(db: Db) -> None:
     )
     done = db.invoke("slots-flags", role=role)
     assert done.code == 0, done
-    assert db.rows("SELECT must_keep, min_chars FROM slots") == [(True, 200)]
+    assert db.rows("SELECT must_keep, min_chars FROM slots") == [(False, 180)]
     assert db.value("SELECT relforcerowsecurity FROM pg_class WHERE oid = 'slots'::regclass")
     db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
 

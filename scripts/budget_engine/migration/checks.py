@@ -85,7 +85,8 @@ class Check:
     lacks to fix it; being_built: whether another session builds on the table; on_request: the step that would fix it,
     but runs only where it is asked for; blocked: what around the table keeps it from being created, as the commands
     that clear that are called in db/conflicts.sql ("full": no column is left, no command helps but to move the table);
-    around: the same for people.
+    around: the same for people; remedies: commands, and comments, that clear it, where the catalogs of an extension
+    say what does.
     """
 
     step: str
@@ -102,6 +103,7 @@ class Check:
     on_request: str | None = None
     blocked: tuple[str, ...] = ()
     around: str = ""
+    remedies: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[Kind, str, str]:
@@ -116,7 +118,12 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the database has what is expected."""
+        """Whether the database has what is expected, and nothing around it keeps it from working."""
+        return self.is_there and not self.remedies
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the catalogs have what is expected."""
         return self.actual == self.expected
 
     @property

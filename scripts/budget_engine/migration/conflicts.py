@@ -95,7 +95,7 @@ class _Clearing:
     recreated: set[str] = field(default_factory=set)
 
     def all(self) -> dict[Check, tuple[str, ...]]:
-        ways = {check: self.in_place(check) for check in self.checks if check.conflict}
+        ways = {check: _told(check) or self.in_place(check) for check in self.checks if check.conflict}
         gone = [check for check, way in ways.items() if way is None]
         if steps := {check.step for check in gone if check.on_request}:
             core = {check.table for check in self.checks if check.kind is Kind.TABLE and check.step in steps}
@@ -250,6 +250,11 @@ def _filled(given: Fact) -> Iterator[str]:
 
 
 # ── what is printed ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _told(check: Check) -> list[str]:
+    """Write the commands that came with the check."""
+    return [_comment(one[3:]) if one.startswith("-- ") else _safe(one) for one in check.remedies]
 
 
 def _run(things: Iterable[Fact], why: str = "to restore it") -> Iterator[str]:

@@ -267,7 +267,7 @@ class Script:
         if first:
             does += "" if rehearsed else _NOTED.format(does=_MADE)
             checks = self.found.checks
-            seen = f"{sum(check.actual is not None for check in checks)} {sum(check.passed for check in checks)}"
+            seen = f"{sum(check.actual is not None for check in checks)} {sum(check.is_there for check in checks)}"
             prepare = literal(_VERIFICATION.format(verification=self.chain.verification))
             does += _PREPARE.format(prepare=prepare) + _seen() + _BUSY_IF.format(condition=f"seen <> '{seen}'")
         return _OURS.format(tag=_tag("guard", does), does=does)

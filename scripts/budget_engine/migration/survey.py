@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from budget_engine import errors
 from budget_engine.errors import StatementError
-from budget_engine.migration.chain import Chain
+from budget_engine.migration.chain import DB, Chain, query_of
 from budget_engine.migration.checks import Check, Kind
 from budget_engine.migration.turn import Turn, being_built
 from budget_engine.postgres.connection import PIN, UNPIN, Connection, Rows, understood
@@ -66,12 +66,17 @@ FROM (SELECT row_number() OVER () - 1 AS position, checks.* FROM ({verification}
 _IF_NEEDED = """DO $rights$
 #variable_conflict use_column
 BEGIN
+PERFORM set_config('budget_engine.rights', '', true), set_config('budget_engine.citus', '', true);  -- not another's
 IF EXISTS (SELECT FROM json_to_recordset(current_setting('budget_engine.checks')::json) AS c (fixed_by text)
            WHERE fixed_by IS NOT NULL) THEN
 PERFORM set_config('budget_engine.rights', (SELECT json_agg(rights) FROM ({rights}) AS rights)::text, true);
 END IF;
+-- Planned only where it runs: elsewhere there are no such catalogs.
+IF to_regclass('pg_catalog.pg_dist_schema') IS NOT NULL THEN
+PERFORM set_config('budget_engine.citus', (SELECT coalesce(json_agg(said), '[]') FROM ({citus}) AS said)::text, true);
+END IF;
 END $rights$"""
-_NOTED = "SELECT current_setting('budget_engine.rights', true)"
+_NOTED = "SELECT current_setting('budget_engine.rights', true), current_setting('budget_engine.citus', true)"
 # CREATE where a table is missing or the kind has a name of its own, else ownership.
 _RIGHTS = """
 SELECT c.position,
@@ -180,9 +185,10 @@ def read(connection: Connection, chain: Chain, *, with_recreate: bool = False) -
     """
     updated = literal([f"{step.label} {table}" for step in chain.steps for table in step.updates])
     rights = _RIGHTS.replace("{being_built}", being_built("ARRAY[relation.oid]")).replace("{updated}", updated)
-    asked = [_CHECKS.replace("{verification}", chain.verification), _IF_NEEDED.replace("{rights}", rights), _NOTED]
+    needed = _IF_NEEDED.replace("{rights}", rights).replace("{citus}", query_of(DB / "citus.sql"))
+    asked = [_CHECKS.replace("{verification}", chain.verification), needed, _NOTED]
     try:
-        [server], [[noted]], _, [[able]] = connection.ask([_SERVER, *asked])
+        [server], [[noted]], _, [[able, spread]] = connection.ask([_SERVER, *asked])
     except StatementError as error:
         if errors.for_sqlstate(error.sqlstate).exit_code != 7:
             raise
@@ -193,6 +199,9 @@ def read(connection: Connection, chain: Chain, *, with_recreate: bool = False) -
     for place, *rest in (row.values() for row in json.loads(able or "[]")):
         if checks[place].fixed_by:
             checks[place] = _with_rights(checks[place], *rest)
+    connection.one_by_one = bool(spread)
+    for place, says, commands in (row.values() for row in json.loads(spread or "[]")):
+        checks[place] = replace(checks[place], fixed_by=None, around=says, remedies=tuple(commands))
     return Survey(_server(server, checks, connection), tuple(checks))
 
 

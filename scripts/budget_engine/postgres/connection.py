@@ -2,6 +2,7 @@
 
 A message travels by the simple query protocol (PostgreSQL manual, "Protocol Flow", "Multiple Statements in a Simple
 Query"): its statements run in order, after an error the rest is skipped. So the round trips are counted by messages.
+With Citus it travels as a pipeline of the extended protocol, to the same effect.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ OnNotice = Callable[[str, str], None]  # SQLSTATE and message
 _STATEMENT_TIMEOUT_S = 60  # for catalog work, instead of what the role brings along for its queries
 _MOMENT_S = 0.1  # without an answer, after which a watcher may look around
 _ANSWERS = (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK, pq.ExecStatus.FATAL_ERROR)
+_OF_A_PIPELINE = (pq.ExecStatus.PIPELINE_SYNC, pq.ExecStatus.PIPELINE_ABORTED)  # its end; what an error leaves out
 _MOST_MB = 256  # of memory; all that we ask for takes a few
 _MOST_CHARACTERS = 10_000  # of each part of an error; those of a verification that finds much have that many
 _PARTS = (  # of an error, as StatementError has them
@@ -122,6 +124,7 @@ class Connection:
         self._give_up = math.inf  # the moment at which nobody waits any longer: after Ctrl-C
         self._most_mb = _peak_mb() + _MOST_MB
         self.watch: Watch | None = None  # looks around while a message is on its way
+        self.one_by_one = False  # each statement by itself: see _exchange
         defaults = {"application_name": "budget-engine-recipes", "connect_timeout": str(settings.connect_timeout_s)}
         self._conninfo = defaults | target.conninfo
         if self._conninfo.get("sslrootcert") == "system":
@@ -234,7 +237,7 @@ class Connection:
             if failure is not None:
                 if self._connection.pgconn.transaction_status == pq.TransactionStatus.INERROR:
                     with suppress(psycopg.OperationalError):
-                        list(self._exchange("ROLLBACK", self.answer_s))
+                        list(self._exchange(["ROLLBACK"], self.answer_s))
                 raise failure
         return rows
 
@@ -306,7 +309,9 @@ class Connection:
     def _answers(self, statements: Sequence[str], answer_s: float) -> Iterator[pq.abc.PGresult]:
         """Yield an answer to each statement, the last one perhaps an error."""
         number, errors_seen = 0, 0
-        for result in self._exchange(";\n".join(statements), answer_s):
+        for result in self._exchange(statements, answer_s):
+            if result.status in _OF_A_PIPELINE:
+                continue
             is_error = result.status == pq.ExecStatus.FATAL_ERROR
             number, errors_seen = number + (not is_error), errors_seen + is_error
             # Of two errors the second one says that the connection is gone.
@@ -320,12 +325,31 @@ class Connection:
         self.close()  # it might go on
         return errors.OTHERWISE(how=how)
 
-    def _exchange(self, message: str, answer_s: float) -> Iterator[pq.abc.PGresult]:
+    def _exchange(self, statements: Sequence[str], answer_s: float) -> Iterator[pq.abc.PGresult]:
+        """Send one message, and yield its answers.
+
+        In a message of several statements none is at the top level for Citus, which then distributes no new table, and
+        sends the whole message on as if it were one statement (citus, utility_hook.c; its issue 6608). As a pipeline of
+        the extended protocol they travel, and fail, just so, and each is by itself.
+        """
         pgconn = self._connection.pgconn
-        pgconn.send_query(to_bytes(message))
+        if not self.one_by_one or len(statements) == 1:
+            pgconn.send_query(to_bytes(";\n".join(statements)))
+            self._wait(generators.send(pgconn), answer_s)
+            while (result := self._wait(generators.fetch(pgconn), answer_s)) is not None:
+                yield result
+            return
+        pgconn.enter_pipeline_mode()
+        for statement in statements:
+            pgconn.send_query_params(to_bytes(statement), None)
+        pgconn.pipeline_sync()
         self._wait(generators.send(pgconn), answer_s)
-        while (result := self._wait(generators.fetch(pgconn), answer_s)) is not None:
-            yield result
+        status = None
+        while status != pq.ExecStatus.PIPELINE_SYNC:
+            if (result := self._wait(generators.fetch(pgconn), answer_s)) is not None:
+                status = result.status
+                yield result
+        pgconn.exit_pipeline_mode()
 
     def _rows(self, result: pq.abc.PGresult) -> Rows:
         def text(row: int, column: int) -> str | None:

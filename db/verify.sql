@@ -95,8 +95,7 @@ WITH path (schema, position) AS (
   SELECT c.*, found.*, coalesce(schema, max(schema) OVER (PARTITION BY creator), (SELECT schema FROM path WHERE position = 1)) AS home
   FROM created AS c (creator, table_name) LEFT JOIN LATERAL (
     SELECT pg_class.oid AS relation, schema, relkind, relpersistence, relispartition, relrowsecurity, relowner
-    FROM path JOIN pg_class ON relname = c.table_name AND relnamespace = schema ORDER BY position LIMIT 1
-  ) AS found ON true
+    FROM path JOIN pg_class ON relname = c.table_name AND relnamespace = schema ORDER BY position LIMIT 1) AS found ON true
 ), attributes AS MATERIALIZED (
   SELECT table_name, attrelid, attnum, attname, atttypid, atttypmod, format_type(atttypid, NULL) AS type, attnotnull, attgenerated, attidentity, attinhcount
   FROM tables JOIN pg_attribute ON attrelid = relation AND attnum > 0 AND NOT attisdropped
@@ -175,8 +174,8 @@ WITH path (schema, position) AS (
   UNION ALL SELECT 'foreign key', attributes.table_name, attname,
          regexp_replace(replace(pg_get_constraintdef(pg_constraint.oid), format(' REFERENCES %s(', confrelid::regclass),
                                 format(' REFERENCES %s(', coalesce(target.table_name, confrelid::regclass::text))), '^FOREIGN KEY [(].*?[)] ', '')
-  FROM attributes JOIN pg_constraint ON conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'f' AND conparentid = 0  -- one more leads to each partition
-  LEFT JOIN tables AS target ON relation = confrelid
+  FROM attributes JOIN pg_constraint ON conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'f'
+   AND conparentid = 0 LEFT JOIN tables AS target ON relation = confrelid  -- one more leads to each partition
   UNION ALL SELECT 'foreign key', tables.table_name, columns.name,
          format('missing, and its name %s is taken by %s', conname, pg_get_constraintdef(pg_constraint.oid))
   FROM columns JOIN tables USING (table_name) JOIN pg_constraint ON conrelid = relation AND conname = format('%s_%s_fkey', tables.table_name, columns.name)

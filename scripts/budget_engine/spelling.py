@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 
 _TOKEN = re.compile(
     r"""--[^\n]*|[eE]'(?:[^'\\]|''|\\.)*'|'(?:[^']|'')*'|"(?:[^"]|"")*"|\w[\w$]*"""
@@ -23,6 +24,8 @@ def text_of(words: bytes, *, in_bytes: bool) -> str:
     """Read what a server says, in UTF-8 or, where it knows bytes only, ASCII; keep what is no character."""
     if in_bytes:
         return words.decode("ascii", "surrogateescape")
+    with suppress(UnicodeDecodeError):  # nearly always, and ten times as fast
+        return words.decode()
     text = words.decode(errors="surrogateescape")
     return _BYTES.sub(lambda found: "".join(chr(ord(byte) - _ALIEN_BELOW) for byte in found[0]), text)
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cache
 
 
 class Lock(Enum):
@@ -157,32 +158,23 @@ class Check:
         return _CREATED_BY[self.kind][1]
 
     @property
-    def _whole(self) -> str:
-        return f"{self.table}.{self.name}" if self.name else self.table
-
-    @property
     def title(self) -> str:
         """What people call it: table.column, index idx_of_it, key table (one, two)."""
         match self.kind:
             case Kind.TABLE | Kind.COLUMN:
-                return self._whole
+                return _whole(self.table, self.name)
             case Kind.KEY | Kind.FOREIGN_KEY:
                 return f"{self.kind.value} {self.table} ({self.name})"
             case Kind.DEFAULT | Kind.DEPENDANTS | Kind.COMMENT | Kind.ROW_SECURITY:
-                return f"{self.kind.value} of {self._whole}"
+                return f"{self.kind.value} of {_whole(self.table, self.name)}"
             case Kind.FUNCTION:
                 return f"function {self.name}()"
         return f"{self.kind.value} {self.name}"
 
     def is_created_by(self, flat: str, *, with_column: bool) -> bool:
         """Whether a statement, its white space folded, creates it; with_column: its column is missing, too."""
-        if (self.name or self.table) not in flat:  # spares compiling most of the patterns
-            return False
-        pattern = _CREATED_BY[self.kind][0]
-        if with_column and self.kind in _WITH_ITS_COLUMN:
-            pattern = f"{pattern}|{_ADDS}{_WITH_ITS_COLUMN[self.kind]}"
-        table, name, whole = map(re.escape, (self.table, self.name, self._whole))
-        return re.search(pattern.format(table=table, name=name, whole=whole), flat) is not None
+        # The first condition spares compiling most of the patterns.
+        return (self.name or self.table) in flat and _creates(flat, self.kind, self.table, self.name, with_column)
 
     def is_validated_by(self, flat: str) -> bool:
         """Whether a statement validates it, a foreign key."""
@@ -195,6 +187,19 @@ class Check:
             return False
         words = self.expected if self.kind in (Kind.INDEX, Kind.TRIGGER) else self.name
         return column.name in re.findall(r"\w+", words)
+
+
+def _whole(table: str, name: str) -> str:
+    return f"{table}.{name}" if name else table
+
+
+@cache  # a fleet asks the same of every database
+def _creates(flat: str, kind: Kind, table: str, name: str, with_column: bool) -> bool:
+    pattern = _CREATED_BY[kind][0]
+    if with_column and kind in _WITH_ITS_COLUMN:
+        pattern = f"{pattern}|{_ADDS}{_WITH_ITS_COLUMN[kind]}"
+    table, name, whole = map(re.escape, (table, name, _whole(table, name)))
+    return re.search(pattern.format(table=table, name=name, whole=whole), flat) is not None
 
 
 def outermost(checks: Iterable[Check]) -> list[Check]:

@@ -217,7 +217,8 @@ def _plan_step(step: Step, checks: Sequence[Check], due: _Due, new_tables: set[s
     actions = [_action(st, due[st], new_tables, checks) for st in step.statements if st in due]
     fixed = [check for check in open_ if check.fixed_by == label]
     reasons = tuple(dict.fromkeys([*(check for action in actions for check in action.checks), *fixed]))
-    elsewhere = tuple(check for check in open_ if check.fixed_by and check not in reasons)
+    here = {check.key for check in reasons}
+    elsewhere = tuple(check for check in open_ if check.fixed_by and check.key not in here)
     if label in blocked:
         actions = []
     inside = {action.statement: action for action in actions if not action.concurrent}

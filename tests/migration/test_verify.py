@@ -7,6 +7,7 @@ verification: `missing_from_its_table` and `without_its_table` say it.
 from __future__ import annotations
 
 import hashlib
+import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from budget_engine import errors
 from budget_engine.commands import setup
 from budget_engine.migration import chain, plan, survey
 from budget_engine.migration.checks import Check, Kind
-from conftest import Db, as_text, database
+from conftest import SEED, Db, as_text, database
 from states import COLUMNS
 from verification import VERIFY, verified
 from versions import MAJOR
@@ -627,7 +628,11 @@ def _without_equals(these: Differences, others: Differences) -> Differences:
 @pytest.mark.slow
 def test_setup_fixes_what_fixed_by_says_and_leaves_what_is_documented(ready: Db) -> None:
     fixable = [broken for broken in breakages(complete(ready.checks())) if broken.differs and not broken.refused]
-    for batch in batches(fixable):
+    together = batches(fixable)
+    if not any(broken.check.kind is Kind.POLICY for broken in fixable):  # on Supabase there are all of these, and more
+        print(f"FAULT_SEED={SEED}")
+        together = random.Random(SEED).sample(together, len(together) // 3)
+    for batch in together:
         with database(ready.cluster, ready.name) as copied:
             copied.execute(";\n".join(broken.sql for broken in batch))
             names = [broken.name for broken in batch]

@@ -294,7 +294,10 @@ def _start(cluster: embedded.Cluster) -> None:
 def database(cluster: embedded.Cluster, template: str = "template0", options: str = "") -> Iterator[Db]:
     """Make a database, which is dropped afterwards, whatever became of the server meanwhile."""
     name = f"test_{uuid.uuid4().hex}"
-    _administer(cluster, f"CREATE DATABASE {name} TEMPLATE {template} {options}")
+    with psycopg.connect(cluster.url, autocommit=True) as connection:
+        # 14 knows no other; in memory it takes half the time.
+        strategy = "STRATEGY file_copy" if connection.info.server_version >= 150000 else ""
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template} {strategy} {options}".encode())
     try:
         yield Db(cluster, name)
     finally:

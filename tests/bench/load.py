@@ -133,9 +133,7 @@ def _outcome(template: Db, way: str, size: Size) -> Outcome:
 @contextmanager
 def _copy(template: Db, size: Size) -> Iterator[Db]:
     """Copy the filled database, and let the disk come to rest."""
-    is_older = template.value("SELECT current_setting('server_version_num')::int < 150000")
-    strategy = "" if is_older else " STRATEGY file_copy"  # 14 knows no other
-    with database(template.cluster, f"{template.name}{strategy}") as db:
+    with database(template.cluster, template.name) as db:
         db.execute("CHECKPOINT")
         os.sync()
         time.sleep(5 * size.pause_s)  # the file system is still busy with what was dropped before

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import pytest
 from budget_engine.output import console
 from budget_engine.spelling import lines, respelled, shown
-from conftest import TRAP, Db, Run, holding
+from conftest import SEED, TRAP, Db, Run, holding
 from psycopg import sql
 from states import altered, random_name, strange_names, with_uuid
 from terminal import on_terminal, pasted
@@ -104,7 +104,8 @@ def strange_role(db: Db) -> Iterator[str]:
 @pytest.mark.parametrize("home", ["public", STRANGE])
 def test_names_of_others_act_on_nothing(db: Db, tmp_path: Path, home: str) -> None:
     """Of schemas, tables, views, policies, indexes, constraints and roles, as every task and format prints them."""
-    names = list(dict.fromkeys(strange_names(random.Random(home), 182)))
+    print(f"FAULT_SEED={SEED}")
+    names = list(dict.fromkeys(strange_names(random.Random(f"{home} {SEED}"), 182)))
     db.execute(f"CREATE SCHEMA IF NOT EXISTS {quoted(home)}; ALTER DATABASE {db.name} SET search_path = {quoted(home)}")
     state = with_uuid() + "ALTER TABLE slots ADD must_keep text; ALTER TABLE slots DROP CONSTRAINT uk_slots_type_name;"
     kinds = (

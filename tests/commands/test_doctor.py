@@ -112,11 +112,11 @@ def test_path_that_leads_into_a_schema_of_the_servers(db: Db, role: str, path: s
     db.execute(states.by_hand() if by_hand else "")
     before = db.dump()
     db.execute(f"ALTER DATABASE {db.name} SET search_path = {path}")
-    users = ("postgres", role)
-    for number, task in enumerate(("verify", "status --check", "plan", "plan --sql", "rehearse", "setup", "setup")):
-        done = db.invoke(*task.split(), role=users[number % 2])
-        assert (done.code, "?schema=" in done.err) == (1, True), (task, done)
-    page(db.invoke("doctor", role=users[by_hand]), 1)
+    for user in ("postgres", role):
+        for task in ("verify", "status --check", "plan", "plan --sql", "rehearse", "setup"):
+            done = db.invoke(*task.split(), role=user)
+            assert (done.code, "?schema=" in done.err) == (1, True), (task, done)
+        page(db.invoke("doctor", role=user), 1)
     there = f"{db.url}&schema=public"
     assert db.invoke("doctor", env={"DATABASE_URL": there}).code == 0
     db.execute(f"ALTER DATABASE {db.name} RESET search_path")

@@ -284,7 +284,8 @@ def test_each_step_is_a_transaction_with_all_its_parts(everything: Everything, c
         ]
         expected += [(step.label, part) for part in parts]
     if expected:
-        expected.append((expected[-1][0], part.FRAME))  # the verification is forgotten
+        outcome = [part.OUTCOME] if made.is_complete else []
+        expected += [(expected[-1][0], last) for last in (*outcome, part.FRAME)]  # then the verification is forgotten
     assert kinds(message) == expected
     assert sum(sent.sql.count("PREPARE budget_engine_verification") for sent in message) == bool(message)
     assert sum(sent.sql.count("supabase (here)") for sent in message) == bool(message)
@@ -319,7 +320,7 @@ def test_the_messages_are_made_of_the_plan(everything: Everything, chosen: Chose
 # ── one list ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 OF_THE_ENGINE = re.compile(
-    r"BEGIN|COMMIT|ROLLBACK|SET |DEALLOCATE |SELECT |WITH |DO \$(guard|locks|rights|verification|history)\$"
+    r"BEGIN|COMMIT|ROLLBACK|SET |EXECUTE |DEALLOCATE |SELECT |WITH |DO \$(guard|locks|rights|verification|history)\$"
 )
 
 

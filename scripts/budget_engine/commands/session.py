@@ -202,10 +202,10 @@ class Session:
         """Run all transactions, then the concurrent part, as often as it takes and LOCK_WAIT allows."""
         self.patience.restart()
         while (todo := self.todo(found)).to_do and not todo.conflicts:
-            hindrance = self._one_round(todo, found)
+            after, hindrance = self._one_round(todo, found)
             if hindrance is not None:
                 self._pause(hindrance, found)
-            after = self.look()
+            after = after or self.look()
             if after.checks != found.checks:
                 self.patience.restart()
             elif hindrance is None:
@@ -213,17 +213,20 @@ class Session:
             found = after
         return found
 
-    def _one_round(self, todo: plan.Plan, found: survey.Survey) -> errors.RecipeError | None:
-        """Do what can be done now; return what kept the rest from being done, if waiting may help."""
+    def _one_round(
+        self, todo: plan.Plan, found: survey.Survey
+    ) -> tuple[survey.Survey | None, errors.RecipeError | None]:
+        """Do what can be done now; return what exists then, if that is known, or what waiting may help against."""
+        after = None
         try:
             if todo.transactions:
-                runner.run_transactions(self.connection, self._script(todo, found), _Progress(), _notice)
+                after = runner.run_transactions(self.connection, self._script(todo, found), _Progress(), _notice)
                 self.moves = ()
             else:
                 self._build(found).run(todo)
         except errors.LockTimeoutError as hindrance:
-            return hindrance
-        return None
+            return None, hindrance
+        return after and self._seen(after), None
 
     def _build(self, found: survey.Survey) -> runner.Builder:
         if self._builder is None:
@@ -239,9 +242,11 @@ class Session:
                 _name(error, blockers.locking_readers_out(self.connection))
                 self._pause(error)
             else:
-                host = self.connection.host if self.given.target else "the embedded server"
-                CONSOLE.target = text.place(found.server, host)
-                return found
+                return self._seen(found)
+
+    def _seen(self, found: survey.Survey) -> survey.Survey:
+        CONSOLE.target = text.place(found.server, self.connection.host if self.given.target else "the embedded server")
+        return found
 
     def _pause(self, hindrance: errors.RecipeError, found: survey.Survey | None = None) -> None:
         """Wait a while, and say so: each time where we stood in a queue, once where others are simply at work."""

@@ -100,6 +100,12 @@ class Plan:
         return [action for step in self.steps for action in step.concurrent]
 
     @property
+    def is_complete(self) -> bool:
+        """Whether its transactions bring all that does not pass."""
+        inside = {step.label for step in self.steps}
+        return not self.concurrent and all(check.passed or check.fixed_by in inside for check in self.checks)
+
+    @property
     def actions(self) -> list[Action]:
         """All statements, in the order in which they run."""
         return [action for step in self.steps for action in step.transaction] + self.concurrent

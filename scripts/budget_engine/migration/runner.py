@@ -68,11 +68,11 @@ _PREPARE = f"""
     DEALLOCATE {_NAME};
   END IF;
   EXECUTE {{prepare}};"""
-# Without a step ($1): how many checks find something, and how many pass. With one: what differs of that which it must
-# have brought. $2: kinds, tables and names of what more it brings; $3: of a concurrent part; $4: its new tables.
+# Without a step ($1): how many checks find something, how many pass, and of how many. With one: what differs of that
+# which it must have brought. $2: kinds, tables and names of what more it brings; $3: of a concurrent part; $4: its new tables.
 _KEYS = "(SELECT key ->> 0, key ->> 1, key ->> 2 FROM json_array_elements({}) AS key)"
 _VERIFICATION = f"""PREPARE {_NAME} (text, json, json, text[]) AS
-SELECT CASE WHEN $1 IS NULL THEN concat_ws(' ', count(actual), count(*) FILTER (WHERE actual = expected))
+SELECT CASE WHEN $1 IS NULL THEN concat_ws(' ', count(actual), count(*) FILTER (WHERE actual = expected), count(*))
             ELSE string_agg(format('%s %s is %s, expected %s', kind, concat_ws('.', "table", nullif(name, '')),
                                    coalesce(actual, 'missing'), expected), E'\\n')
                  FILTER (WHERE actual IS DISTINCT FROM expected
@@ -81,10 +81,10 @@ SELECT CASE WHEN $1 IS NULL THEN concat_ws(' ', count(actual), count(*) FILTER (
                            AND (kind, "table", name) NOT IN {_KEYS.format("$3")})
        END
 FROM ({{verification}}) AS checks"""
-_VERIFIED = f"EXECUTE {_NAME} ({{step}}, {{also}}, {{later}}, {{new_tables}})"
-_SEEN = """
-  PERFORM set_config('plan_cache_mode', 'force_generic_plan', true);
-  EXECUTE {execute} INTO seen;
+_ONE_PLAN = "set_config('plan_cache_mode', 'force_generic_plan', true)"
+_SEEN = f"""
+  PERFORM {_ONE_PLAN};
+  EXECUTE {{execute}} INTO seen;
 """
 _BROKEN_IF_SEEN = """\
   IF seen IS NOT NULL THEN
@@ -203,6 +203,7 @@ class Part(Enum):
     DEFERRED = "its deferred triggers"  # of a rehearsal, which comes to no commit
     HISTORY = "its line in the history"
     COMMIT = "its commit"
+    OUTCOME = "the last verification"  # of all that was committed
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,8 @@ class Script:
     def transactions(self, *, rehearsed: bool = False) -> list[Sent]:
         """Write the message that runs the plan's transactions, the verification noted for as long as it lasts.
 
-        rehearsed: as one transaction that is rolled back, in which only the first lock is queued for.
+        Where that is all that is missing, its end says how many checks pass then. rehearsed: as one transaction that is
+        rolled back, in which only the first lock is queued for.
         """
         if not (steps := self.plan.transactions):
             return []
@@ -252,7 +254,11 @@ class Script:
                 end = [(Part.HISTORY, line), (Part.CLOCK, _TOOK), (Part.COMMIT, "COMMIT")]
             message += (Sent(step, *part) for part in end)
         last = [*survey.statements(self.chain), "ROLLBACK"] if rehearsed else []
-        return [*message, *(Sent(steps[-1].step, Part.FRAME, sql) for sql in (f"DEALLOCATE {_NAME}", *last))]
+        ending = [(Part.FRAME, sql) for sql in (f"DEALLOCATE {_NAME}", *last)]
+        if not rehearsed and self.plan.is_complete:
+            verified = [*BEGIN_READ_ONLY, f"SELECT {self.settings}", PIN, f"SELECT {_ONE_PLAN}", _verified(), "COMMIT"]
+            ending = [*((Part.OUTCOME, sql) for sql in verified), *ending]
+        return [*message, *(Sent(steps[-1].step, *part) for part in ending)]
 
     def _work(self, planned: StepPlan) -> list[Sent]:
         """Write what a step's transaction is about: its locks, its statements, its verification."""
@@ -267,7 +273,8 @@ class Script:
         if first:
             does += "" if rehearsed else _NOTED.format(does=_MADE)
             checks = self.found.checks
-            seen = f"{sum(check.actual is not None for check in checks)} {sum(check.is_there for check in checks)}"
+            there = sum(check.actual is not None for check in checks), sum(check.is_there for check in checks)
+            seen = f"{there[0]} {there[1]} {len(checks)}"
             prepare = literal(_VERIFICATION.format(verification=self.chain.verification))
             does += _PREPARE.format(prepare=prepare) + _seen() + _BUSY_IF.format(condition=f"seen <> '{seen}'")
         return _OURS.format(tag=_tag("guard", does), does=does)
@@ -326,9 +333,14 @@ def _tag(name: str, body: str) -> str:
     return name
 
 
-def _seen(step: str = "NULL", also: str = "NULL", later: str = "NULL", new_tables: str = "NULL") -> str:
+def _seen(*arguments: str) -> str:
+    """Write what notes what the prepared verification says."""
+    return _SEEN.format(execute=literal(_verified(*arguments)))
+
+
+def _verified(step: str = "NULL", also: str = "NULL", later: str = "NULL", new_tables: str = "NULL") -> str:
     """Write what executes the prepared verification; each argument as SQL writes it."""
-    return _SEEN.format(execute=literal(_VERIFIED.format(step=step, also=also, later=later, new_tables=new_tables)))
+    return f"EXECUTE {_NAME} ({step}, {also}, {later}, {new_tables})"
 
 
 def _keys(keys: Iterable[tuple[Kind, str, str]]) -> str:
@@ -345,13 +357,22 @@ def history(step: Step, part: str, schema: str | None, duration: str | None = No
 
 
 @understood()
-def run_transactions(
-    connection: Connection, script: Script, say: Say, notice: Notice, *, rehearsed: bool = False
-) -> list[tuple[Sent, Rows]]:
-    """Run the plan's transactions in one message; return what was sent, and the rows that came back.
+def run_transactions(connection: Connection, script: Script, say: Say, notice: Notice) -> Survey | None:
+    """Run the plan's transactions in one message; return what exists then, if all checks pass; else look again.
 
     Raises BUSY where another run holds the lock or was faster, else what the server's error stands for.
     """
+    answers = _send(connection, script, say, notice)
+    counted = [rows[0][0] for sent, rows in answers if sent.part is Part.OUTCOME and sent.sql == _verified()]
+    every = len(script.plan.checks)
+    all_pass = counted == [f"{every} {every} {every}"] and not connection.one_by_one  # else Citus has a say
+    return survey.all_passing(script.found, script.plan.checks) if all_pass else None
+
+
+def _send(
+    connection: Connection, script: Script, say: Say, notice: Notice, *, rehearsed: bool = False
+) -> list[tuple[Sent, Rows]]:
+    """Send a plan's transactions as one message; return what was sent, and the rows that came back."""
     message = script.transactions(rehearsed=rehearsed)
     done = 0
     noticed: Counter[int] = Counter()  # by how much was done
@@ -391,7 +412,7 @@ class Rehearsed(NamedTuple):
 @understood()
 def rehearse(connection: Connection, script: Script, say: Say, notice: Notice) -> Rehearsed:
     """Run the plan's transactions as one, verify each, survey, and roll back. Raises as run_transactions() does."""
-    answers = run_transactions(connection, script, say, notice, rehearsed=True)
+    answers = _send(connection, script, say, notice, rehearsed=True)
     took = {sent.step.label: float(rows[0][0] or 0) for sent, rows in answers if sent.part is Part.CLOCK}
     return Rehearsed(survey.checks_of(answers[-2][1], script.chain), took)
 
@@ -497,6 +518,8 @@ def _failure(sent: Sequence[Sent], error: StatementError, *, pooled: bool = Fals
 def _aftermath(failed: Sent, kind: errors.Case) -> str:
     if failed.part is Part.CONCURRENT:
         return "what it left unfinished, an INVALID index perhaps, the next run finishes"
+    if failed.part is Part.OUTCOME:
+        return "what was committed stays"
     if kind.exit_code == 4:  # the server has the whole message, and may go on without us
         return "the next run reads from the catalogs how far it came"
     return f"{failed.step.label} changed nothing"

@@ -205,6 +205,15 @@ def read(connection: Connection, chain: Chain, *, with_recreate: bool = False) -
     return Survey(_server(server, checks, connection), tuple(checks))
 
 
+def all_passing(before: Survey, checks: Sequence[Check]) -> Survey:
+    """Return the survey once these pass, all of them: new tables are in the schema where such go."""
+    homes = {check.home for check in checks if check.found}
+    if any(check.kind is Kind.TABLE and check.actual is None for check in checks):
+        homes.add(before.server.schema)
+    server = replace(before.server, homes=tuple(schema for schema in before.server.path if schema in homes))
+    return Survey(server, tuple(replace(check, actual=check.expected, fixed_by=None) for check in checks))
+
+
 def checks_of(rows: Rows, chain: Chain, *, with_recreate: bool = False) -> tuple[Check, ...]:
     """Read the rows of the checks; what only recreate would fix is a conflict, unless that is at hand."""
     on_request = "" if with_recreate or chain.recreate is None else chain.recreate.label

@@ -221,7 +221,7 @@ class Session:
         try:
             if todo.transactions:
                 after = runner.run_transactions(self.connection, self._script(todo, found), _Progress(), _notice)
-                self.moves = ()
+                after, self.moves = None if self.moves else after, ()  # where those went, only a survey says
             else:
                 self._build(found).run(todo)
         except errors.LockTimeoutError as hindrance:

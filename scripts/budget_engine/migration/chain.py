@@ -123,6 +123,19 @@ class Chain:
         """Return the steps that a task runs; None: all of them."""
         return tuple(step for step in self.steps if task in (None, step.task))
 
+    def creating(self, check: Check, *, with_column: bool = True) -> list[Statement]:
+        """Return the statements that create what the check is about; with_column: its column is missing, too."""
+        asked = (check.key, check.expected, with_column)
+        if asked not in self._creating:
+            every = (statement for step in self.steps for statement in step.statements)
+            self._creating[asked] = [one for one in every if one.creates(check, with_column=with_column)]
+        return self._creating[asked]
+
+    @cached_property
+    def _creating(self) -> dict[tuple[object, ...], list[Statement]]:
+        """What was found: a fleet asks the same of every database."""
+        return {}
+
 
 @cache
 def load(db: Path = DB) -> Chain:

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import cache
 
 
 class Lock(Enum):
@@ -193,7 +192,6 @@ def _whole(table: str, name: str) -> str:
     return f"{table}.{name}" if name else table
 
 
-@cache  # a fleet asks the same of every database
 def _creates(flat: str, kind: Kind, table: str, name: str, with_column: bool) -> bool:
     pattern = _CREATED_BY[kind][0]
     if with_column and kind in _WITH_ITS_COLUMN:

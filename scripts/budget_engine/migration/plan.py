@@ -162,7 +162,7 @@ def make(chain: Chain, wanted: Sequence[Step], checks: Sequence[Check]) -> Plan:
     due_here = (check for check in seen if not check.passed and check.fixed_by in labels)
     to_fix = [check for check in due_here if check.required or not check.lacking]
     new_tables = {check.table for check in to_fix if check.kind is Kind.TABLE and check.actual is None}
-    due = _due(chain, to_fix, seen, new_tables)
+    due = _due(chain, to_fix, seen, new_tables) if to_fix else {}
     blocked = {check.step for check in seen if check.conflict}
     return Plan(tuple(_plan_step(step, seen, due, new_tables, blocked) for step in wanted), tuple(seen))
 
@@ -182,18 +182,21 @@ _Due = dict[Statement, list[Check]]
 
 
 def _due(chain: Chain, to_fix: Sequence[Check], checks: Sequence[Check], new_tables: set[str]) -> _Due:
-    """Find the statements that create what is to be fixed, each with the checks that it is due for."""
+    """Find the statements that create what is to be fixed, each with the checks that it is due for.
+
+    With none: those that create nothing by themselves (a guard), which run with their step.
+    """
     every = [statement for step in chain.steps for statement in step.statements]
     creating = {st.new_table: st for st in every if st.new_table in new_tables}
     missing_columns = {(c.table, c.name) for c in checks if c.kind is Kind.COLUMN and (c.actual is None or c.replaces)}
-    due: _Due = {}
+    made = {statement for check in checks for statement in chain.creating(check)}
+    due: _Due = {statement: [] for statement in every if statement not in made}
     for check in sorted(to_fix, key=lambda check: check.kind not in (Kind.TABLE, Kind.COLUMN)):
         table = creating.get(check.table)
         if table and table.declares(check):
             due.setdefault(table, []).append(check)
             continue
-        own = [st for st in every if st.step == check.fixed_by]
-        found = _creating(check, own, missing_columns, due) or _creating(check, every, missing_columns, due)
+        found = _creating(chain, check, missing_columns, due)
         later = check.kind is Kind.FOREIGN_KEY and (check.table, check.name) not in missing_columns
         found = [*found, *(st for st in every if later and st.concurrent and check.is_validated_by(st.flat))]
         for statement in found:
@@ -201,16 +204,15 @@ def _due(chain: Chain, to_fix: Sequence[Check], checks: Sequence[Check], new_tab
     return due
 
 
-def _creating(
-    check: Check, among: Sequence[Statement], missing_columns: set[tuple[str, str]], due: _Due
-) -> list[Statement]:
-    """Find the statements that create it, unless it exists and has only to be validated."""
+def _creating(chain: Chain, check: Check, missing_columns: set[tuple[str, str]], due: _Due) -> list[Statement]:
+    """Find the statements that create it, its own step's first, unless it exists and has only to be validated."""
     if check.kind is Kind.FOREIGN_KEY and check.actual is not None:
         return []
     with_column = (check.table, check.name) in missing_columns
-    found = [st for st in among if st.creates(check, with_column=with_column)]
+    every = chain.creating(check, with_column=with_column)
+    found = [st for st in every if st.step == check.fixed_by] or every
     if with_column and check.kind is not Kind.COLUMN:  # what comes with the column needs no statement of its own
-        found = [st for st in found if st in due] or found
+        found = [st for st in found if due.get(st)] or found
     return found
 
 
@@ -220,7 +222,7 @@ def _plan_step(step: Step, checks: Sequence[Check], due: _Due, new_tables: set[s
     open_ = [check for check in own if not check.passed]
     conflicts = tuple(check for check in open_ if check.conflict)
     told = tuple(check for check in open_ if not check.required and check.fixed_by is None)
-    actions = [_action(st, due[st], new_tables, checks) for st in step.statements if st in due]
+    actions = [_action(st, due[st], new_tables, checks) for st in step.statements if due.get(st)]
     fixed = [check for check in open_ if check.fixed_by == label]
     reasons = tuple(dict.fromkeys([*(check for action in actions for check in action.checks), *fixed]))
     here = {check.key for check in reasons}
@@ -228,9 +230,8 @@ def _plan_step(step: Step, checks: Sequence[Check], due: _Due, new_tables: set[s
     if label in blocked:
         actions = []
     inside = {action.statement: action for action in actions if not action.concurrent}
-    if inside:  # what creates nothing by itself, a guard, runs with its step
-        others = [st for st in step.statements if not st.concurrent and st not in inside]
-        guards = (st for st in others if not any(st.creates(check) for check in checks))
+    if inside:
+        guards = (st for st in step.statements if not st.concurrent and due.get(st) == [])
         inside |= {st: Action(label, (st.text,), st) for st in guards}
     transaction = tuple(inside[st] for st in step.statements if st in inside)
     concurrent = tuple(action for action in actions if action.concurrent)

@@ -68,8 +68,8 @@ _PREPARE = f"""
     DEALLOCATE {_NAME};
   END IF;
   EXECUTE {{prepare}};"""
-# Without a step ($1): how many checks find something, how many pass, and of how many. With one: what differs of that
-# which it must have brought. $2: kinds, tables and names of what more it brings; $3: of a concurrent part; $4: its new tables.
+# Without a step ($1): how many checks find something, how many pass, of how many. With one: what differs of that which
+# it must have brought. $2: kind, table and name of what more it brings; $3: of a concurrent part; $4: its new tables.
 _KEYS = "(SELECT key ->> 0, key ->> 1, key ->> 2 FROM json_array_elements({}) AS key)"
 _VERIFICATION = f"""PREPARE {_NAME} (text, json, json, text[]) AS
 SELECT CASE WHEN $1 IS NULL THEN concat_ws(' ', count(actual), count(*) FILTER (WHERE actual = expected), count(*))

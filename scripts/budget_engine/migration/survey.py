@@ -197,7 +197,7 @@ def read(connection: Connection, chain: Chain, *, with_recreate: bool = False) -
     rows = [tuple("t" if value is True else value for value in row.values())[1:] for row in json.loads(noted or "[]")]
     checks = list(checks_of(rows, chain, with_recreate=with_recreate))
     for place, *rest in (row.values() for row in json.loads(able or "[]")):
-        if checks[place].fixed_by:
+        if checks[place].fixed_by and any(rest):
             checks[place] = _with_rights(checks[place], *rest)
     connection.one_by_one = bool(spread)
     for place, says, commands in (row.values() for row in json.loads(spread or "[]")):

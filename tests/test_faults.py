@@ -134,9 +134,9 @@ def test_line_is_cut_before_the_server_hears(db: Db, stages: list[str], kind: st
     assert_whole_steps_then_finished(db, stages, done)
 
 
-def test_line_is_cut_in_the_last_look(db: Db, stages: list[str]) -> None:
+def test_line_is_cut_at_the_last_verification(db: Db, stages: list[str]) -> None:
     """Everything is done, but nobody could say so: not a success."""
-    done = setup_through(db, client_says=on_nth(of_kind("Q"), 3, cut))
+    done = setup_through(db, server_says=on_nth(REPORTED, 2 + len(NEEDED_FROM_NOTHING), cut))
     assert done.code == 4, done
     assert "checks pass" not in done.out
     assert db.dump() == stages[-1]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import psycopg
-from conftest import Db
+from budget_engine.postgres.embedded import Cluster
+from conftest import Db, assert_done
 from psycopg import sql
 
 ROLES = ("anon", "authenticated", "service_role")
@@ -92,6 +95,19 @@ def install(db: Db, *, default_privileges: bool = True) -> None:
 def add_profiles(db: Db) -> None:
     """Create profiles as an application does, each user seeing its own row; with an admin and a player."""
     db.execute(_PROFILES)
+
+
+@functools.cache
+def template(cluster: Cluster) -> str:
+    """Make a database with profiles that setup has finished, to be cloned (which makes postgres its owner)."""
+    name = f"supabase_{uuid.uuid4().hex}"
+    with psycopg.connect(cluster.url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+    db = Db(cluster, name)
+    install(db)
+    add_profiles(db)
+    assert_done(db)
+    return name
 
 
 @contextmanager

@@ -125,10 +125,10 @@ def test_what_blocks_one_step_keeps_no_other_from_running(db: Db) -> None:
 
 HARMLESS = {
     "unlogged, inherited, two columns left": states.by_hand("bigint")
+    + states.old_metrics("PRIMARY KEY")
     + """
-CREATE UNLOGGED TABLE other (turn bigint REFERENCES turns);
-ALTER TABLE prompt_snapshots SET UNLOGGED;
 ALTER TABLE slots SET UNLOGGED;
+ALTER TABLE prompt_snapshots SET UNLOGGED; ALTER TABLE turn_metrics SET UNLOGGED; ALTER TABLE turns SET UNLOGGED;
 """
     + filled("slots", 1598)
     + CHILD.format("must_keep boolean NOT NULL DEFAULT true", "slots"),

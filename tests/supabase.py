@@ -98,16 +98,16 @@ def add_profiles(db: Db) -> None:
 
 
 @functools.cache
-def template(cluster: Cluster) -> str:
-    """Make a database with profiles that setup has finished, to be cloned (which makes postgres its owner)."""
-    name = f"supabase_{uuid.uuid4().hex}"
+def template(cluster: Cluster, *, profiles: bool = True, default_privileges: bool = True, role: str = "postgres") -> Db:
+    """Return a database that setup has finished, to look at, or to be cloned (which makes postgres its owner)."""
+    db = Db(cluster, f"supabase_{uuid.uuid4().hex}")
     with psycopg.connect(cluster.url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE template0")
-    db = Db(cluster, name)
-    install(db)
-    add_profiles(db)
-    assert_done(db)
-    return name
+        connection.execute(f"CREATE DATABASE {db.name} TEMPLATE template0")
+    install(db, default_privileges=default_privileges)
+    if profiles:
+        add_profiles(db)
+    assert_done(db, db.invoke("setup", role=role))
+    return db
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import states
 from budget_engine.postgres.embedded import Cluster
 from conftest import Db, assert_done
+from verification import fingerprint
 
 
 def filled(table: str, columns: int = 1600) -> str:
@@ -89,6 +91,12 @@ CREATE TABLE others (budget_report text); CREATE TABLE shared () INHERITS (promp
 }
 
 
+# Where nothing else helps than to move a table, which ones.
+MOVED = {
+    "one column left, none for the fix": {"slots", "prompt_snapshots"},
+    "a child without room": {"slots"},
+    "children with other types": {"prompt_snapshots"},
+}
 LOOKS = ("doctor", "status --check", "plan", "plan --sql", "rehearse")  # they read one plan: each state has one
 
 
@@ -98,14 +106,15 @@ def test_what_keeps_a_statement_from_working_is_seen_first_and_cleared_by_the_co
 ) -> None:
     state, titles = BLOCKED[name]
     db.execute(state)
-    before, rows = db.dump(data=True), states.contents(db)
+    before, rows = fingerprint(db), states.contents(db)
     assert {check.title for check in db.checks() if check.conflict} == titles
     for task in (LOOKS[list(BLOCKED).index(name) % len(LOOKS)], "setup"):
         done = db.invoke(*task.split())
         assert done.code == 6, (task, done)
-    assert db.dump(data=True) == before
+    assert (fingerprint(db), states.contents(db)) == (before, rows)
     commands = tmp_path / "commands.sql"
     commands.write_text(db.invoke("verify", "--remedies").out)
+    assert set(re.findall(r"ALTER TABLE public.(\w+) SET SCHEMA", commands.read_text())) == MOVED.get(name, set())
     assert db.psql("-f", str(commands)).code == 0, commands.read_text()
     again = db.invoke("setup")
     assert (again.code, db.differing()) == (0, {}), (commands.read_text(), again)

@@ -26,7 +26,7 @@ from budget_engine.migration.checks import Check, Kind
 from budget_engine.postgres.embedded import Cluster
 from conftest import SEED, Db, as_text, database, template
 from states import COLUMNS
-from verification import VERIFY, verified
+from verification import VERIFY, fingerprint, verified
 from versions import MAJOR
 
 CHAIN = chain.load()
@@ -597,7 +597,7 @@ _BREAKERS: dict[Kind, Callable[[Check, Checks], Iterator[Breakage]]] = {
 @pytest.fixture(params=["plain", "supabase"])
 def ready(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Db]:
     """Return a database that setup has brought to the schema."""
-    with database(cluster, template(cluster) if request.param == "plain" else supabase.template(cluster)) as db:
+    with database(cluster, template(cluster) if request.param == "plain" else supabase.template(cluster).name) as db:
         yield db
 
 
@@ -773,24 +773,3 @@ def test_the_verification_waits_for_nobody_but_access_exclusive(ready: Db) -> No
             "SELECT DISTINCT mode FROM pg_locks WHERE pid = pg_backend_pid() AND relation > 0"
         ).fetchall()
     assert modes == [("AccessShareLock",)]
-
-
-def fingerprint(db: Db) -> str:
-    """Say which version of which row is where in the catalogs: every change of the schema changes it."""
-    catalogs = [
-        "pg_class",
-        "pg_attribute",
-        "pg_attrdef",
-        "pg_constraint",
-        "pg_index",
-        "pg_proc",
-        "pg_trigger",
-        "pg_policy",
-        "pg_description",
-        "pg_namespace",
-        "pg_type",
-        "pg_rewrite",
-        "pg_depend",
-    ]
-    rows = " UNION ALL ".join(f"SELECT '{catalog}', ctid, xmin::text FROM {catalog}" for catalog in catalogs)
-    return str(db.value(f"SELECT md5(string_agg(rows::text, '' ORDER BY rows::text)) FROM ({rows}) AS rows"))

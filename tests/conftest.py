@@ -125,10 +125,9 @@ class Db:
         return run([program, self.url_as(role), "-XqAt", "-v", "ON_ERROR_STOP=1", *arguments], clean_environment())
 
     def migrate(self, *stems: str) -> None:
-        """Run migrations by hand, each with psql; a failure fails the test."""
-        for stem in stems:
-            done = self.psql("-f", str(MIGRATIONS / f"{stem}.sql"))
-            assert done.code == 0, f"{stem}: {done}"
+        """Run migrations by hand, with psql; a failure fails the test."""
+        done = self.psql(*(word for stem in stems for word in ("-f", str(MIGRATIONS / f"{stem}.sql"))))
+        assert done.code == 0, done
 
     def checks(self) -> list[Check]:
         """Return every check of db/verify.sql, as the survey reads them."""

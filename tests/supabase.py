@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import psycopg
-from conftest import Db
+from budget_engine.postgres.embedded import Cluster
+from conftest import Db, assert_done
 from psycopg import sql
 
 ROLES = ("anon", "authenticated", "service_role")
@@ -92,6 +95,19 @@ def install(db: Db, *, default_privileges: bool = True) -> None:
 def add_profiles(db: Db) -> None:
     """Create profiles as an application does, each user seeing its own row; with an admin and a player."""
     db.execute(_PROFILES)
+
+
+@functools.cache
+def template(cluster: Cluster, *, profiles: bool = True, default_privileges: bool = True, role: str = "postgres") -> Db:
+    """Return a database that setup has finished, to look at, or to be cloned (which makes postgres its owner)."""
+    db = Db(cluster, f"supabase_{uuid.uuid4().hex}")
+    with psycopg.connect(cluster.url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {db.name} TEMPLATE template0")
+    install(db, default_privileges=default_privileges)
+    if profiles:
+        add_profiles(db)
+    assert_done(db, db.invoke("setup", role=role))
+    return db
 
 
 @contextmanager

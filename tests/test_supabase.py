@@ -3,75 +3,42 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import psycopg
 import pytest
 import states
 import supabase
 from budget_engine.postgres import embedded
-from conftest import MIGRATIONS, Db
+from conftest import MIGRATIONS, Db, database
 from supabase import ADMIN, MIGRATOR, PLAYER
 
-_UUID = "'00000000-0000-4000-8000-{n:012}'"
-
-
-class Table(NamedTuple):
-    """A statement that inserts row n of a table, and what finds row 2, to which nothing points."""
-
-    insert: str
-    second: str
-
-
+GAME = "'00000000-0000-4000-8000-{n:012}'"
+ONE = GAME.format(n=1)
+# What inserts row n of each table; nothing points to row 2.
 TABLES = {
-    "worlds": Table("INSERT INTO worlds (id) VALUES ('{n}')", "id = '2'"),
-    "rulesets": Table("INSERT INTO rulesets (id) VALUES ('{n}')", "id = '2'"),
-    "entry_points": Table(
-        "INSERT INTO entry_points (id, slug, type, world_id, ruleset_id, title, description)"
-        " VALUES ('{n}', '{n}', 'quest', '1', '1', 'title', 'description')",
-        "id = '2'",
-    ),
-    "prompt_segments": Table("INSERT INTO prompt_segments (scope, content) VALUES ('core', '{n}')", "content = '2'"),
-    "games": Table(
-        "INSERT INTO games (id, entry_point_id, entry_point_type, world_id, ruleset_id)"
-        f" VALUES ({_UUID}, '1', 'quest', '1', '1')",
-        "id = " + _UUID.format(n=2),
-    ),
-    "turns": Table(
-        f"INSERT INTO turns (game_id, idx, role, content) VALUES ({_UUID.format(n=1)}, {{n}}, 'player', '{{{{}}}}')",
-        "idx = 2",
-    ),
-    "slots": Table(
-        "INSERT INTO slots (type, name, description) VALUES ('ux', '{n}', 'description')",
-        "name = '2'",
-    ),
-    "templates": Table(
-        f"INSERT INTO templates (type, slot, body, created_by) VALUES ('ux', '{{n}}', 'body', '{PLAYER}')", "slot = '2'"
-    ),
-    "prompt_snapshots": Table(
-        "INSERT INTO prompt_snapshots (tp, linearized_prompt_text, game_id, turn_id, created_by)"
-        f" VALUES ('{{{{}}}}', '{{n}}', {_UUID.format(n=1)}, 1, '{PLAYER}')",
-        "linearized_prompt_text = '2'",
-    ),
-    "turn_metrics": Table(
-        "INSERT INTO turn_metrics (turn_id, story_id, tokens_before, tokens_after)"
-        f" VALUES ({{n}}, {_UUID.format(n=1)}, 2, 1)",
-        "turn_id = 2",
-    ),
+    "worlds": "(id) VALUES ('{n}')",
+    "rulesets": "(id) VALUES ('{n}')",
+    "entry_points": "(id, slug, type, world_id, ruleset_id, title, description)"
+    " VALUES ('{n}', '{n}', 'quest', '1', '1', 'title', 'description')",
+    "prompt_segments": "(scope, content) VALUES ('core', '{n}')",
+    "games": f"(id, entry_point_id, entry_point_type, world_id, ruleset_id) VALUES ({GAME}, '1', 'quest', '1', '1')",
+    "turns": f"(game_id, idx, role, content) VALUES ({ONE}, {{n}}, 'player', '{{{{}}}}')",
+    "slots": "(type, name, description) VALUES ('ux', '{n}', 'description')",
+    "templates": f"(type, slot, body, created_by) VALUES ('ux', '{{n}}', 'body', '{PLAYER}')",
+    "prompt_snapshots": "(tp, linearized_prompt_text, game_id, turn_id, created_by)"
+    f" VALUES ('{{{{}}}}', '{{n}}', {ONE}, 1, '{PLAYER}')",
+    "turn_metrics": f"(turn_id, story_id, tokens_before, tokens_after) VALUES ({{n}}, {ONE}, 2, 1)",
 }
 CORE = ("worlds", "rulesets", "entry_points", "prompt_segments", "games", "turns")
 CHAIN = tuple(table for table in TABLES if table not in CORE)
 
 SELECT, INSERT, UPDATE, DELETE = "SELECT", "INSERT", "UPDATE", "DELETE"
 EVERYTHING = {(table, command) for table in TABLES for command in (SELECT, INSERT, UPDATE, DELETE)}
-ADMINS = {
-    *((table, command) for table in ("slots", "templates") for command in (SELECT, INSERT, UPDATE, DELETE)),
-    *(("prompt_snapshots", command) for command in (SELECT, INSERT, UPDATE)),
-    ("turn_metrics", SELECT),
-}
+ADMINS = {what for what in EVERYTHING if what[0] in ("slots", "templates")}
+ADMINS |= {("prompt_snapshots", command) for command in (SELECT, INSERT, UPDATE)} | {("turn_metrics", SELECT)}
 NOTHING: set[tuple[str, str]] = set()
 
 WITHOUT_PROFILES = "note     Supabase without profiles"
@@ -108,13 +75,23 @@ SNAPSHOTS_FIRST = (DOCUMENTED_ORDER[0], DOCUMENTED_ORDER[2], DOCUMENTED_ORDER[1]
 
 
 @pytest.fixture
-def other(cluster: embedded.Cluster) -> Iterator[Db]:
-    """A second database, to compare with."""
-    second = Db(cluster, f"test_{uuid.uuid4().hex}")
-    with psycopg.connect(cluster.url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {second.name} TEMPLATE template0")
-        yield second
-        connection.execute(f"DROP DATABASE {second.name} WITH (FORCE)")
+def ready(request: pytest.FixtureRequest, cluster: embedded.Cluster) -> Iterator[Db]:
+    """A database that setup has finished, with profiles; parametrized: as supabase.template has it."""
+    made = supabase.template(cluster, **getattr(request, "param", {}))
+    with database(cluster, made.name) as db:
+        yield db
+
+
+def of(*kinds: str) -> pytest.MarkDecorator:
+    """Have the test run once for each: what there is not, or who ran setup."""
+    how: dict[str, dict[str, bool | str]] = {
+        "profiles": {},
+        "no profiles": {"profiles": False},
+        "no default privileges": {"default_privileges": False},
+        MIGRATOR: {"role": MIGRATOR},
+        "migrated, no default privileges": {"role": MIGRATOR, "default_privileges": False},
+    }
+    return pytest.mark.parametrize("ready", [how[kind] for kind in kinds], indirect=True, ids=kinds)
 
 
 def setup(db: Db, *, role: str = "postgres") -> None:
@@ -122,10 +99,14 @@ def setup(db: Db, *, role: str = "postgres") -> None:
     assert done.code == 0, done
 
 
+def insert(table: str, n: int) -> str:
+    return f"INSERT INTO {table} {TABLES[table].format(n=n)}"
+
+
 def fill(db: Db) -> None:
     """Two rows in each table, and a third turn that has no metrics yet."""
-    rows = [table.insert.format(n=n) for table in TABLES.values() for n in (1, 2)]
-    db.execute(";".join([*rows[:12], TABLES["turns"].insert.format(n=4), *rows[12:]]))
+    rows = [insert(table, n) for table in TABLES for n in ((1, 2, 4) if table == "turns" else (1, 2))]
+    db.execute(";".join(rows))
 
 
 def attempt(connection: psycopg.Connection[tuple[Any, ...]], statement: str) -> int | str | None:
@@ -140,13 +121,13 @@ def attempt(connection: psycopg.Connection[tuple[Any, ...]], statement: str) -> 
 def powers(db: Db, role: str, user: str | None) -> set[tuple[str, str]]:
     """Try every command on every table: reached a row, reached none, or 42501; anything else fails the test."""
     statements = {
-        (name, command): statement
-        for name, table in TABLES.items()
+        (table, command): statement
+        for table in TABLES
         for command, statement in (
-            (SELECT, f"SELECT * FROM {name}"),
-            (INSERT, table.insert.format(n=3)),
-            (UPDATE, f"UPDATE {name} SET created_at = created_at"),
-            (DELETE, f"DELETE FROM {name} WHERE {table.second}"),
+            (SELECT, f"SELECT * FROM {table}"),
+            (INSERT, insert(table, 3)),
+            (UPDATE, f"UPDATE {table} SET created_at = created_at"),
+            (DELETE, f"DELETE FROM {table} WHERE ctid = '(0,2)'"),
         )
     }
     with supabase.session(db, role, user) as connection:
@@ -175,126 +156,106 @@ def _tables() -> str:
 # --- who may do what ---
 
 
-@pytest.mark.parametrize("default_privileges", [True, False], ids=["default privileges", "no default privileges"])
-@pytest.mark.parametrize("role", ["postgres", MIGRATOR])
-def test_everybody_has_exactly_his_powers(db: Db, role: str, default_privileges: bool) -> None:
-    supabase.install(db, default_privileges=default_privileges)
-    supabase.add_profiles(db)
-    setup(db, role=role)
-    fill(db)
-    assert {who: powers(db, as_, user) for who, (as_, user, _) in WHO.items()} == {
+@of("profiles", MIGRATOR, "migrated, no default privileges")
+def test_everybody_has_exactly_his_powers(ready: Db) -> None:
+    fill(ready)
+    assert {who: powers(ready, role, user) for who, (role, user, _) in WHO.items()} == {
         who: expected for who, (_, _, expected) in WHO.items()
     }
+    for n, (role, user) in enumerate([("authenticated", ADMIN), ("service_role", None)]):
+        with supabase.session(ready, role, user) as connection:  # a critical slot gets its defaults, whoever inserts it
+            added = connection.execute(
+                "INSERT INTO slots (type, name, description) VALUES (%s, %s, '') RETURNING must_keep, min_chars",
+                [("ruleset", "principles"), ("npc", "persona")][n],
+            )
+            assert added.fetchall() == [[(True, 160)], [(False, 140)]][n]
 
 
-def test_without_profiles_there_are_no_admins_until_it_appears(db: Db) -> None:
-    supabase.install(db)
-    setup(db)
-    fill(db)
-    assert powers(db, "authenticated", ADMIN) == NOTHING
-    assert powers(db, "service_role", None) == EVERYTHING
+@of("no profiles")
+def test_without_profiles_there_are_no_admins_until_it_appears(ready: Db) -> None:
+    fill(ready)
+    assert powers(ready, "authenticated", ADMIN) == NOTHING
+    assert powers(ready, "service_role", None) == EVERYTHING
     for task in ("verify", "status"):
-        assert WITHOUT_PROFILES in db.invoke(task).out
+        assert WITHOUT_PROFILES in ready.invoke(task).out
 
-    supabase.add_profiles(db)
-    missing = {title: (actual, by) for title, (_, actual, by) in db.differing().items()}
+    supabase.add_profiles(ready)
+    missing = {title: (actual, by) for title, (_, actual, by) in ready.differing().items()}
     assert missing == {title: (None, by) for title, by in ADMIN_POLICIES.items()}
-    pending = db.invoke("verify")
+    pending = ready.invoke("verify")
     assert pending.code == 5
     assert WITHOUT_PROFILES not in pending.out
     assert all(title.removeprefix("policy ") in pending.out for title in ADMIN_POLICIES), pending
-    assert powers(db, "authenticated", ADMIN) == NOTHING
+    assert powers(ready, "authenticated", ADMIN) == NOTHING
 
-    setup(db)
-    assert db.differing() == {}
-    assert powers(db, "authenticated", ADMIN) == ADMINS
-    assert powers(db, "authenticated", PLAYER) == NOTHING
-    assert db.invoke("verify").code == 0
+    setup(ready)
+    assert ready.differing() == {}
+    assert powers(ready, "authenticated", ADMIN) == ADMINS
+    assert powers(ready, "authenticated", PLAYER) == NOTHING
+    assert ready.invoke("verify").code == 0
 
 
-@pytest.mark.parametrize("profiles", [True, False], ids=["profiles", "no profiles"])
-def test_every_table_of_the_chain_is_guarded(db: Db, profiles: bool) -> None:
-    supabase.install(db)
-    if profiles:
-        supabase.add_profiles(db)
-    setup(db)
-    created = db.rows("SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'profiles'")
-    assert {table for (table,) in created} == set(TABLES)
-    assert row_security(db) == dict.fromkeys(TABLES, True)
-    service = {table for table, _, _, roles, cmd, _, _ in policies(db) if roles == ["service_role"] and cmd == "ALL"}
+@of("profiles", "no profiles", "no default privileges")
+def test_every_table_of_the_chain_is_guarded_and_the_linter_finds_nothing(ready: Db) -> None:
+    created = {table for (table,) in ready.rows("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")}
+    assert created - {"profiles"} == set(TABLES)
+    assert row_security(ready) == dict.fromkeys(TABLES, True)
+    found = policies(ready)
+    service = {table for table, _, _, roles, cmd, _, _ in found if roles == ["service_role"] and cmd == "ALL"}
     assert service == set(TABLES)
-    assert {f"policy {name}" for _, name, _, roles, *_ in policies(db) if roles != ["service_role"]} == (
-        set(ADMIN_POLICIES) if profiles else set()
+    assert {f"policy {name}" for _, name, _, roles, *_ in found if roles != ["service_role"]} == (
+        set(ADMIN_POLICIES) if "profiles" in created else set()
     )
+    assert findings(ready.rows) == {}
+    # INFO only: the documented schema has no index for these two.
+    assert ready.rows(UNINDEXED_FOREIGN_KEYS) == [("games", "ruleset_id"), ("templates", "created_by")]
 
 
-@pytest.mark.parametrize("default_privileges", [True, False], ids=["default privileges", "no default privileges"])
-@pytest.mark.parametrize(("role", "user"), [("authenticated", ADMIN), ("service_role", None)])
-def test_a_critical_slot_gets_its_defaults_whoever_inserts_it(
-    db: Db, role: str, user: str | None, default_privileges: bool
-) -> None:
-    supabase.install(db, default_privileges=default_privileges)
-    supabase.add_profiles(db)
-    setup(db, role=MIGRATOR)
-    with supabase.session(db, role, user) as connection:
-        connection.execute(
-            "INSERT INTO slots (type, name, description) VALUES ('ruleset', 'principles', ''), ('npc', 'persona', '')"
-        )
-        flags = connection.execute("SELECT name, must_keep, min_chars FROM slots ORDER BY 1").fetchall()
-    assert flags == [("persona", False, 140), ("principles", True, 160)]
-
-
-def test_a_user_who_goes_leaves_what_he_created(db: Db) -> None:
-    supabase.install(db)
-    setup(db)
-    fill(db)
-    keys = db.rows(
+@of("no profiles")
+def test_a_user_who_goes_leaves_what_he_created(ready: Db) -> None:
+    fill(ready)
+    keys = ready.rows(
         "SELECT conrelid::regclass::text, pg_get_constraintdef(oid) FROM pg_constraint"
         " WHERE contype = 'f' AND confrelid = 'auth.users'::regclass AND conrelid <> 'auth.users'::regclass ORDER BY 1"
     )
     expected = "FOREIGN KEY (created_by) REFERENCES auth.users(id) ON DELETE SET NULL"
     assert keys == [("prompt_snapshots", expected), ("templates", expected)]
-    db.execute(f"DELETE FROM auth.users WHERE id = '{PLAYER}'")
+    ready.execute(f"DELETE FROM auth.users WHERE id = '{PLAYER}'")
     assert (
-        db.rows("SELECT created_by FROM templates UNION ALL SELECT created_by FROM prompt_snapshots") == [(None,)] * 4
+        ready.rows("SELECT created_by FROM templates UNION ALL SELECT created_by FROM prompt_snapshots")
+        == [(None,)] * 4
     )
 
 
 # --- what belongs to others ---
 
 
-@pytest.mark.parametrize("profiles", [True, False], ids=["profiles", "no profiles"])
-@pytest.mark.parametrize("keep_ours", [True, False], ids=["beside ours", "alone"])
-def test_a_table_with_somebody_elses_policy_keeps_its_policies(db: Db, keep_ours: bool, profiles: bool) -> None:
-    supabase.install(db)
-    if profiles:
-        supabase.add_profiles(db)
-    setup(db)
+@of("profiles", "no profiles")
+def test_a_table_with_somebody_elses_policy_keeps_its_policies(ready: Db) -> None:
+    """Beside ours, or alone: by turns."""
     for table in CHAIN:
-        db.execute(
+        ready.execute(
             f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY;"
             f"CREATE POLICY theirs ON {table} FOR SELECT TO authenticated USING (created_at < now())"
         )
-    dropped = [name for table, name, *_ in policies(db) if table in CHAIN and name != "theirs" and not keep_ours]
-    for table, name, *_ in policies(db):
-        if name in dropped:
-            db.execute(f"DROP POLICY {name} ON {table}")
-    theirs = policies(db)
-    assert set(db.differing()) == {f"row-level security of {table}" for table in CHAIN}
+    alone = CHAIN[1::2] if "slots_admin" in {name for _, name, *_ in policies(ready)} else CHAIN[::2]
+    for table, name, *_ in policies(ready):
+        if table in alone and name != "theirs":
+            ready.execute(f"DROP POLICY {name} ON {table}")
+    theirs = policies(ready)
+    assert set(ready.differing()) == {f"row-level security of {table}" for table in CHAIN}
 
-    setup(db)
-    assert policies(db) == theirs
-    assert row_security(db) == dict.fromkeys(TABLES, True)
-    assert db.differing() == {}
-    assert {one["says"].partition(" ")[0] for one in _unusual(db, "policy")} == set(CHAIN)
+    setup(ready)
+    assert policies(ready) == theirs
+    assert row_security(ready) == dict.fromkeys(TABLES, True)
+    assert ready.differing() == {}
+    assert {one["says"].partition(" ")[0] for one in _unusual(ready, "policy")} == set(CHAIN)
 
 
-@pytest.mark.parametrize("profiles", [True, False], ids=["profiles", "no profiles"])
-def test_the_policy_that_older_files_left_counts_as_none(db: Db, profiles: bool) -> None:
+def test_the_policy_that_older_files_left_counts_as_none(db: Db) -> None:
     supabase.install(db)
     db.execute(states.by_hand())
-    if profiles:
-        supabase.add_profiles(db)
+    supabase.add_profiles(db)
     older = [table for table in CHAIN if table != "turn_metrics"]
     for table in older:
         db.execute(
@@ -306,7 +267,7 @@ def test_the_policy_that_older_files_left_counts_as_none(db: Db, profiles: bool)
     assert names == {
         *(f"{table}_service_role" for table in CHAIN),
         *(f"Service role can manage {table}" for table in older),
-        *(title.removeprefix("policy ") for title in ADMIN_POLICIES if profiles),
+        *(title.removeprefix("policy ") for title in ADMIN_POLICIES),
     }
     assert db.differing() == {}
     before = db.dump()
@@ -314,87 +275,67 @@ def test_the_policy_that_older_files_left_counts_as_none(db: Db, profiles: bool)
     assert db.dump() == before
 
 
-@pytest.mark.parametrize(
-    ("change", "may"),
-    [
-        ("", "SELECT, INSERT, UPDATE, DELETE"),
-        ("REVOKE INSERT, UPDATE, DELETE ON turns FROM anon, authenticated", "SELECT"),
-        ("ALTER TABLE turns ENABLE ROW LEVEL SECURITY", ""),
-        ("REVOKE ALL ON turns FROM anon", ""),
-        ("DROP FUNCTION auth.uid()", ""),
-    ],
-    ids=["all", "read", "row-level security", "no grant", "plain"],
-)
-def test_status_says_what_anybody_may_do_with_core_tables_that_existed(db: Db, change: str, may: str) -> None:
+def test_status_says_what_anybody_may_do_with_core_tables_that_existed(db: Db) -> None:
     supabase.install(db)
-    db.execute(states.CORE + change)
+    db.execute(
+        states.CORE + "REVOKE INSERT, UPDATE, DELETE ON turns FROM anon, authenticated;"
+        "ALTER TABLE worlds ENABLE ROW LEVEL SECURITY; REVOKE ALL ON rulesets FROM anon"
+    )
     setup(db)
     done = db.invoke("status", "--format", "json")
     assert done.code == 0, done
     said = {line["says"]: line["command"] for line in json.loads(done.out)["surroundings"]["unusual"]}
-    words = f"anon may {may} in turns: its row-level security is off"
-    command = "ALTER TABLE public.turns ENABLE ROW LEVEL SECURITY;"
-    assert [(says, command) for says, command in said.items() if " turns: " in says] == (
-        [(words, command)] if may else []
+    may = {"turns": "SELECT"} | dict.fromkeys(
+        ("entry_points", "prompt_segments", "games"), "SELECT, INSERT, UPDATE, DELETE"
     )
+    assert {says: command for says, command in said.items() if " may " in says} == {
+        f"anon may {what} in {table}: its row-level security is off": (
+            f"ALTER TABLE public.{table} ENABLE ROW LEVEL SECURITY;"
+        )
+        for table, what in may.items()
+    }
 
 
 _OWN_ROW = "CREATE POLICY own_row ON profiles FOR {} TO authenticated {} (id = (SELECT auth.uid()))"
-_ANY_USER = "any user can make himself an admin"
-# What is done to profiles, or to a table of ours; what status and doctor say of it.
+_UPDATED = _OWN_ROW.format("UPDATE", "USING")
+_UPDATES = f"GRANT UPDATE ON profiles TO authenticated; {_UPDATED}"
+_ANY_USER, _NOBODY = "any user can make himself an admin", "nobody counts as an admin"
+# What is done to profiles; what status and doctor say of it.
 RISKS = {
-    "as it should be": ("", None),
-    "unreadable": ("REVOKE SELECT ON profiles FROM authenticated", "nobody counts as an admin"),
-    "role unreadable": (
-        "REVOKE SELECT ON profiles FROM authenticated; GRANT SELECT (id) ON profiles TO authenticated",
-        "nobody counts as an admin",
-    ),
-    "no row shown": ("DROP POLICY profiles_own ON profiles", "nobody counts as an admin"),
-    "own row updated": (f"GRANT UPDATE ON profiles TO authenticated; {_OWN_ROW.format('UPDATE', 'USING')}", _ANY_USER),
-    "own row inserted": (f"GRANT INSERT ON profiles TO PUBLIC; {_OWN_ROW.format('INSERT', 'WITH CHECK')}", _ANY_USER),
-    "no row-level security": (
-        "GRANT UPDATE (role) ON profiles TO authenticated; ALTER TABLE profiles DISABLE ROW LEVEL SECURITY",
-        _ANY_USER,
-    ),
-    "a column of several": (  # and no right that was not held before
-        "ALTER TABLE profiles ADD name text, ADD credit int; GRANT UPDATE (name, role) ON profiles TO authenticated;"
-        + _OWN_ROW.format("UPDATE", "USING"),
-        _ANY_USER,
-    ),
-    "a trigger keeps it": (
-        "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.role := OLD.role; RETURN NEW; END';"
-        "CREATE TRIGGER keep BEFORE UPDATE ON profiles FOR EACH ROW EXECUTE FUNCTION keep();"
-        f"GRANT UPDATE ON profiles TO authenticated; {_OWN_ROW.format('UPDATE', 'USING')}",
-        None,
-    ),
-    "its role kept": (
-        f"GRANT UPDATE ON profiles TO authenticated;{_OWN_ROW.format('UPDATE', 'USING')} WITH CHECK (role = 'player')",
-        None,
-    ),
-    "another column": (
-        "ALTER TABLE profiles ADD name text; GRANT UPDATE (name) ON profiles TO authenticated;"
-        + _OWN_ROW.format("UPDATE", "USING"),
-        None,
-    ),
+    "": None,
+    "REVOKE SELECT ON profiles FROM authenticated": _NOBODY,
+    "REVOKE SELECT ON profiles FROM authenticated; GRANT SELECT (id) ON profiles TO authenticated": _NOBODY,
+    "DROP POLICY profiles_own ON profiles": _NOBODY,
+    _UPDATES: _ANY_USER,
+    f"GRANT INSERT ON profiles TO PUBLIC; {_OWN_ROW.format('INSERT', 'WITH CHECK')}": _ANY_USER,
+    "GRANT UPDATE (role) ON profiles TO authenticated; ALTER TABLE profiles DISABLE ROW LEVEL SECURITY": _ANY_USER,
+    # a column of several, and no right that was not held before
+    "ALTER TABLE profiles ADD name text, ADD credit int; GRANT UPDATE (name, role) ON profiles TO authenticated;"
+    + _UPDATED: _ANY_USER,
+    # a trigger keeps it
+    "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.role := OLD.role; RETURN NEW; END';"
+    f"CREATE TRIGGER keep BEFORE UPDATE ON profiles FOR EACH ROW EXECUTE FUNCTION keep(); {_UPDATES}": None,
+    f"{_UPDATES} WITH CHECK (role = 'player')": None,
+    f"ALTER TABLE profiles ADD name text; GRANT UPDATE (name) ON profiles TO authenticated; {_UPDATED}": None,
 }
 
 
-@pytest.mark.parametrize(("change", "says"), RISKS.values(), ids=RISKS)
-def test_what_profiles_let_a_user_do_is_said_and_cleared(db: Db, change: str, says: str | None) -> None:
-    supabase.install(db, default_privileges=False)
-    supabase.add_profiles(db)
-    setup(db)
-    db.execute(change)
-    told = _unusual(db, "profiles")
+@of("no default privileges")
+@pytest.mark.parametrize(("change", "says"), RISKS.items(), ids=range(len(RISKS)))
+def test_what_profiles_let_a_user_do_is_said_and_cleared(ready: Db, change: str, says: str | None) -> None:
+    ready.execute(change)
+    told = _unusual(ready, "profiles")
     assert [str(says) in one["says"] for one in told] == [True] * (says is not None)
-    assert [one["says"] in db.invoke("doctor").out.replace("\n" + " " * 23, " ") for one in told] == [True] * len(told)
-    held = _held(db)
+    assert [one["says"] in ready.invoke("doctor").out.replace("\n" + " " * 23, " ") for one in told] == [True] * len(
+        told
+    )
+    held = _held(ready)
     for one in told:
-        db.execute(one["command"])
-    assert _held(db) - held <= ({("id", "SELECT"), ("role", "SELECT")} if says and "nobody" in says else set())
-    assert held - _held(db) <= {("role", "INSERT"), ("role", "UPDATE")}
-    assert _unusual(db, "profiles") == []
-    with supabase.session(db, "authenticated", supabase.PLAYER) as player:
+        ready.execute(one["command"])
+    assert _held(ready) - held <= ({("id", "SELECT"), ("role", "SELECT")} if says and "nobody" in says else set())
+    assert held - _held(ready) <= {("role", "INSERT"), ("role", "UPDATE")}
+    assert _unusual(ready, "profiles") == []
+    with supabase.session(ready, "authenticated", supabase.PLAYER) as player:
         with suppress(psycopg.errors.InsufficientPrivilege):
             player.execute("UPDATE profiles SET role = 'admin'")
         assert player.execute("SELECT role FROM profiles WHERE id = auth.uid()").fetchall() == [("player",)]
@@ -416,20 +357,14 @@ def _unusual(db: Db, what: str) -> list[dict[str, str]]:
     return [one for one in unusual if one["what"] == what]
 
 
-@pytest.mark.parametrize(
-    "theirs",
-    [
-        "",
-        "CREATE POLICY theirs ON games FOR SELECT TO anon USING (true)",
-        "CREATE POLICY theirs ON games FOR SELECT TO anon USING (true); ALTER TABLE games ENABLE ROW LEVEL SECURITY",
-    ],
-    ids=["nothing", "a policy", "a policy and row-level security"],
-)
-def test_core_tables_that_existed_keep_their_row_security_and_policies(db: Db, theirs: str) -> None:
+def test_core_tables_that_existed_keep_their_row_security_and_policies(db: Db) -> None:
     db.migrate("20250130000000_core_schema")  # on a database that is not Supabase yet
     supabase.install(db)
     supabase.add_profiles(db)
-    db.execute(theirs or "SELECT")
+    db.execute(
+        "CREATE POLICY theirs ON games FOR SELECT TO anon USING (true);"
+        "CREATE POLICY theirs ON turns FOR SELECT TO anon USING (true); ALTER TABLE turns ENABLE ROW LEVEL SECURITY"
+    )
     before = {table: row_security(db)[table] for table in CORE}, policies(db)
     setup(db)
     ours = [policy for policy in policies(db) if policy[0] in CORE]
@@ -437,35 +372,32 @@ def test_core_tables_that_existed_keep_their_row_security_and_policies(db: Db, t
     assert db.differing() == {}
 
 
-@pytest.mark.parametrize(
-    "profiles",
-    [
-        "CREATE TABLE profiles (id uuid PRIMARY KEY, name text)",
-        "CREATE TABLE profiles (id bigint PRIMARY KEY, role text)",
-        "CREATE TABLE profiles (user_id uuid PRIMARY KEY, role text)",
-        "CREATE TABLE profiles (id uuid PRIMARY KEY, role text); ALTER TABLE profiles DROP COLUMN role",
-    ],
-    ids=["no role", "id not uuid", "no id", "role dropped"],
-)
-def test_another_kind_of_profiles_makes_no_admins(db: Db, profiles: str) -> None:
-    supabase.install(db)
-    db.execute(profiles)
-    setup(db)
-    assert all(roles == ["service_role"] for _, _, _, roles, *_ in policies(db))
-    assert db.differing() == {}
+@of("no profiles")
+def test_another_kind_of_profiles_makes_no_admins(ready: Db) -> None:
+    for profiles in (
+        "(id uuid PRIMARY KEY, name text)",
+        "(id bigint PRIMARY KEY, role text)",
+        "(user_id uuid PRIMARY KEY, role text)",
+        "(id uuid PRIMARY KEY, role text); ALTER TABLE profiles DROP COLUMN role",
+    ):
+        ready.execute(f"CREATE TABLE profiles {profiles}")
+        assert ready.differing() == {}, profiles
+        assert ready.invoke("setup").code == 0
+        assert all(roles == ["service_role"] for _, _, _, roles, *_ in policies(ready)), profiles
+        ready.execute("DROP TABLE profiles")
 
 
-def test_a_role_of_an_enum_type_makes_admins(db: Db) -> None:
-    supabase.install(db)
-    supabase.add_profiles(db)
-    db.execute(
+@of("no profiles")
+def test_a_role_of_an_enum_type_makes_admins(ready: Db) -> None:
+    supabase.add_profiles(ready)
+    ready.execute(
         "CREATE TYPE user_role AS ENUM ('player', 'admin'); ALTER TABLE profiles ALTER COLUMN role DROP DEFAULT;"
         "ALTER TABLE profiles ALTER COLUMN role TYPE user_role USING role::user_role"
     )
-    setup(db)
-    fill(db)
-    assert powers(db, "authenticated", ADMIN) == ADMINS
-    assert powers(db, "authenticated", PLAYER) == NOTHING
+    setup(ready)
+    fill(ready)
+    assert powers(ready, "authenticated", ADMIN) == ADMINS
+    assert powers(ready, "authenticated", PLAYER) == NOTHING
 
 
 @pytest.mark.parametrize(
@@ -478,36 +410,40 @@ def test_an_auth_schema_of_another_kind_is_plain(db: Db, change: str) -> None:
     assert policies(db) == []
     assert row_security(db) == dict.fromkeys(TABLES, False)
     assert json.loads(db.invoke("verify", "--format", "json").out)["server"]["row_security"] == "plain PostgreSQL"
+    if "auth.uid" in change:  # it says so of tables that anybody may reach by a Supabase's API
+        assert " may " not in db.invoke("status").out
     assert db.differing() == {}
 
 
 # --- run again, run by hand, run by whom ---
 
 
-@pytest.mark.parametrize("profiles", [True, False], ids=["profiles", "no profiles"])
-@pytest.mark.parametrize("order", [DOCUMENTED_ORDER, SNAPSHOTS_FIRST], ids=["slots first", "snapshots first"])
-@pytest.mark.parametrize("role", ["postgres", MIGRATOR])
-def test_by_hand_is_as_by_setup(db: Db, other: Db, role: str, order: tuple[str, ...], profiles: bool) -> None:
-    for database in (db, other):
-        supabase.install(database)
-        if profiles:
-            supabase.add_profiles(database)
-    setup(db, role=role)
-    by_hand(other, order, role)
-    assert other.dump() == db.dump()
-    assert other.differing() == {}
-
-
-def test_again_changes_nothing(db: Db) -> None:
+@pytest.mark.parametrize(
+    ("order", "how"),
+    [
+        (DOCUMENTED_ORDER, {}),
+        (SNAPSHOTS_FIRST, {"profiles": False}),
+        (DOCUMENTED_ORDER, {"role": MIGRATOR, "profiles": False}),
+        (SNAPSHOTS_FIRST, {"role": MIGRATOR}),
+    ],
+    ids=["slots first", "snapshots first, no profiles", f"{MIGRATOR}, no profiles", f"{MIGRATOR}, snapshots first"],
+)
+def test_by_hand_is_as_by_setup(db: Db, order: tuple[str, ...], how: dict[str, Any]) -> None:
     supabase.install(db)
-    supabase.add_profiles(db)
-    setup(db)
-    fill(db)
-    before = db.dump(data=True)
-    for _ in range(5):
-        by_hand(db, DOCUMENTED_ORDER, "postgres")
-    setup(db)
-    assert db.dump(data=True) == before
+    if how.get("profiles", True):
+        supabase.add_profiles(db)
+    by_hand(db, order, how.get("role", "postgres"))
+    assert db.dump() == supabase.template(db.cluster, **how).dump()
+    assert db.differing() == {}
+
+
+def test_again_changes_nothing(ready: Db) -> None:
+    fill(ready)
+    before = ready.dump(data=True)
+    for _ in range(2):
+        by_hand(ready, DOCUMENTED_ORDER, "postgres")
+    setup(ready)
+    assert ready.dump(data=True) == before
 
 
 def by_hand(db: Db, stems: tuple[str, ...], role: str) -> None:
@@ -515,18 +451,15 @@ def by_hand(db: Db, stems: tuple[str, ...], role: str) -> None:
     assert done.code == 0, done
 
 
-def test_setup_needs_no_superuser(db: Db) -> None:
-    supabase.install(db)
-    supabase.add_profiles(db)
-    assert db.rows(f"SELECT rolsuper FROM pg_roles WHERE rolname = '{MIGRATOR}'") == [(False,)]
-    setup(db, role=MIGRATOR)
-    owners = db.rows(f"SELECT DISTINCT relowner::regrole::text FROM pg_class WHERE relname = ANY {_tables()}")
+@of(MIGRATOR)
+def test_setup_needs_no_superuser(ready: Db) -> None:
+    assert ready.rows(f"SELECT rolsuper FROM pg_roles WHERE rolname = '{MIGRATOR}'") == [(False,)]
+    owners = ready.rows(f"SELECT DISTINCT relowner::regrole::text FROM pg_class WHERE relname = ANY {_tables()}")
     assert owners == [(MIGRATOR,)]
-    assert db.value("SELECT count(DISTINCT step) FROM budget_engine.history WHERE role_name = 'supabase_postgres'") > 0
-    assert db.differing() == {}
-    before = db.dump()
-    setup(db, role=MIGRATOR)
-    assert db.dump() == before
+    assert ready.rows("SELECT DISTINCT role_name FROM budget_engine.history") == [(MIGRATOR,)]
+    before = ready.dump()
+    setup(ready, role=MIGRATOR)
+    assert ready.dump() == before
 
 
 def test_without_the_right_to_point_at_users_nothing_is_changed(db: Db) -> None:
@@ -618,25 +551,9 @@ def findings(look: Callable[[str], list[tuple[Any, ...]]]) -> dict[str, list[tup
     return {lint: rows for lint, query in LINTS.items() if (rows := look(query))}
 
 
-@pytest.mark.parametrize("default_privileges", [True, False], ids=["default privileges", "no default privileges"])
-@pytest.mark.parametrize("profiles", [True, False], ids=["profiles", "no profiles"])
-def test_the_linter_finds_nothing(db: Db, profiles: bool, default_privileges: bool) -> None:
-    supabase.install(db, default_privileges=default_privileges)
-    db.execute("ALTER FUNCTION auth.uid() SET search_path = ''; ALTER FUNCTION auth.role() SET search_path = ''")
-    if profiles:
-        supabase.add_profiles(db)
-    setup(db)
-    assert findings(db.rows) == {}
-    # INFO only: the documented schema has no index for these two.
-    assert db.rows(UNINDEXED_FOREIGN_KEYS) == [("games", "ruleset_id"), ("templates", "created_by")]
-
-
-def test_every_lint_finds_its_offence(db: Db) -> None:
-    supabase.install(db)
-    supabase.add_profiles(db)
-    setup(db)
+def test_every_lint_finds_its_offence(ready: Db) -> None:
     found = {}
-    with db.connect() as connection:
+    with ready.connect() as connection:
         for lint, offence in OFFENCES.items():
             with connection.transaction(force_rollback=True):
                 connection.execute(offence.encode())

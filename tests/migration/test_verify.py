@@ -6,6 +6,7 @@ verification: `missing_from_its_table` and `without_its_table` say it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 import re
@@ -22,15 +23,17 @@ from budget_engine import errors
 from budget_engine.commands import setup
 from budget_engine.migration import chain, plan, survey
 from budget_engine.migration.checks import Check, Kind
-from conftest import SEED, Db, as_text, database
+from budget_engine.postgres.embedded import Cluster
+from conftest import SEED, Db, as_text, database, template
 from states import COLUMNS
-from verification import VERIFY, verified
+from verification import VERIFY, fingerprint, verified
 from versions import MAJOR
 
 CHAIN = chain.load()
 CORE, SLOTS_TEMPLATES, SNAPSHOTS, FIX, FLAGS, REPORT, METRICS = (step.label for step in CHAIN.steps)
 RECREATE = "recreate_core_schema"  # fixes what is needed of core tables, but only where it is asked for
 CONFLICT, DOCUMENTED = "conflict", "told, no more"
+STEPS = {step.label for step in CHAIN.steps}
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 Differences = dict[str, tuple[str | None, str]]  # title → actual; the step that fixes it, CONFLICT or DOCUMENTED
@@ -110,26 +113,45 @@ def uses(check: Check, table: str, column: str) -> bool:
 
 @dataclass(frozen=True)
 class Breakage:
-    """SQL that breaks a check, and all that differs then; nothing, where that must not matter."""
+    """SQL that breaks a check, and all that differs then; nothing, where that must not matter.
+
+    near: what would become of these would depend on it, too.
+    """
 
     check: Check
     what: str
     sql: str
     differs: Differences
+    near: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         return f"{self.check.title}: {self.what}"
 
     @property
-    def refused(self) -> bool:
-        return any(becomes in (CONFLICT, RECREATE) for _, becomes in self.differs.values())
+    def refused(self) -> set[str]:
+        return {title for title, (_, becomes) in self.differs.items() if becomes in (CONFLICT, RECREATE)}
+
+    @functools.cached_property
+    def touched(self) -> set[str]:
+        """What no other breakage may have to do with, for both to be looked at in one database."""
+        used = {f"{self.check.table}.created_at"} if "created_at" in self.sql else set()
+        return {self.check.title, *self.differs, *self.near, *used}
+
+    def meets(self, other: Breakage) -> bool:
+        whole = self.check.table == other.check.table and Kind.TABLE in (self.check.kind, other.check.kind)
+        return whole or not self.touched.isdisjoint(other.touched)
 
 
 def breakages(checks: Checks) -> list[Breakage]:
     """Every breakage of every check, and what can hang on a uuid turn_id."""
     own = [broken for check in checks.values() for broken in _BREAKERS[check.kind](check, checks)]
     return [*own, *_hang(checks["prompt_snapshots.turn_id"], checks)]
+
+
+def _other(check: Check) -> str:
+    """Name what is put in its place."""
+    return "_".join(["other", *re.findall(r"\w+", f"{check.kind.value} {check.table} {check.name}")])
 
 
 def _lost(checks: Iterable[Check], *, buildable: bool = True) -> Differences:
@@ -148,7 +170,7 @@ _INSTEAD = {
     "partitioned table": "CREATE TABLE {table} (other int) PARTITION BY LIST (other)",
     "sequence": "CREATE SEQUENCE {table}",
     "type": "CREATE TYPE {table} AS (other int)",
-    "index": "CREATE TABLE other (other int); CREATE INDEX {table} ON other (other)",
+    "index": "CREATE TABLE other_{table} (other int); CREATE INDEX {table} ON other_{table} (other)",
 }
 
 
@@ -325,7 +347,7 @@ def _pointing_to_key(check: Check, checks: Checks) -> list[Check]:
 
 
 def _break_key(check: Check, checks: Checks) -> Iterator[Breakage]:
-    table, columns, name = check.table, check.name, _key_name(check)
+    table, columns, name, other = check.table, check.name, _key_name(check), _other(check)
     drop = _drop_key(check)
     lost = _lost([check, *_pointing_to_key(check, checks)])
     yield Breakage(check, "dropped", drop, lost)
@@ -333,24 +355,25 @@ def _break_key(check: Check, checks: Checks) -> Iterator[Breakage]:
     lost_alone = _lost([check])
     if check.title == GAME_IDX:  # the only one that is built concurrently
         lost_alone = {GAME_IDX: ("UNIQUE INVALID", CORE)}
-    yield Breakage(check, "invalid", invalid, lost_alone)
-    partial = f"CREATE UNIQUE INDEX other ON {table} ({columns}) WHERE created_at > '2000-01-01'"
+    pointing = tuple(other.title for other in _pointing_to_key(check, checks))
+    yield Breakage(check, "invalid", invalid, lost_alone, pointing)
+    partial = f"CREATE UNIQUE INDEX {other} ON {table} ({columns}) WHERE created_at > '2000-01-01'"
     yield Breakage(check, "partial", f"{drop}; {partial}", lost)
-    yield Breakage(check, "wider", f"{drop}; CREATE UNIQUE INDEX other_wider ON {table} ({columns}, created_at)", lost)
-    expression = f"CREATE UNIQUE INDEX other_expression ON {table} ({columns}, (1))"
+    yield Breakage(check, "wider", f"{drop}; CREATE UNIQUE INDEX {other} ON {table} ({columns}, created_at)", lost)
+    expression = f"CREATE UNIQUE INDEX {other} ON {table} ({columns}, (1))"
     yield Breakage(check, "expression", f"{drop}; {expression}", lost)
-    deferrable = f"ALTER TABLE {table} ADD CONSTRAINT other_deferrable {check.expected} ({columns}) DEFERRABLE"
+    deferrable = f"ALTER TABLE {table} ADD CONSTRAINT {other} {check.expected} ({columns}) DEFERRABLE"
     yield Breakage(check, "deferrable", f"{drop}; {deferrable}", lost)
     # Where the name of the index is taken, nobody can build it.
     taken = f"{drop}; CREATE INDEX {name} ON {table} ({columns})"
     in_its_place: Differences = {GAME_IDX: (_taken(name, table), DOCUMENTED)} if check.title == GAME_IDX else {}
     yield Breakage(check, "not unique", taken, lost | in_its_place)
     if check.expected == "PRIMARY KEY":
-        unique = f"{drop}; ALTER TABLE {table} ADD CONSTRAINT other UNIQUE ({columns})"
+        unique = f"{drop}; ALTER TABLE {table} ADD CONSTRAINT {other} UNIQUE ({columns})"
         yield Breakage(check, "unique only", unique, lost | {check.title: ("UNIQUE", in_another_form(check))})
-    yield Breakage(check, "renamed", f"ALTER INDEX {name} RENAME TO other", {})
+    yield Breakage(check, "renamed", f"ALTER INDEX {name} RENAME TO {other}", {})
     if check.expected == "UNIQUE":
-        covering = f"{drop}; CREATE UNIQUE INDEX other ON {table} ({columns}) INCLUDE (created_at)"
+        covering = f"{drop}; CREATE UNIQUE INDEX {other} ON {table} ({columns}) INCLUDE (created_at)"
         yield Breakage(check, "covering", covering, {})
 
 
@@ -375,7 +398,9 @@ def _break_index(check: Check, _: Checks) -> Iterator[Breakage]:
     if definition.startswith("btree"):
         unique = f"{drop}; CREATE UNIQUE INDEX {name} ON {table} USING {definition}"
         yield _as_another(check, "unique", unique, f"UNIQUE {definition}")
-    yield _as_another(check, "elsewhere", f"{drop}; CREATE INDEX {name} ON worlds (id)", _taken(name, "worlds"))
+    other = _other(check)
+    elsewhere = f"{drop}; CREATE TABLE {other} (id int); CREATE INDEX {name} ON {other} (id)"
+    yield _as_another(check, "elsewhere", elsewhere, _taken(name, other))
     no_index = f"missing, and its name {name} is taken by no index"
     yield _as_another(check, "not an index", f"{drop}; CREATE SEQUENCE {name}", no_index)
     option = "fillfactor = 70" if definition.startswith("btree") else "fastupdate = off"
@@ -404,14 +429,14 @@ def _break_foreign_key(check: Check, checks: Checks) -> Iterator[Breakage]:
     set_null = "SET NULL" in check.expected
     action = check.expected.replace("SET NULL", "CASCADE") if set_null else f"{no_action} ON DELETE SET DEFAULT"
     yield _as_another(check, "other action", with_key(action), action)
-    elsewhere = re.sub(r"REFERENCES [\w.]+", "REFERENCES public.other", check.expected)
-    other = f"CREATE TABLE other (id {type_} PRIMARY KEY)"
+    elsewhere = re.sub(r"REFERENCES [\w.]+", f"REFERENCES public.{_other(check)}", check.expected)
+    other = f"CREATE TABLE {_other(check)} (id {type_} PRIMARY KEY)"
     yield _as_another(check, "elsewhere", f"{other}; {with_key(elsewhere)}", elsewhere)
     named = f"{drop}; {alter} ADD CONSTRAINT {name} CHECK ({check.name} IS NOT NULL) NOT VALID"
     taken = f"missing, and its name {name} is taken by CHECK (({check.name} IS NOT NULL)) NOT VALID"
     yield _as_another(check, "its name taken", named, taken)
-    yield Breakage(check, "renamed", f"{alter} RENAME CONSTRAINT {name} TO other", {})
-    second = f"{alter} ADD CONSTRAINT a_second_one {key} {{}}"
+    yield Breakage(check, "renamed", f"{alter} RENAME CONSTRAINT {name} TO {_other(check)}", {})
+    second = f"{alter} ADD CONSTRAINT {_other(check)} {key} {{}}"
     yield Breakage(check, "the same again", second.format(check.expected), {})
     yield Breakage(check, "the same again, not valid", second.format(not_valid), {})
     yield _as_another(check, "a second one", second.format(no_action), no_action)
@@ -442,6 +467,13 @@ def _break_policy(check: Check, _: Checks) -> Iterator[Breakage]:
         yield _as_another(check, f"to {other}", sql, check.expected.replace(f" TO {role}", f" TO {other}"))
     another = f"{drop}; CREATE POLICY {name} ON {table} FOR DELETE TO {role} USING (false)"
     yield _as_another(check, "for another command", another, SOMETHING)
+    for clause, form in re.findall(r"(USING|WITH CHECK) \((\w+)\)", check.expected):  # opened, or closed
+        other = f"{clause} ({'false' if form == 'true' else 'true'})"
+        form = check.expected.replace(f"{clause} ({form})", other)
+        yield _as_another(check, other, f"ALTER POLICY {name} ON {table} {other}", form)
+    if "(admin)" not in check.expected:
+        restrictive = f"{drop}; CREATE POLICY {name} ON {table} AS RESTRICTIVE FOR {check.expected}"
+        yield _as_another(check, "restrictive", restrictive, check.expected.replace(role, f"{role} AS RESTRICTIVE"))
 
 
 # ── triggers and functions ─────────────────────────────────────────────────────────────────────────────────────────
@@ -451,8 +483,9 @@ def _break_trigger(check: Check, _: Checks) -> Iterator[Breakage]:
     name, table = check.name, check.table
     replaced = DOCUMENTED if documented(check) else check.step
     yield Breakage(check, "dropped", f"DROP TRIGGER {name} ON {table}", _lost([check]))
-    disable = f"ALTER TABLE {table} DISABLE TRIGGER {name}"
-    yield Breakage(check, "disabled", disable, {check.title: (f"{check.expected}, disabled", replaced)})
+    for how in ("DISABLE", "ENABLE REPLICA"):
+        sql = f"ALTER TABLE {table} {how} TRIGGER {name}"
+        yield Breakage(check, how, sql, {check.title: (f"{check.expected}, disabled", replaced)})
     events = re.sub("INSERT( OR UPDATE.*?)? ON ", "INSERT OR DELETE ON ", check.expected)
     forms = {
         "after": check.expected.replace("BEFORE", "AFTER"),
@@ -474,8 +507,19 @@ def _break_function(check: Check, checks: Checks) -> Iterator[Breakage]:
     by = [other for other in checks.values() if other.kind is Kind.TRIGGER and f" {name}" in other.expected]
     replaced = DOCUMENTED if documented(check) else check.step
     yield Breakage(check, "dropped", f"DROP FUNCTION {name} CASCADE", _lost([check, *by]))
-    definer = check.expected.replace(", source", ", SECURITY DEFINER, source")
-    yield Breakage(check, "definer", f"ALTER FUNCTION {name} SECURITY DEFINER", {check.title: (definer, replaced)})
+    owned = "owned like the table"
+    forms = {
+        "SECURITY DEFINER": check.expected.replace(owned, f"{owned}, SECURITY DEFINER"),
+        "RESET search_path": re.sub("search_path=.*(?=owned)", "", check.expected),
+    }
+    another = check.expected.replace(owned, "owned by pg_monitor")
+    yield _as_another(check, "another owner", f"ALTER FUNCTION {name} OWNER TO pg_monitor", another)
+    for what, form in forms.items():
+        yield Breakage(check, what, f"ALTER FUNCTION {name} {what}", {check.title: (form, replaced)})
+    if not by:  # those who insert call it, by way of a trigger's function
+        form = check.expected.replace(owned, f"{owned}, not for everybody to call")
+        revoke = f"REVOKE EXECUTE ON FUNCTION {name} FROM PUBLIC"
+        yield Breakage(check, "not for everybody", revoke, {check.title: (form, replaced)})
     body = "BEGIN RETURN NULL; END"
     broken = f"UPDATE pg_proc SET prosrc = '{body}' WHERE oid = '{name}'::regprocedure"
     md5 = hashlib.md5(body.encode(), usedforsecurity=False).hexdigest()
@@ -528,7 +572,8 @@ def _hang(column: Check, checks: Checks) -> Iterator[Breakage]:
             differs["index idx_prompt_snapshots_turn_id"] = ("UNIQUE btree (turn_id)", CONFLICT)
         if "FOREIGN KEY" in statement:
             differs["foreign key prompt_snapshots (turn_id)"] = ("REFERENCES public.other(id)", CONFLICT)
-        yield Breakage(dependants, statement, f"{uuid_instead.sql}; {statement}", differs)
+        policies = (c.title for c in checks.values() if c.kind is Kind.POLICY and "CREATE POLICY" in statement)
+        yield Breakage(dependants, statement, f"{uuid_instead.sql}; {statement}", differs, tuple(policies))
 
 
 _BREAKERS: dict[Kind, Callable[[Check, Checks], Iterator[Breakage]]] = {
@@ -550,13 +595,10 @@ _BREAKERS: dict[Kind, Callable[[Check, Checks], Iterator[Breakage]]] = {
 
 
 @pytest.fixture(params=["plain", "supabase"])
-def ready(request: pytest.FixtureRequest, db: Db) -> Db:
+def ready(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Db]:
     """Return a database that setup has brought to the schema."""
-    if request.param == "supabase":
-        supabase.install(db)
-        supabase.add_profiles(db)
-    assert db.invoke("setup").code == 0
-    return db
+    with database(cluster, template(cluster) if request.param == "plain" else supabase.template(cluster).name) as db:
+        yield db
 
 
 @contextmanager
@@ -599,165 +641,88 @@ def test_every_check_is_known_and_has_its_breakages(ready: Db) -> None:
 
 @pytest.mark.slow
 def test_each_check_differs_when_it_is_broken_and_nothing_else_does(ready: Db) -> None:
-    wrong: dict[str, tuple[object, object]] = {}
+    """And the plan refuses what is a conflict (recreate is not at hand), and is for nothing that is only told."""
+    wrong: list[object] = []
     with verifying(ready) as (connection, look):
-        for broken in breakages(complete(look())):
+        for batch in batches(breakages(complete(look()))):
             with connection.transaction(force_rollback=True):
-                connection.execute(broken.sql.encode())
+                for broken in batch:
+                    connection.execute(broken.sql.encode())
                 found = look()
-            if differing(found) != broken.differs:
-                wrong[broken.name] = (
-                    _without_equals(differing(found), broken.differs),
-                    _without_equals(broken.differs, differing(found)),
-                )
-            if (refused := _refuses(found)) != broken.refused:
-                wrong[broken.name + " (plan)"] = (refused, broken.refused)
+            expected = {title: how for broken in batch for title, how in broken.differs.items()}
+            unlike = _without_equals(differing(found), expected), _without_equals(expected, differing(found))
+            refused, due = _planned(found)
+            refused ^= set().union(*(broken.refused for broken in batch))
+            due -= {title for title, (_, becomes) in expected.items() if becomes in STEPS}
+            if any((*unlike, refused, due)):
+                wrong.append((unlike, refused, due, [broken.name for broken in batch]))
     assert not wrong, pformat(wrong, width=200)
 
 
-def _refuses(found: Iterable[Check]) -> bool:
-    """Whether setup would refuse: it has no recreate at hand."""
+def _planned(found: Iterable[Check]) -> tuple[set[str], set[str]]:
+    """Return what setup refuses, and what its statements are for."""
     without = [replace(check, fixed_by=None) if check.fixed_by == RECREATE else check for check in found]
-    return plan.make(CHAIN, CHAIN.steps, without).conflicts != ()
+    todo = plan.make(CHAIN, CHAIN.steps, without)
+    return {c.title for c in todo.conflicts}, {c.title for action in todo.actions for c in action.checks}
 
 
 def _without_equals(these: Differences, others: Differences) -> Differences:
     return {title: how for title, how in these.items() if others.get(title, ()) != how}
 
 
+def batches(broken: Iterable[Breakage], beside: Iterable[Breakage] = ()) -> list[list[Breakage]]:
+    """Put together what does not meet; beside: what comes along where it fits."""
+    done: list[list[Breakage]] = []
+    for one in sorted(broken, key=lambda one: -len(one.touched)):
+        if not _joined(one, done):
+            done.append([one])
+    for one in beside:
+        _joined(one, done)
+    return done
+
+
+def _joined(one: Breakage, done: list[list[Breakage]]) -> bool:
+    for batch in done:
+        if not any(one.meets(other) for other in batch):
+            batch.append(one)
+            return True
+    return False
+
+
 @pytest.mark.slow
-def test_setup_fixes_what_fixed_by_says_and_leaves_what_is_documented(ready: Db) -> None:
-    fixable = [broken for broken in breakages(complete(ready.checks())) if broken.differs and not broken.refused]
-    together = batches(fixable)
-    if not any(broken.check.kind is Kind.POLICY for broken in fixable):  # on Supabase there are all of these, and more
+def test_setup_fixes_what_fixed_by_says_and_leaves_what_is_documented(
+    ready: Db, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harmless = [broken for broken in breakages(complete(ready.checks())) if not broken.refused]
+    fixed = [broken for broken in harmless if any(becomes in STEPS for _, becomes in broken.differs.values())]
+    together = batches(fixed, beside=[broken for broken in harmless if broken not in fixed])
+    if not any(broken.check.kind is Kind.POLICY for broken in harmless):  # on Supabase there are all of these, and more
         print(f"FAULT_SEED={SEED}")
         together = random.Random(SEED).sample(together, len(together) // 3)
     for batch in together:
         with database(ready.cluster, ready.name) as copied:
             copied.execute(";\n".join(broken.sql for broken in batch))
-            names = [broken.name for broken in batch]
-            expected = {title: how for broken in batch for title, how in broken.differs.items()}
-            assert differing(copied.checks()) == expected, names
-            done = copied.invoke("setup")
-            left = {title: how for title, how in expected.items() if how[1] == DOCUMENTED}
-            assert (done.code, differing(copied.checks())) == (0, left), f"{names}\n{done}"
-
-
-def batches(fixable: list[Breakage]) -> list[list[Breakage]]:
-    """Put together what does not meet: no check differs twice, and a table that goes takes all its own along."""
-    done: list[list[Breakage]] = []
-    for broken in fixable:
-        for batch in done:
-            if not any(_meet(broken, other) for other in batch):
-                batch.append(broken)
-                break
-        else:
-            done.append([broken])
-    return done
-
-
-def _meet(one: Breakage, other: Breakage) -> bool:
-    """Whether two breakages have to do with each other; what is required of the core depends on which tables exist."""
-    whole = Kind.TABLE in (one.check.kind, other.check.kind)
-    both_core = one.check.step == other.check.step == CORE
-    tables = [{title.split()[-2] for title in broken.differs if " (" in title} for broken in (one, other)]
-    near = one.check.table == other.check.table or bool(tables[0] & tables[1])
-    same_names = any(name in one.sql and name in other.sql for name in (" other", "a_second_one", "worlds"))
-    return bool(one.differs.keys() & other.differs.keys()) or same_names or (whole and (both_core or near))
+            monkeypatch.setenv("DATABASE_URL", copied.url)
+            setup.run(None)
+            left = {title: how for broken in batch for title, how in broken.differs.items() if how[1] == DOCUMENTED}
+            assert differing(copied.checks()) == left, [broken.name for broken in batch]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ready", ["supabase"], indirect=True)
 def test_setup_refuses_a_conflict_and_changes_nothing(ready: Db, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One breakage of each kind, and all that may hang on turn_id; that the plan refuses the others was seen above."""
-    refused = {
-        (broken.check.kind, broken.what if broken.check.kind is Kind.DEPENDANTS else ""): broken
-        for broken in breakages(complete(ready.checks()))
-        if broken.refused
-    }
-    outcomes = {}
-    for broken in refused.values():
+    """One breakage of each kind; that the plan refuses the others was seen above."""
+    one_of_each = {broken.check.kind: broken for broken in breakages(complete(ready.checks())) if broken.refused}
+    for batch in batches(one_of_each.values()):
         with database(ready.cluster, ready.name) as copied:
-            copied.execute(broken.sql)
+            copied.execute(";\n".join(broken.sql for broken in batch))
             before = fingerprint(copied)
             monkeypatch.setenv("DATABASE_URL", copied.url)
             with pytest.raises(errors.RecipeError) as ended:
                 setup.run(None)
-            outcomes[broken.name] = ended.value.exit_code, fingerprint(copied) == before
-    wrong = {name: outcome for name, outcome in outcomes.items() if outcome != (6, True)}
-    assert not wrong, pformat(wrong, width=200)
-
-
-_LOOSENED = {
-    "policy opened to everybody": (
-        "policy slots_admin",
-        "ALTER POLICY slots_admin ON slots USING (true) WITH CHECK (true)",
-    ),
-    "policy for reading opened": (
-        "policy turn_metrics_admin_select",
-        "ALTER POLICY turn_metrics_admin_select ON turn_metrics USING (true)",
-    ),
-    "policy for writing opened": (
-        "policy prompt_snapshots_admin_insert",
-        "ALTER POLICY prompt_snapshots_admin_insert ON prompt_snapshots WITH CHECK (true)",
-    ),
-    "policy closed to the service": (
-        "policy templates_service_role",
-        "ALTER POLICY templates_service_role ON templates USING (false)",
-    ),
-    "policy made restrictive": (
-        "policy slots_admin",
-        "DROP POLICY slots_admin ON slots; CREATE POLICY slots_admin ON slots AS RESTRICTIVE FOR ALL TO authenticated"
-        " USING (EXISTS (SELECT FROM profiles AS p WHERE p.id = (SELECT auth.uid()) AND p.role = 'admin'))",
-    ),
-    "trigger for replicas only": (
-        "trigger trigger_slots_critical_defaults",
-        "ALTER TABLE slots ENABLE REPLICA TRIGGER trigger_slots_critical_defaults",
-    ),
-    "function without search_path": (
-        "function set_critical_slot_defaults()",
-        "ALTER FUNCTION set_critical_slot_defaults() RESET search_path",
-    ),
-    "function of another role": (
-        "function set_critical_slot_defaults()",
-        "GRANT CREATE ON SCHEMA public TO anon; ALTER FUNCTION set_critical_slot_defaults() OWNER TO anon",
-    ),
-    "function with its owner's rights": (
-        "function set_critical_slot_defaults()",
-        "ALTER FUNCTION set_critical_slot_defaults() SECURITY DEFINER",
-    ),
-    "function that those who insert may not call": (
-        "function critical_slot_defaults()",
-        "REVOKE EXECUTE ON FUNCTION critical_slot_defaults() FROM PUBLIC",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", _LOOSENED)
-def test_nothing_is_loosened_in_silence(db: Db, what: str) -> None:
-    """What keeps the name and the outline of what is expected, but not its effect."""
-    supabase.install(db)
-    supabase.add_profiles(db)
-    assert db.invoke("setup").code == 0
-    title, loosen = _LOOSENED[what]
-    db.execute(loosen)
-    found = db.differing()
-    assert set(found) == {title}
-    _, _, fixed_by = found[title]
-    done = db.invoke("setup")
-    assert (done.code, set(db.differing())) == ((6, {title}) if fixed_by is None else (0, set())), done
-
-
-def test_the_same_foreign_key_again_is_no_obstacle(db: Db) -> None:
-    assert db.invoke("setup").code == 0
-    db.execute(
-        "ALTER TABLE turn_metrics ADD CONSTRAINT again FOREIGN KEY (turn_id) REFERENCES turns (id) ON DELETE CASCADE;"
-        "COMMENT ON TABLE turn_metrics IS NULL"
-    )
-    assert set(db.differing()) == {"comment of turn_metrics"}
-    done = db.invoke("setup")
-    assert done.code == 0, done
-    assert db.differing() == {}
+            assert (ended.value.exit_code, fingerprint(copied) == before) == (6, True), batch
+            told = "\n".join(ended.value.before)
+            assert [broken.check.title for broken in batch if broken.check.title not in told] == [], told
 
 
 def test_on_an_empty_database_everything_is_missing_and_fixed_by_a_step(db: Db) -> None:
@@ -808,24 +773,3 @@ def test_the_verification_waits_for_nobody_but_access_exclusive(ready: Db) -> No
             "SELECT DISTINCT mode FROM pg_locks WHERE pid = pg_backend_pid() AND relation > 0"
         ).fetchall()
     assert modes == [("AccessShareLock",)]
-
-
-def fingerprint(db: Db) -> str:
-    """Say which version of which row is where in the catalogs: every change of the schema changes it."""
-    catalogs = [
-        "pg_class",
-        "pg_attribute",
-        "pg_attrdef",
-        "pg_constraint",
-        "pg_index",
-        "pg_proc",
-        "pg_trigger",
-        "pg_policy",
-        "pg_description",
-        "pg_namespace",
-        "pg_type",
-        "pg_rewrite",
-        "pg_depend",
-    ]
-    rows = " UNION ALL ".join(f"SELECT '{catalog}', ctid, xmin::text FROM {catalog}" for catalog in catalogs)
-    return str(db.value(f"SELECT md5(string_agg(rows::text, '' ORDER BY rows::text)) FROM ({rows}) AS rows"))

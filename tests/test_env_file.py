@@ -340,11 +340,13 @@ def test_submodule_made_by_git(vendored: Path, db: Db) -> None:
     assert db.differing() == {}
     assert not (home_of(vendored) / ".postgres").exists()
     tree = home_of(vendored.parent / "tree")
-    for task in ("setup", "verify", "status", "plan", "doctor", "db.url"):
-        done = recipe(tree, task)
-        assert done.code == 3, done
-        assert f"ENV_FILE={file}" in done.out + done.err, done
-        assert recipe(tree, task, ENV_FILE=str(file)).code == 0
+    tasks = ("setup", "verify", "status", "plan", "doctor", "db.url")
+    for task in ("setup", "verify", "doctor", "db.url"):
+        refused = recipe(tree, task)
+        assert refused.code == 3, refused
+        assert f"ENV_FILE={file}" in refused.out + refused.err, refused
+    done = recipe(tree, *tasks, ENV_FILE=str(file))
+    assert done.code == 0, done
     assert not (tree / ".postgres").exists()
 
 

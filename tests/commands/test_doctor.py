@@ -266,20 +266,6 @@ def test_what_is_odd_in_the_url_and_in_the_env_file(tree: Path, db: Db) -> None:
     assert len(re.findall(rf"^{NOTE} +settings ", done.out, re.M)) == 3
 
 
-# ── this machine ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("task", ["doctor", "setup", "db.url"])
-def test_package_that_is_missing(tree: Path, task: str) -> None:
-    (tree / "psycopg.py").write_text("raise ImportError('no pq wrapper available')\n")
-    done = recipe(tree, task)
-    assert done.code == 1, done
-    assert done.err.startswith("error "), done
-    assert "no pq wrapper" in done.err
-    assert "\nhelp " in done.err
-    assert "Traceback" not in done.err + done.out
-
-
 # ── the embedded server ────────────────────────────────────────────────────────────────────────────────────────────
 
 

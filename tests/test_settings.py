@@ -49,25 +49,22 @@ def test_environment_wins_over_env_file(tmp_path: Path) -> None:
     assert settings.source == VARIABLE
     assert target_of(settings).conninfo["host"] == "db.example.com"
     assert (settings.lock_timeout_ms, settings.lock_wait_s) == (1000, 7)
-
-
-def test_env_file_wins_over_embedded(tmp_path: Path) -> None:
     settings = load(write_env(tmp_path, f"DATABASE_URL={URL}\n"), {})
     assert (settings.source, target_of(settings).conninfo["user"]) == (FILE, "app")
 
 
-@pytest.mark.parametrize("ci", ["", " ", "false", "0", "No", "off"])
-def test_nothing_set_means_embedded_and_defaults(tmp_path: Path, ci: str) -> None:
-    for environ in ({}, {"CI": ci}):
+def test_nothing_set_means_embedded_and_defaults(tmp_path: Path) -> None:
+    for environ in ({}, *({"CI": ci} for ci in ("", " ", "false", "0", "No", "off"))):
         settings = load(tmp_path, environ)
         assert settings == Settings(None, "embedded server (no DATABASE_URL in the environment or .env)")
         assert (settings.lock_timeout_ms, settings.lock_wait_s, settings.connect_timeout_s) == (2000, 60, 10)
 
 
-@pytest.mark.parametrize("name", ["embedded", " Embedded\n", '"embedded"'])
-def test_embedded_by_name_beats_ci_and_env_file(tmp_path: Path, name: str) -> None:
-    settings = load(write_env(tmp_path, f"DATABASE_URL={URL}\n"), {"DATABASE_URL": name, "CI": "true"})
-    assert settings == Settings(None, f"embedded server (asked for by {VARIABLE})")
+def test_embedded_by_name_beats_ci_and_env_file(tmp_path: Path) -> None:
+    write_env(tmp_path, f"DATABASE_URL={URL}\n")
+    for name in ("embedded", " Embedded\n", '"embedded"'):
+        settings = load(tmp_path, {"DATABASE_URL": name, "CI": "true"})
+        assert settings == Settings(None, f"embedded server (asked for by {VARIABLE})")
 
 
 # What .env holds, what the environment does, where the error is, its message or remedy.
@@ -320,11 +317,9 @@ def test_what_libpq_knows_passes(url: str, conninfo: dict[str, str], display: st
     assert (target.conninfo, target.display, target.notes) == (conninfo, display, ())
 
 
-@pytest.mark.parametrize(
-    ("ssl", "sslmode"), [("true", "require"), ("1", "require"), ("verify-full", "verify-full"), ("false", "prefer")]
-)
-def test_ssl_of_other_drivers_becomes_sslmode(ssl: str, sslmode: str) -> None:
-    assert parse_target(f"{URL}?ssl={ssl}").conninfo["sslmode"] == sslmode
+def test_ssl_of_other_drivers_becomes_sslmode() -> None:
+    for ssl, sslmode in {"true": "require", "1": "require", "verify-full": "verify-full", "false": "prefer"}.items():
+        assert parse_target(f"{URL}?ssl={ssl}").conninfo["sslmode"] == sslmode
 
 
 @pytest.mark.parametrize(
@@ -368,15 +363,12 @@ def test_rest_of_a_password_is_not_taken_for_a_parameter_name() -> None:
     assert target.notes == ("ignored in DATABASE_URL: parameters that libpq does not know (1 in number)",)
 
 
-@pytest.mark.parametrize(
-    ("secret", "spellings"),
-    [
-        ("Ü p@s/s", ["Ü p@s/s", "%C3%9C%20p%40s%2Fs", "%c3%9c%20p%40s%2fs", "%C3%9C%20p%40s/s", "%C3%9C+p%40s%2Fs"]),
-        ("é\"<&'\\", ["\\u00e9\\\"<&'\\\\", "é&quot;&lt;&amp;&#x27;\\", "é\"<&''\\", '%C3%A9"%3C&%27%5c']),
-    ],
-)
-def test_mask_knows_every_spelling(secret: str, spellings: list[str]) -> None:
-    assert [mask(f"<{spelling}>", [secret]) for spelling in spellings] == ["<***>"] * len(spellings)
+def test_mask_knows_every_spelling() -> None:
+    for secret, spellings in {
+        "Ü p@s/s": ["%C3%9C%20p%40s%2Fs", "%c3%9c%20p%40s%2fs", "%C3%9C%20p%40s/s", "%C3%9C+p%40s%2Fs"],
+        "é\"<&'\\": ["\\u00e9\\\"<&'\\\\", "é&quot;&lt;&amp;&#x27;\\", "é\"<&''\\", '%C3%A9"%3C&%27%5c'],
+    }.items():
+        assert [mask(f"<{spelling}>", [secret]) for spelling in (secret, *spellings)] == ["<***>"] * 5
 
 
 def test_mask_takes_the_longest_first_and_leaves_short_ones_to_the_display() -> None:
@@ -455,13 +447,14 @@ def test_search_path_is_taken_out_of_variables(variables: pytest.MonkeyPatch) ->
         assert (target.search_path, target.conninfo["options"]) == (search_path, options)
 
 
-@pytest.mark.parametrize("name", ["PGHOST", "PGDATABASE"])
-def test_url_in_another_variable_is_refused(variables: pytest.MonkeyPatch, name: str) -> None:
-    variables.setenv(name, "postgresql://app:QXZJ@db/game")
-    with pytest.raises(SettingsError) as caught:
-        completed(parse_target("postgresql://"), ".env")
-    assert caught.value.where == f".env, {name}"
-    assert "QXZJ" not in everything_printable(caught.value)
+def test_url_in_another_variable_is_refused(variables: pytest.MonkeyPatch) -> None:
+    for name in ("PGHOST", "PGDATABASE"):
+        variables.setenv(name, "postgresql://app:QXZJ@db/game")
+        with pytest.raises(SettingsError) as caught:
+            completed(parse_target("postgresql://"), ".env")
+        assert caught.value.where == f".env, {name}"
+        assert "QXZJ" not in everything_printable(caught.value)
+        variables.delenv(name)
 
 
 def test_certificates_of_the_system_are_found(variables: pytest.MonkeyPatch) -> None:

@@ -208,16 +208,6 @@ def test_rows_that_refuse_are_foretold_as_far_as_is_known(db: Db) -> None:
     assert amiss(db.invoke("doctor"), 0) == {}
 
 
-def test_rows_that_refuse_what_is_only_documented_are_nothing_to_doctor(db: Db) -> None:
-    db.execute(states.altered("DROP INDEX idx_turns_game_idx; UPDATE turns SET idx = 1 WHERE idx = 2"))
-    for task in ("doctor", "plan"):
-        done = db.invoke(task)
-        assert (done.code, "exit 5" in done.out) == (0, False), done
-    done = db.invoke("setup")
-    assert (done.code, "refused" in done.out) == (0, True), done
-    assert amiss(db.invoke("doctor"), 0) == {}
-
-
 def test_read_only_and_in_the_way_are_both_said(role: str, db: Db) -> None:
     db.execute(states.ANOTHER_FEATURE + f"ALTER DATABASE {db.name} SET default_transaction_read_only = on")
     assert amiss(db.invoke("doctor", role=role), 6) == {"checks": PROBLEM, "writes": PROBLEM, "rights": PROBLEM}
@@ -313,26 +303,12 @@ def test_binaries_that_do_not_run(tree: Path) -> None:
     assert amiss(recipe(tree, "doctor", DATABASE_URL="postgresql://127.0.0.1:1/db"), 4) == {"login": PROBLEM}
 
 
-CLUSTER = Cluster(Path("/d/data"), Path("/d"), Path("/b"))
-RUNS = Health(running=True, pid=7, made=True, complaint="", version="postgres (PostgreSQL) 18.4")
-
-
-@pytest.mark.parametrize(
-    ("health", "state"),
-    [
-        (RUNS, OK),
-        (replace(RUNS, running=False), NOTE),
-        (replace(RUNS, running=False, pid=None), OK),
-        (replace(RUNS, running=False, pid=None, made=False), OK),
-        (replace(RUNS, running=False, pid=None, complaint="LOG: a\nPANIC: b"), NOTE),
-        (replace(RUNS, running=False, pid=None, version=""), PROBLEM),
-    ],
-)
-def test_health_of_the_embedded_server(health: Health, state: str) -> None:
-    finding = doctors.health_of(CLUSTER, health, in_use=True)
-    assert finding.state == state
-    assert "LOG" not in "\n".join(finding.what)
-    assert doctors.health_of(CLUSTER, health, in_use=False).state == OK
+def test_embedded_server_that_takes_no_connections() -> None:
+    health = Health(running=False, pid=7, made=True, complaint="LOG: a\nPANIC: b", version="postgres (PostgreSQL) 18.4")
+    cluster = Cluster(Path("/d/data"), Path("/d"), Path("/b"))
+    assert doctors.health_of(cluster, health, in_use=True).state == NOTE
+    killed = doctors.health_of(cluster, replace(health, pid=None), in_use=True)
+    assert (killed.state, "PANIC: b" in killed.what, "LOG: a" in killed.what) == (NOTE, True, False)
 
 
 # ── names, ports, sockets ──────────────────────────────────────────────────────────────────────────────────────────
@@ -580,18 +556,6 @@ def test_lines_are_aligned() -> None:
     lines = doctors.lines(Finding("network", "words", "broken for\nwider lines:\nSELECT 1;"))
     assert {line[:23].strip() for line in lines[1:]} == {""}
     assert [line.strip() for line in lines[-2:]] == ["what to do: broken for wider lines:", "SELECT 1;"]
-
-
-def test_terminal_breaks_no_word_and_no_command(db: Db) -> None:
-    with role_with(db, {"idle_session_timeout": "2s"}) as role:
-        plain = db.invoke("doctor", role=role).out
-        command = f'ALTER ROLE "{role}" SET idle_session_timeout = 0;'
-        for columns in (50, 80, 200):
-            seen = on_terminal(db, "doctor", columns=columns, url=db.url_as(role), env={"NO_COLOR": "1"}).out
-            lines = seen.splitlines()
-            assert not [one for one in lines if len(one) > columns and len(one.split()) > 3 and not one.endswith(";")]
-            assert [said.count(command) for said in (seen, plain)] == [1, 1]
-            assert seen.split() == plain.split()
 
 
 # What the search_path is, and which of its names lead nowhere.

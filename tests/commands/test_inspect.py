@@ -18,7 +18,7 @@ import supabase
 from budget_engine import __version__
 from budget_engine.migration import chain
 from budget_engine.output import formats
-from conftest import Db, Run, ended, until
+from conftest import Db, Run, ended, role_with, until
 from states import BIGINT, CORE, EXTRAS, ORPHANS, by_hand, snapshots, with_uuid
 from terminal import on_terminal
 from test_states import READY, UUID_READY
@@ -575,19 +575,22 @@ def bare(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text).replace("\r\n", "\n")
 
 
-@pytest.mark.parametrize("task", ["verify", "status", "plan", "rehearse"])
+@pytest.mark.parametrize("task", ["verify", "status", "plan", "rehearse", "doctor"])
 def test_lines_fit_the_terminal(db: Db, task: str) -> None:
     """They break between words, below their own text; what is longer than a line, and a command, stays whole."""
     db.execute(with_uuid())
-    plain = db.invoke(task).out
-    for columns in (50, 80, 200):
-        seen = bare(on_terminal(db, task, columns=columns).out)
-        long = [line for line in seen.splitlines() if len(line) > columns]
-        assert [line for line in long if len(line.split()) > 3 and not line.endswith(";")] == []
-        if task != "rehearse":  # which says how long it took
-            seen_words, plain_words = (re.sub(r"\b\d+ rows", "some rows", said).split() for said in (seen, plain))
-            assert seen_words == plain_words  # how many rows: 14 learns it a moment later
-        assert all(line.startswith(" ") for line in seen.splitlines() if line and not re.match(r"\S+( |$)", line))
+    with role_with(db, {"idle_session_timeout": "2s"}) as role:  # of which doctor has a command
+        plain = db.invoke(task, role=role).out
+        command = f'ALTER ROLE "{role}" SET idle_session_timeout = 0;'
+        for columns in (50, 80, 200):
+            seen = bare(on_terminal(db, task, columns=columns, url=db.url_as(role)).out)
+            long = [line for line in seen.splitlines() if len(line) > columns]
+            assert [line for line in long if len(line.split()) > 3 and not line.endswith(";")] == []
+            assert [said.count(command) for said in (seen, plain)] == [task == "doctor"] * 2
+            if task != "rehearse":  # which says how long it took
+                seen_words, plain_words = (re.sub(r"\b\d+ rows", "some rows", said).split() for said in (seen, plain))
+                assert seen_words == plain_words  # how many rows: 14 learns it a moment later
+            assert all(line.startswith(" ") for line in seen.splitlines() if line and not re.match(r"\S+( |$)", line))
 
 
 def test_what_is_said_of_things_is_aligned(db: Db) -> None:

@@ -304,10 +304,10 @@ def test_binaries_that_do_not_run(tree: Path) -> None:
 
 
 def test_embedded_server_that_takes_no_connections() -> None:
-    health = Health(running=False, pid=7, made=True, complaint="LOG: a\nPANIC: b", version="postgres (PostgreSQL) 18.4")
+    health = Health(running=False, pid=7, made=True, complaint="", version="postgres (PostgreSQL) 18.4")
     cluster = Cluster(Path("/d/data"), Path("/d"), Path("/b"))
     assert doctors.health_of(cluster, health, in_use=True).state == NOTE
-    killed = doctors.health_of(cluster, replace(health, pid=None), in_use=True)
+    killed = doctors.health_of(cluster, replace(health, pid=None, complaint="LOG: a\nPANIC: b"), in_use=True)
     assert (killed.state, "PANIC: b" in killed.what, "LOG: a" in killed.what) == (NOTE, True, False)
 
 

@@ -145,16 +145,11 @@ def test_status_names_roles_that_may_write_turns_but_not_turn_metrics(finished: 
         finished.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
-def test_status_passes_over_a_history_of_others(finished: Db) -> None:
+def test_history_of_others_and_how_definitions_are_printed_change_nothing(finished: Db) -> None:
     finished.execute("DROP TABLE budget_engine.history; CREATE TABLE budget_engine.history (id int, note text)")
-    done = finished.invoke("status")
-    assert done.code == 0, done
-    assert "history  none" in done.out
-
-
-def test_settings_that_change_how_definitions_are_printed_change_nothing(finished: Db) -> None:
     finished.execute(f"ALTER DATABASE {finished.name} SET quote_all_identifiers = on")
-    assert finished.invoke("verify").code == 0
+    done = finished.invoke("status", "--check")
+    assert (done.code, "history  none" in done.out) == (0, True), done
 
 
 def test_status_names_copies_elsewhere_and_invalid_indexes(finished: Db) -> None:
@@ -502,13 +497,6 @@ def test_failure_is_a_document_or_an_annotation_too(db: Db) -> None:
     assert re.fullmatch("::error title=verify::error .+%0A .+\n", done.out), done
 
 
-def test_password_may_be_a_word_of_json(db: Db) -> None:
-    url = db.url.replace("postgres@", "postgres:null@")
-    done = db.invoke("verify", "--format", "json", env={"DATABASE_URL": url})
-    assert document(done)["exit_code"] == 5
-    assert '"actual": null' in done.out
-
-
 def test_schema_is_one_and_rejects_another_version() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     document = {"version": 1, "task": "verify", "recipes": "0", "exit_code": 0, "error": None}
@@ -518,9 +506,12 @@ def test_schema_is_one_and_rejects_another_version() -> None:
 
 
 def test_verify_as_json_names_every_check(db: Db) -> None:
-    """By kind, table and name, as db/verify.sql does."""
+    """By kind, table and name, as db/verify.sql does; the password may be a word of JSON."""
     db.execute(by_hand())
-    seen = asked(db, "verify")
+    url = db.url.replace("postgres@", "postgres:null@")
+    done = db.invoke("verify", "--format", "json", env={"DATABASE_URL": url})
+    assert '"actual": null' in done.out
+    seen = document(done)
     checks = [check for step in seen["steps"] for check in step["checks"]]
     named = [(step["step"], check["kind"], check["table"], check["name"], check["expected"], check["actual"])
              for step in seen["steps"] for check in step["checks"]]  # fmt: skip
@@ -552,20 +543,16 @@ def test_unknown_format_is_refused(db: Db, words: str) -> None:
     assert (done.code, done.out, "Choose one of these: table" in done.err) == (1, "", True), done
 
 
-def test_quiet_says_nothing_but_errors(finished: Db) -> None:
+def test_quiet_says_nothing_but_errors_and_verbose_names_what_passes(finished: Db) -> None:
     for task in ("verify", "status", "plan"):
         done = finished.invoke(task, "--quiet")
         assert (done.code, done.out, done.err) == (0, "", "")
-    finished.execute("DROP INDEX idx_slots_type")
-    done = finished.invoke("verify", "--quiet")
-    assert (done.code, done.out) == (5, "")
-    assert done.err.startswith("error ")
-
-
-def test_verbose_names_what_passes(finished: Db) -> None:
+    assert "idx_slots_type" not in finished.invoke("verify").out
     said = finished.invoke("verify", "--verbose").out
     assert all(check.title in said for check in finished.checks())
-    assert "idx_slots_type" not in finished.invoke("verify").out
+    finished.execute("DROP INDEX idx_slots_type")
+    done = finished.invoke("verify", "--quiet")
+    assert (done.code, done.out, done.err.startswith("error ")) == (5, "", True)
 
 
 # ── terminals ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,7 +6,6 @@ import ast
 import inspect
 import itertools
 import re
-import shutil
 import signal
 import socket
 import sys
@@ -51,6 +50,7 @@ from states import CORE_ROWS, CORE_WITH_UUID_TURNS
 from test_command_line import (
     PASSWORD,
     assert_refused,
+    copied,
     hang_up,
     invoked,
     peer,
@@ -58,10 +58,8 @@ from test_command_line import (
     refuse_password,
     speak_http,
     stay_silent,
-    tree,
 )
 
-__all__ = ["tree"]  # the fixture
 README, TROUBLESHOOTING = ((chain.ROOT / name).read_text("utf-8") for name in ("README.md", "docs/troubleshooting.md"))
 SCRIPTS = sorted((chain.ROOT / "scripts").rglob("*.py"))
 STEMS = [step.stem for step in chain.load().steps if step.task != "fix"]
@@ -543,9 +541,9 @@ def shell(command: str, **environment: str) -> Run:
 
 
 @pytest.fixture
-def broken(tree: Path, tmp_path: Path) -> Path:
+def broken(tmp_path: Path) -> Path:
     """A checkout to break."""
-    return Path(shutil.copytree(tree, tmp_path / "checkout"))
+    return copied(tmp_path / "checkout")
 
 
 @pytest.mark.parametrize(

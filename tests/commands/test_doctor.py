@@ -502,15 +502,11 @@ SPOKEN_TLS = "TLSv1.3, TLS_AES_256_GCM_SHA384"
 @pytest.mark.parametrize(
     ("how", "sslmode", "is_near", "state"),
     [
-        (SPOKEN_TLS, "verify-full", False, OK),
         (SPOKEN_TLS, "verify-ca", False, OK),
-        (SPOKEN_TLS, "require", False, NOTE),
+        ("TLS", "verify-full", False, OK),  # to the pooler; behind it there may be none
         (SPOKEN_TLS, "prefer", False, NOTE),
         ("", "prefer", False, NOTE),
-        ("", "disable", False, NOTE),
         ("", "prefer", True, OK),
-        (SPOKEN_TLS, "prefer", True, OK),
-        ("TLS", "verify-full", False, OK),  # to the pooler; behind it there may be none
     ],
 )
 def test_tls(how: str, sslmode: str, is_near: bool, state: str) -> None:

@@ -6,9 +6,9 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import jsonschema
@@ -18,7 +18,7 @@ import supabase
 from budget_engine import __version__
 from budget_engine.migration import chain
 from budget_engine.output import formats
-from conftest import Db, Run, ended, role_with, until
+from conftest import Db, Run, ended, holding, role_with, until
 from states import BIGINT, CORE, EXTRAS, ORPHANS, by_hand, snapshots, with_uuid
 from terminal import on_terminal
 from test_states import READY, UUID_READY
@@ -325,24 +325,18 @@ def test_plan_is_what_setup_says_it_did(db: Db) -> None:
     assert columns == set(re.findall(r"\b[a-z_]+\.[a-z_]+\b", said))
 
 
-@contextmanager
-def holding(db: Db, statement: str) -> Iterator[int]:
-    """Hold a lock in a session of another application; yield its process id."""
-    with db.connect(autocommit=False) as connection:
-        connection.execute("SET application_name = 'web'")
-        connection.execute(statement.encode())
-        yield connection.info.backend_pid
-
-
 def test_plan_names_who_holds_and_who_waits_for_a_conflicting_lock(db: Db) -> None:
     db.execute(by_hand())
     with holding(db, "UPDATE slots SET description = 'tell nobody' WHERE name = 'tone'") as holder:
-        waiter = in_psql(db, "BEGIN; LOCK TABLE slots IN SHARE ROW EXCLUSIVE MODE; COMMIT")
+        pid = holder.info.backend_pid
+        program = str(db.cluster.binaries / "psql")
+        sql = "BEGIN; LOCK TABLE slots IN SHARE ROW EXCLUSIVE MODE; COMMIT"
+        waiter = subprocess.Popen([program, db.url, "-Xc", sql], stdout=PIPE, stderr=PIPE, text=True)
         until(lambda: db.value("SELECT count(*) FROM pg_locks WHERE NOT granted") == 1, waiter)
         waiting = asked(db, "plan")["waiting_for"]
     assert ended(waiter).code == 0
     on_slots = [
-        (one["mode"], one["granted"], f"pid {holder} " in one["session"]) for one in waiting if one["table"] == "slots"
+        (one["mode"], one["granted"], f"pid {pid} " in one["session"]) for one in waiting if one["table"] == "slots"
     ]
     assert ("RowExclusiveLock", True, True) in on_slots
     assert ("ShareRowExclusiveLock", False, False) in on_slots
@@ -352,16 +346,11 @@ def test_plan_names_who_holds_and_who_waits_for_a_conflicting_lock(db: Db) -> No
 def test_look_waits_moments_behind_who_locks_readers_out_and_names_him(finished: Db) -> None:
     """Its own wait is nothing that others would have to queue behind."""
     with holding(finished, "LOCK TABLE slots IN ACCESS EXCLUSIVE MODE") as holder:
+        pid = holder.info.backend_pid
         looks = [finished.start(task, "--format", "json", LOCK_WAIT="1s") for task in ("verify", "status", "plan")]
         errors = [document(ended(look))["error"] for look in looks]
     assert [look.returncode for look in looks] == [7, 7, 7]
-    assert [f"pid {holder} " in "".join(error["where"]) for error in errors] == [True] * 3, errors
-
-
-def in_psql(db: Db, sql: str) -> subprocess.Popen[str]:
-    """Start psql on this database."""
-    program = str(db.cluster.binaries / "psql")
-    return subprocess.Popen([program, db.url, "-Xc", sql], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert [f"pid {pid} " in "".join(error["where"]) for error in errors] == [True] * 3, errors
 
 
 def test_plan_names_an_old_snapshot_that_a_build_would_wait_for(db: Db) -> None:
@@ -468,6 +457,7 @@ def test_rehearsal_never_waits_while_it_holds_up_others(db: Db) -> None:
     """It has slots when prompt_snapshots is not to be had: a reader of slots waits a moment, not LOCK_TIMEOUT."""
     db.execute(by_hand())
     with holding(db, "LOCK TABLE prompt_snapshots IN ROW EXCLUSIVE MODE") as holder, db.connect() as reader:
+        pid = holder.info.backend_pid
         rehearsal = db.start("rehearse", LOCK_TIMEOUT="5s", LOCK_WAIT="3s")
         waits = []
         while rehearsal.poll() is None:
@@ -476,7 +466,7 @@ def test_rehearsal_never_waits_while_it_holds_up_others(db: Db) -> None:
             waits.append(time.monotonic() - began)
             time.sleep(0.005)
     done = ended(rehearsal)
-    assert (done.code, f"pid {holder} " in done.out + done.err) == (7, True), done
+    assert (done.code, f"pid {pid} " in done.out + done.err) == (7, True), done
     assert max(waits) < 2, "three seconds would be LOCK_WAIT, or what is left of LOCK_TIMEOUT"
     assert db.invoke("rehearse").code == 0
 

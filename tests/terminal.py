@@ -13,8 +13,7 @@ import tempfile
 import termios
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import warm
@@ -65,24 +64,17 @@ def pasted(db: Db, folder: Path, text: str) -> str:
     process = subprocess.Popen(psql, cwd=folder, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     keys, seen = f"{text}\n\\q\n".encode(), b""
-    with timeout(60, process):
-        while b"=#" not in seen:  # else the terminal would take the keys line by line
-            seen += os.read(ours, 4096)
-        while process.poll() is None:
-            readable, writable, _ = select.select([ours], [ours] if keys else [], [], 0.1)
-            if readable:
-                seen += _read(ours)
-            if writable:
-                keys = keys[os.write(ours, keys[:256]) :]
-    os.close(ours)
-    return seen.decode(errors="replace")
-
-
-@contextmanager
-def timeout(seconds: float, process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """End the process where this takes longer, and fail."""
-    timer = threading.Timer(seconds, process.kill)
+    timer = threading.Timer(60, process.kill)
     timer.start()
-    yield
+    while b"=#" not in seen:  # else the terminal would take the keys line by line
+        seen += os.read(ours, 4096)
+    while process.poll() is None:
+        readable, writable, _ = select.select([ours], [ours] if keys else [], [], 0.1)
+        if readable:
+            seen += _read(ours)
+        if writable:
+            keys = keys[os.write(ours, keys[:256]) :]
     timer.cancel()
-    assert process.returncode == 0
+    os.close(ours)
+    assert process.returncode == 0, seen
+    return seen.decode(errors="replace")

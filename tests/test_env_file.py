@@ -63,45 +63,32 @@ def name_of(settings: Settings) -> str | None:
 # ── where it is looked for ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_subfolder_takes_that_of_its_repository(app: Path) -> None:
-    file = put(app, f"DATABASE_URL={APP}")
+def test_nearest_wins_and_of_an_applications_file_only_the_url_is_read(app: Path) -> None:
+    others = ["LOCK_TIMEOUT=10", "LOCK_WAIT=soon", "CONNECT_TIMEOUT=5000", "PGHOST=x", "no line"]
+    file = put(app, f"DATABASE_URL={APP}", *others)
     found = load(home_of(app), {})
     assert (name_of(found), found.source, found.notes) == ("app", str(file), ())
-
-
-def test_nearest_wins_and_another_url_further_up_is_a_note(app: Path) -> None:
-    put(app, f"DATABASE_URL={APP}")
-    put(home_of(app).parent, f"DATABASE_URL={OTHER}")
-    put(home_of(app), "LOCK_TIMEOUT=1s")
+    put(home_of(app), "CONNECT_TIMEOUT=3s")
     found = load(home_of(app), {})
-    assert (name_of(found), found.source) == ("other", str(home_of(app).parent / ".env"))
-    assert found.notes == (f"ignored in {app / '.env'}: another DATABASE_URL",)
+    assert (found.lock_timeout_ms, found.lock_wait_s, found.connect_timeout_s, found.notes) == (2000, 60, 3, ())
+    nearer = put(home_of(app).parent, f"DATABASE_URL={OTHER}")
+    found = load(home_of(app), {})
+    assert (name_of(found), found.source) == ("other", str(nearer))
+    assert found.notes == (f"ignored in {file}: another DATABASE_URL",)
     put(app, f"DATABASE_URL={OTHER}")
     assert load(home_of(app), {}).notes == ()
 
 
-def test_of_an_applications_file_only_the_url_is_read(app: Path) -> None:
-    put(app, f"DATABASE_URL={APP}", "LOCK_TIMEOUT=10", "LOCK_WAIT=soon", "CONNECT_TIMEOUT=5000", "PGHOST=x", "no line")
-    put(home_of(app), "CONNECT_TIMEOUT=3s")
-    found = load(home_of(app), {})
-    assert (found.lock_timeout_ms, found.lock_wait_s, found.connect_timeout_s) == (2000, 60, 3)
-    assert found.notes == ()
-
-
-@pytest.mark.parametrize("absolute", [False, True])
-@pytest.mark.parametrize("name", ["vendor/budget", "budget", "worktrees/budget"])
-def test_submodule_takes_that_of_its_superproject(app: Path, name: str, *, absolute: bool) -> None:
-    lead(home_of(app), app / ".git/modules" / name if absolute else f"../../.git/modules/{name}")
+def test_submodule_takes_that_of_its_superproject(app: Path) -> None:
+    """A submodule of a submodule, too."""
     put(app, f"DATABASE_URL={APP}")
-    assert loads(home_of(app)) == "app"
-
-
-def test_submodule_of_a_submodule(app: Path) -> None:
+    for name in ("budget", "worktrees/budget", "vendor/budget"):
+        for gitdir in (app / ".git/modules" / name, f"../../.git/modules/{name}"):
+            lead(home_of(app), gitdir)
+            assert loads(home_of(app)) == "app", gitdir
     inner = home_of(app) / "lib" / "budget"
     inner.mkdir(parents=True)
-    lead(home_of(app), "../../.git/modules/vendor/budget")
     lead(inner, "../../../../.git/modules/vendor/budget/modules/lib/budget")
-    put(app, f"DATABASE_URL={APP}")
     assert loads(inner) == "app"
 
 
@@ -168,13 +155,11 @@ def test_worktree_beside_its_main_checkout(tmp_path: Path) -> None:
     assert loads(tree) == "other"
 
 
-@pytest.mark.parametrize(
-    "content", ["DATABASE_URL=\n", "DATABASE_URL=embedded\n", "LOCK_WAIT=1s\n", "#DATABASE_URL=x\n"]
-)
-def test_files_beyond_that_name_no_database_are_no_obstacle(app: Path, content: str) -> None:
+def test_files_beyond_that_name_no_database_are_no_obstacle(app: Path) -> None:
     (home_of(app) / ".git").mkdir()
-    (app / ".env").write_text(content)
-    assert loads(home_of(app)) is None
+    for line in ("DATABASE_URL=", "DATABASE_URL=embedded", "LOCK_WAIT=1s", "#DATABASE_URL=x"):
+        put(app, line)
+        assert loads(home_of(app)) is None
 
 
 @pytest.mark.parametrize("below", [True, False], ids=["in the repository", "beyond it"])
@@ -197,12 +182,11 @@ def test_file_further_up_that_cannot_be_read_may_hold_the_url(app: Path, *, belo
     assert str(app / ".env") in refused(home_of(app)).what
 
 
-def test_virtual_environment_of_that_name_further_up_is_none(app: Path) -> None:
+def test_environment_wins_and_nothing_further_up_is_read(app: Path) -> None:
+    """A virtual environment of that name is none."""
     (app / ".env").mkdir()
     assert loads(home_of(app)) is None
-
-
-def test_environment_wins_and_nothing_further_up_is_read(app: Path) -> None:
+    (app / ".env").rmdir()
     (app / ".env").symlink_to(".env")
     put(home_of(app), "LOCK_WAIT=7s")
     found = load(home_of(app), {"DATABASE_URL": OTHER})
@@ -244,12 +228,14 @@ def test_main_checkout_that_is_a_users_home_folder(tmp_path: Path) -> None:
     assert refused(tmp_path / "tree").case is errors.BEYOND
 
 
-@pytest.mark.parametrize("home", ["", "relative", "/nowhere", "the run's"])
-def test_home_that_says_nothing(app: Path, monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+def test_home_that_says_nothing(app: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is no folder; or the home of the run is a user's home folder, too."""
     monkeypatch.chdir(app)
-    put(home_of(app) if home == "the run's" else app, f"DATABASE_URL={APP}")
-    assert loads(home_of(app), HOME=home.replace("the run's", str(home_of(app)))) == "app"
+    put(app, f"DATABASE_URL={APP}")
+    for home in ("", "relative", "/nowhere"):
+        assert loads(home_of(app), HOME=home) == "app"
+    put(home_of(app), f"DATABASE_URL={OTHER}")
+    assert loads(home_of(app), HOME=str(home_of(app))) == "other"
 
 
 def test_not_in_a_folder_where_anybody_may_put_a_file(app: Path) -> None:
@@ -293,14 +279,16 @@ def test_chosen_file_and_no_other(app: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert load(home_of(app), {"ENV_FILE": str(home_of(app.parent / "link") / ".env.staging")}) == found
 
 
-@pytest.mark.parametrize("chosen", ["", " ", "missing", "empty", "vendor", "vendor/budget/missing", "empty/x"])
-def test_choice_that_leads_to_no_database(app: Path, monkeypatch: pytest.MonkeyPatch, chosen: str) -> None:
+def test_choice_that_leads_to_no_database(app: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(app)
     (app / "empty").touch()
     put(home_of(app), f"DATABASE_URL={OTHER}")
-    error = refused(home_of(app), ENV_FILE=chosen)
-    assert error.case is (errors.ENV_FILE_CHOICE if chosen.strip() in {"", "empty"} else errors.ENV_FILE)
-    assert "ENV_FILE" in error.what + error.remedy
+    of_case = {errors.ENV_FILE_CHOICE: ("", " ", "empty"),
+               errors.ENV_FILE: ("missing", "vendor", "vendor/budget/missing", "empty/x")}  # fmt: skip
+    for case, choices in of_case.items():
+        for chosen in choices:
+            error = refused(home_of(app), ENV_FILE=chosen)
+            assert (error.case, "ENV_FILE" in error.what + error.remedy) == (case, True), chosen
 
 
 # ── as users run it ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -340,11 +328,13 @@ def test_submodule_made_by_git(vendored: Path, db: Db) -> None:
     assert db.differing() == {}
     assert not (home_of(vendored) / ".postgres").exists()
     tree = home_of(vendored.parent / "tree")
-    for task in ("setup", "verify", "status", "plan", "doctor", "db.url"):
-        done = recipe(tree, task)
-        assert done.code == 3, done
-        assert f"ENV_FILE={file}" in done.out + done.err, done
-        assert recipe(tree, task, ENV_FILE=str(file)).code == 0
+    tasks = ("setup", "verify", "status", "plan", "doctor", "db.url")
+    for task in ("setup", "verify", "doctor", "db.url"):
+        refused = recipe(tree, task)
+        assert refused.code == 3, refused
+        assert f"ENV_FILE={file}" in refused.out + refused.err, refused
+    done = recipe(tree, *tasks, ENV_FILE=str(file))
+    assert done.code == 0, done
     assert not (tree / ".postgres").exists()
 
 
@@ -383,11 +373,8 @@ def test_url_under_another_name_does_not_lead_to_the_embedded_server(app: Path, 
     assert load(app, {"DATABASE_URL": "embedded"}).notes == ()
 
 
-@pytest.mark.parametrize(
-    "line", ["DATA_BASES_URLS=x", "DB_URL=x", "DATABASE=x", "REDIS_URL=redis://h", "URL=http://postgres://"]
-)
-def test_other_names_are_other_things(tmp_path: Path, line: str) -> None:
-    put(tmp_path, line)
+def test_other_names_are_other_things(tmp_path: Path) -> None:
+    put(tmp_path, "DATA_BASES_URLS=x", "DB_URL=x", "DATABASE=x", "REDIS_URL=redis://h", "URL=http://postgres://")
     assert load(tmp_path, {}) == load(tmp_path / "nowhere", {})
 
 
@@ -442,24 +429,22 @@ vite VITE_APP_TITLE=x VITE_SUPABASE_URL=https://x.supabase.co
 def files(text: str) -> dict[str, str]:
     """Name → content: blanks are ends of lines."""
     named = (line.split(" ", 1) for line in text.strip().replace("\n ", " ").split("\n"))
-    return {name: lines.replace(" ", "\n").replace("export_", "export ") + "\n" for name, lines in named}
+    return {name: lines.replace(" ", "\n").replace("export_", "export ") for name, lines in named}
 
 
 @pytest.mark.parametrize("text", files(EXAMPLES).values(), ids=files(EXAMPLES))
 def test_no_false_alarm_beside_a_url(app: Path, text: str) -> None:
     for folder in (app, home_of(app)):
-        (folder / ".env").write_text(text.format(*[APP] * 4))
+        put(folder, text.format(*[APP] * 4))
         found = load(home_of(app), {})
-        assert found.target is not None
-        assert found.notes == ()
+        assert (found.target is None, found.notes) == (False, ())
 
 
 @pytest.mark.parametrize("text", files(WITHOUT).values(), ids=files(WITHOUT))
 def test_no_false_alarm_where_there_is_none(tmp_path: Path, text: str) -> None:
-    (tmp_path / ".env").write_text(text)
+    put(tmp_path, text)
     found = load(tmp_path, {})
-    assert found.target is None
-    assert len(found.notes) == ("DB_HOST" in text)
+    assert (found.target, len(found.notes)) == (None, "DB_HOST" in text)
 
 
 def test_slip_of_the_pen_is_one_edit() -> None:

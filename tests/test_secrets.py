@@ -52,6 +52,7 @@ postgres://app:{raw}@{host}/game?sslmode=disable
 postgresql://app%40server:{raw}@{host}/game?schema=app&connection_limit=1
 postgresql+psycopg2://app:{code}@{host}/game?sslmode=prefer&pgbouncer=true
 postgresql://app:{code}@{host}/game?password={code}
+postgresql://app:{code}@{host}/game?password={code}&sslmode
 postgresql://app@{host}/game?password={code}
 postgresql://app@{host}/game?password={half}&sslpassword={code}
 postgresql://app@{host}/game?sslpassword={code}&sslmode=disable
@@ -93,8 +94,10 @@ def listed(shapes: str) -> list[str]:
     return [shape.replace("\\n", "\n") for shape in re.split(r"[|\n]", shapes.strip("\n"))]
 
 
-SHAPES = [f"{head}:{{raw}}@{{host}}/game" for head in listed(HEADS)] + listed(OTHERS)
-SHAPES += [f"postgresql://app:{{raw}}{tail}" for tail in listed(TAILS)]
+SHAPES = listed(OTHERS)
+for secret in ("{raw}", "{code}"):
+    SHAPES += [f"{head}:{secret}@{{host}}/game" for head in listed(HEADS)]
+    SHAPES += [f"postgresql://app:{secret}{tail}" for tail in listed(TAILS)]
 
 
 @dataclass(frozen=True)

@@ -6,28 +6,36 @@ import json
 import os
 import re
 import signal
-import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+import warm
 from budget_engine.postgres.embedded import Cluster
-from conftest import Db, Run, assert_fails, clean_environment, database, ended, holding, template, until
+from conftest import OURS, Db, Run, assert_fails, clean_environment, database, ended, holding, template, until
 from test_command_line import peer, stay_silent
 
-COUNT = 50
+COUNT = 20
+TURNS_USED = "LOCK TABLE turns IN ROW EXCLUSIVE MODE"
+
+
+@contextmanager
+def pending(cluster: Cluster, count: int) -> Iterator[list[Db]]:
+    """Databases that are finished but for turn_metrics, which is missing."""
+    with ExitStack() as stack:
+        made = [stack.enter_context(database(cluster, template(cluster))) for _ in range(count)]
+        for db in made:
+            db.execute("DROP TABLE turn_metrics")
+        yield made
 
 
 @pytest.fixture
 def tenants(cluster: Cluster) -> Iterator[list[Db]]:
-    """A few databases, finished but for turn_metrics, which is missing."""
-    with ExitStack() as stack:
-        made = [stack.enter_context(database(cluster, template(cluster))) for _ in range(6)]
-        for db in made:
-            db.execute("DROP TABLE turn_metrics")
+    with pending(cluster, 6) as made:
         yield made
 
 
@@ -52,14 +60,12 @@ def has_metrics(db: Db) -> bool:
 
 
 def test_bad_ones_stop_none_of_the_others_and_the_next_run_does_what_is_left(cluster: Cluster, tmp_path: Path) -> None:
-    with ExitStack() as stack:
-        good = [stack.enter_context(database(cluster)) for _ in range(COUNT - 3)]
-        conflict, locked = (stack.enter_context(database(cluster, template(cluster))) for _ in range(2))
+    with pending(cluster, COUNT - 2) as most, database(cluster) as empty:
+        *good, conflict, locked = [empty, *most]
         conflict.execute("ALTER TABLE slots RENAME COLUMN must_keep TO kept; ALTER TABLE slots ADD must_keep text")
-        locked.execute("DROP TABLE turn_metrics")
         secret = "postgresql://ada:open-sesame@127.0.0.1:1/nowhere"
         file = listed(tmp_path, f"far={secret}", *named(*good), f"wrong={conflict.url}", f"held={locked.url}")
-        with holding(locked, "LOCK TABLE turns IN ROW EXCLUSIVE MODE"):
+        with holding(locked, TURNS_USED):
             done, lines = asked(good[0], "--targets", file, LOCK_WAIT="0", LOCK_TIMEOUT="50ms")
         assert done.code == 1, done
         assert {name: line["exit_code"] for name, line in lines.items() if line["exit_code"]} == {
@@ -75,7 +81,7 @@ def test_bad_ones_stop_none_of_the_others_and_the_next_run_does_what_is_left(clu
         assert [db.differing() for db in good] == [{}] * len(good)
 
         file = listed(tmp_path, *named(*good), f"wrong={conflict.url}", f"held={locked.url}")
-        again = good[0].invoke("fleet", "--targets", file)
+        again = good[0].invoke("fleet", "--targets", file, "--jobs", "2")
         assert_fails(again, 6, f"{COUNT - 2} of {COUNT - 1} did; exit 6: 1")
         assert has_metrics(locked)
 
@@ -106,48 +112,43 @@ def test_canary_and_stop_after(tenants: list[Db], tmp_path: Path) -> None:
     done = bad.invoke("fleet", "--targets", file, "--stop-after", "1", "--jobs", "1")
     assert_fails(done, 6, "5 not begun")
     good = listed(tmp_path, *named(*tenants[1:]))
-    assert bad.invoke("fleet", "--targets", good, "--canary", "1").code == 0
+    assert bad.invoke("fleet", "--targets", good, "--canary", "1", "--jobs", "2").code == 0
     assert [has_metrics(db) for db in tenants[1:]] == [True] * 5
 
 
 def test_parts_are_the_whole(tenants: list[Db], tmp_path: Path) -> None:
-    file = listed(tmp_path, *named(*tenants))
-    parts = [set(asked(tenants[0], "--targets", file, "--task", "plan", "--part", f"{n}/3")[1]) for n in (1, 2, 3)]
+    words = ["--targets", listed(tmp_path, *named(*tenants)), "--task", "plan", "--jobs", "1"]
+    parts = [set(asked(tenants[0], *words, "--part", f"{number}/3")[1]) for number in (1, 2, 3)]
     assert sorted(name for part in parts for name in part) == [f"tenant-{number}" for number in range(6)]
     one = listed(tmp_path, tenants[0].url)
     done = [tenants[0].invoke("fleet", "--targets", one, "--part", f"{number}/3") for number in (1, 2, 3)]
-    assert sorted((run.code, run.out.splitlines()[-1][:15]) for run in done) == [(0, "done     0 of 0")] * 2 + [
-        (0, "done     1 of 1")
-    ]
+    ends = sorted((run.code, run.out.splitlines()[-1][:15]) for run in done)
+    assert ends == [(0, "done     0 of 0"), (0, "done     0 of 0"), (0, "done     1 of 1")]
 
 
-def test_status_and_verify_say_what_is_missing(tenants: list[Db], tmp_path: Path) -> None:
-    file = listed(tmp_path, tenants[0].url)
+def test_status_and_verify_say_what_is_missing(finished: Db, tmp_path: Path) -> None:
+    finished.execute("DROP TABLE turn_metrics")
+    file = listed(tmp_path, finished.url)
     for task in ("status", "verify"):
-        done, lines = asked(tenants[0], "--targets", file, "--task", task)
+        done, lines = asked(finished, "--targets", file, "--task", task)
         assert done.code == 5, done
         [(label, line)] = lines.items()
-        assert label.endswith(f"/{tenants[0].name}")
+        assert label.endswith(f"/{finished.name}")
         assert line["error"]["what"] == "something is still missing"
 
 
-def test_one_that_takes_too_long_is_stopped(tenants: list[Db], tmp_path: Path) -> None:
+def test_those_that_take_too_long_are_stopped(tenants: list[Db], tmp_path: Path) -> None:
+    """One that waits for a lock, and a server that never answers; their workers are replaced."""
     held, *others = tenants[:3]
-    file = listed(tmp_path, *named(held, *others))
-    with holding(held, "LOCK TABLE turns IN ROW EXCLUSIVE MODE"):
-        done, lines = asked(held, "--targets", file, "--timeout", "4s", "--jobs", "1")
+    with peer(stay_silent) as port, holding(held, TURNS_USED):
+        silent = f"silent=postgresql://postgres@127.0.0.1:{port}/x"
+        file = listed(tmp_path, silent, *named(held, *others))
+        done, lines = asked(held, "--targets", file, "--timeout", "4s", "--jobs", "2")
     assert done.code == 7, done
-    assert {name: line["exit_code"] for name, line in lines.items()} == {"tenant-0": 7, "tenant-1": 0, "tenant-2": 0}
-    assert lines["tenant-0"]["error"]["what"] == "no end within 4 s"
+    codes = {name: line["exit_code"] for name, line in lines.items()}
+    assert codes == {"silent": 7, "tenant-0": 7, "tenant-1": 0, "tenant-2": 0}
+    assert [lines[late]["error"]["what"] for late in ("silent", "tenant-0")] == ["no end within 4 s"] * 2
     assert [has_metrics(db) for db in (held, *others)] == [False, True, True]
-
-
-def test_a_server_that_never_answers_is_given_up(tenants: list[Db], tmp_path: Path) -> None:
-    with peer(stay_silent) as port:
-        file = listed(tmp_path, f"silent=postgresql://postgres@127.0.0.1:{port}/x", *named(*tenants[:2]))
-        done, lines = asked(tenants[0], "--targets", file, "--timeout", "4s", "--jobs", "1")
-    assert done.code == 7, done
-    assert {name: line["exit_code"] for name, line in lines.items()} == {"silent": 7, "tenant-0": 0, "tenant-1": 0}
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "killed"])
@@ -155,13 +156,15 @@ def test_nothing_is_left_half_way(tenants: list[Db], tmp_path: Path, end: signal
     file = listed(tmp_path, *named(*tenants))
     with ExitStack() as stack:
         for db in tenants[:4]:
-            stack.enter_context(holding(db, "LOCK TABLE turns IN ROW EXCLUSIVE MODE"))
+            stack.enter_context(holding(db, TURNS_USED))
         process = tenants[0].start("fleet", "--targets", file, "--jobs", "2")
         workers: list[psutil.Process] = []
 
         def are_at_work() -> bool:
             workers[:] = psutil.Process(process.pid).children()
-            return len(workers) == 2 and all(waits(db) for db in tenants[:2])
+            return len(workers) == 2 and all(
+                db.value(f"SELECT count(*) FROM pg_stat_activity WHERE {OURS}") for db in tenants[:2]
+            )
 
         until(are_at_work, process)
         os.kill(process.pid, end)
@@ -170,17 +173,8 @@ def test_nothing_is_left_half_way(tenants: list[Db], tmp_path: Path, end: signal
         assert "Traceback" not in done.err
     gone, alive = psutil.wait_procs(workers, timeout=30)
     assert (len(gone), alive) == (2, [])
-    assert tenants[0].invoke("fleet", "--targets", file).code == 0
+    assert tenants[0].invoke("fleet", "--targets", file, "--jobs", "2").code == 0
     assert [has_metrics(db) for db in tenants] == [True] * len(tenants)
-
-
-def waits(db: Db) -> bool:
-    return bool(
-        db.value(
-            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'budget-engine-recipes'"
-            " AND datname = current_database()"
-        )
-    )
 
 
 REFUSED = {
@@ -199,30 +193,19 @@ def test_bad_lists_are_refused_before_anything_runs(db: Db, tmp_path: Path, line
     assert db.history() == []
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("--databases", "x", "--part", "3/2"),
-        ("--databases", "x", "--task", "recreate"),
-        ("--databases", "x", "--timeout", "5"),
-        ("--databases", "x", "--schemas", "y"),
-        ("--targets", "/nowhere/at/all"),
-        (),
-    ],
-    ids=" ".join,
-)
-def test_bad_options(db: Db, words: tuple[str, ...]) -> None:
-    assert_fails(db.invoke("fleet", *words), 3)
+OPTIONS = ("--part 3/2", "--task recreate", "--timeout 5", "--schemas y", "--targets x")
 
 
-def test_targets_from_stdin(finished: Db) -> None:
-    done = subprocess.run(
-        ["python3", "scripts/inv", "fleet", "--targets", "-", "--task", "verify"],
-        input=f"one={finished.url}\n",
-        env=clean_environment() | {"CI": "true"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done
-    assert "1 of 1 targets ended well" in done.stdout
+@pytest.mark.parametrize("words", ["", "--targets /nowhere/at/all", *(f"--databases x {words}" for words in OPTIONS)])
+def test_bad_options(db: Db, words: str) -> None:
+    assert_fails(db.invoke("fleet", *words.split()), 3)
+
+
+def test_targets_from_stdin(finished: Db, tmp_path: Path) -> None:
+    file = Path(listed(tmp_path, f"one={finished.url}"))
+    with file.open() as stdin:
+        process = warm.start(
+            ("fleet", "--targets", "-", "--task", "verify"), clean_environment(), stdin=stdin, stdout=PIPE, stderr=PIPE
+        )
+    done = ended(process)
+    assert (done.code, "1 of 1 targets ended well" in done.out) == (0, True), done

@@ -19,7 +19,7 @@ from budget_engine.postgres.embedded import Cluster
 from conftest import OURS, Db, Run, assert_fails, clean_environment, database, ended, holding, template, until
 from test_command_line import peer, stay_silent
 
-COUNT = 20
+COUNT = 50
 TURNS_USED = "LOCK TABLE turns IN ROW EXCLUSIVE MODE"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import cycle
 
 import pytest
 import supabase
@@ -59,20 +60,16 @@ def once(cluster: embedded.Cluster) -> dict[str, str]:
     return dumps
 
 
-@pytest.mark.parametrize("times", [1, 3])
 @pytest.mark.parametrize(
     "order", [DOCUMENTED, SNAPSHOTS_FIRST, METRICS_FIRST], ids=["documented", "snapshots first", "metrics first"]
 )
 @pytest.mark.parametrize("server", SERVERS)
-def test_each_order_ends_in_the_same_schema(
-    db: Db, once: dict[str, str], server: str, order: tuple[str, ...], times: int
-) -> None:
+def test_each_order_ends_in_the_same_schema(db: Db, once: dict[str, str], server: str, order: tuple[str, ...]) -> None:
     role = furnish(db, server)
-    for stem in order:
-        run_files(db, *[stem] * times, role=role)
+    run_files(db, *order, role=role)
     assert differing(db, role=role) == []
     assert db.dump() == once[server]
-    run_files(db, *order, role=role)
+    run_files(db, *(stem for stem in order for _ in range(2)), role=role)
     assert db.dump() == once[server]
 
 
@@ -165,9 +162,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("state", "stem", "sqlstate"), REFUSED.values(), ids=REFUSED)
-@pytest.mark.parametrize("server", ["plain", "supabase"])
-def test_what_cannot_be_changes_nothing(db: Db, server: str, state: str, stem: str, sqlstate: str) -> None:
+@pytest.mark.parametrize(("name", "server"), [*zip(REFUSED, cycle(["plain", "supabase"]), strict=False)])
+def test_what_cannot_be_changes_nothing(db: Db, name: str, server: str) -> None:
+    state, stem, sqlstate = REFUSED[name]
     furnish(db, server)
     db.execute(state)
     before = db.dump(data=True)
@@ -176,16 +173,10 @@ def test_what_cannot_be_changes_nothing(db: Db, server: str, state: str, stem: s
     assert f"ERROR:  {sqlstate}: " in done.err
     if sqlstate == "TB002":
         assert re.search(r"HINT:  .*db/migrations/\w+\.sql.* \(invoke [a-z-]+\)", done.err), done
+    if name.removeprefix("fix, ") in HANGING:  # what hangs there is named, and is a conflict
+        assert name.rpartition(" ")[2] in done.err.partition("DETAIL:  ")[2]
+        assert [c for c in verified(db) if c.kind == "dependants" and c.verdict == "differs, conflict"] != []
     assert db.dump(data=True) == before
-
-
-@pytest.mark.parametrize("name", HANGING)
-def test_what_hangs_on_a_uuid_turn_id_is_a_conflict(db: Db, name: str) -> None:
-    db.execute(with_uuid() + HANGING[name])
-    named = name.rpartition(" ")[2]
-    assert [c.actual for c in verified(db) if c.kind == "dependants" and c.verdict == "differs, conflict"] != []
-    [refused] = [line for line in psql_file(db, FIX).err.splitlines() if line.startswith("DETAIL:  ")]
-    assert named in refused + psql_file(db, FIX).err
 
 
 def test_what_an_owner_has_chosen_stays(db: Db) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import platform
@@ -363,6 +364,21 @@ def db(request: pytest.FixtureRequest) -> Iterator[Db]:
     """An empty database, dropped after the test; parametrized: on the server that a fixture of that name gives."""
     with database(request.getfixturevalue(getattr(request, "param", "cluster"))) as db:
         yield db
+
+
+def once(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], object]) -> Path:
+    """Return a folder that the first test process that wants it fills for all of them; nobody changes it."""
+    own = factory.getbasetemp()
+    folder = (own.parent if own.name.startswith("popen-") else own) / name
+    made = folder.with_name(f"{name}.made")
+    with folder.with_name(f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a process whose attempt failed
+            folder.mkdir()
+            fill(folder)
+            made.touch()
+    return folder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -122,10 +122,7 @@ def _print(figures: Figures, tools: Sequence[Tool], rounds: int, report: Report)
     report.say(f"Medians of {rounds} interleaved rounds, whole processes; ratio: to {FLOOR} in the same column.")
     for case in CASES:
         columns = [head for place in PLACES for head in (place, "ratio")]
-        report.table(
-            [case, *columns, "round trips"],
-            [[tool.name, *_cells(figures, tool, case)] for tool in tools],
-        )
+        report.table([case, *columns, "round trips"], [[tool.name, *_cells(figures, tool, case)] for tool in tools])
     report.say(f"Peak memory of {OURS} from nothing: {figures.peak_bytes / 1e6:.0f} MB.")
 
 

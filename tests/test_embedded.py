@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import pwd
@@ -44,16 +45,17 @@ except embedded.errors.UnreachableError as error:
 """
 
 
-@pytest.fixture(autouse=True)
-def _default_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(embedded.DATA_VARIABLE, raising=False)
+def _open_folder() -> Path:
+    """Make a short folder that every user can pass, as checkouts usually are."""
+    made = Path(tempfile.mkdtemp(prefix="be-")).resolve()
+    made.chmod(0o755)
+    return made
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A short folder that every user can pass, as checkouts usually are; servers inside are stopped, then it goes."""
-    made = Path(tempfile.mkdtemp(prefix="be-")).resolve()
-    made.chmod(0o755)
+    """Servers inside are stopped in the end, then it goes."""
+    made = _open_folder()
     yield made
     for place in made.rglob(".postgres/*/data"):
         _kill(place.parent)
@@ -71,8 +73,7 @@ def _kill(place: Path) -> None:
 @pytest.fixture(scope="module")
 def stopped() -> Iterator[Path]:
     """A folder with the data of a server that was started and stopped: initdb is half of what a test costs."""
-    made = Path(tempfile.mkdtemp(prefix="be-")).resolve()
-    made.chmod(0o755)
+    made = _open_folder()
     start(locate(made))
     stop(locate(made))
     yield made / ".postgres"
@@ -103,13 +104,12 @@ def _gone(pid: int) -> bool:
     return embedded._until(lambda: not embedded._lives(pid), 10)
 
 
-def _murder(cluster: Cluster) -> int:
+def _murder(cluster: Cluster) -> None:
     """Kill the server without a chance to tidy up, and wait until it is dead: its socket closes last."""
     pid = postmaster(cluster.data)
     os.kill(pid, signal.SIGKILL)
     assert _gone(pid)
     assert embedded._until(lambda: not embedded._listening(cluster), 10)
-    return pid
 
 
 def _starter(root: Path, binaries: Path, **how: Any) -> subprocess.Popen[str]:
@@ -245,27 +245,35 @@ def test_orphans_of_a_killed_postmaster_are_waited_for(cluster: Cluster) -> None
         os.kill(backend, signal.SIGKILL)
         starter.join()
         client.join()
-    assert _query(cluster, "SELECT 1") == 1
+    assert _starts(cluster)
 
 
+# What may stand in postmaster.pid: the number has gone to this very test, or to nobody; a full disk cut it off.
 STALE = ["{alive}\n{data}\n1\n5432\n{sockets}\n\n1 1\nready   \n", "99999999\n", ""]
 
 
-def test_killed_postmaster_is_replaced_and_the_data_is_there(cluster: Cluster) -> None:
-    """Its number may have gone to somebody else (this very test), its file been cut off by a full disk."""
+def test_server_that_was_killed_or_lost_something_is_replaced_and_the_data_is_there(cluster: Cluster) -> None:
+    """Its program lies in an environment, which another Python, or a new lock file, may have made anew."""
     start(cluster)
     _query(cluster, "CREATE TABLE kept AS SELECT 42 AS answer")
     values = {"alive": os.getpid(), "data": cluster.data, "sockets": cluster.sockets}
-    for content in (None, *STALE):
-        killed = _murder(cluster)
-        if content is not None:
-            (cluster.data / "postmaster.pid").write_text(content.format(**values))
-            (cluster.sockets / ".s.PGSQL.5432.lock").write_text(f"{os.getpid()}\n")
-        assert not running(cluster), content
-        assert not stop(cluster), content
+    options = cluster.data / "postmaster.opts"
+    for lost in ("nothing but its life", *STALE, "its socket", "its program"):
+        before = postmaster(cluster.data)
+        if lost == "its socket":
+            (cluster.sockets / ".s.PGSQL.5432").unlink()
+        elif lost == "its program":
+            options.write_text("/of/another/python" + options.read_text())
+        else:
+            _murder(cluster)
+            if lost in STALE:
+                (cluster.data / "postmaster.pid").write_text(lost.format(**values))
+                (cluster.sockets / ".s.PGSQL.5432.lock").write_text(f"{os.getpid()}\n")
+            assert not stop(cluster), lost
+        assert not running(cluster), lost
         start(cluster)
-        assert postmaster(cluster.data) != killed, content
-        assert _query(cluster, "SELECT answer FROM kept") == 42, content
+        assert postmaster(cluster.data) != before, lost
+        assert _query(cluster, "SELECT answer FROM kept") == 42, lost
 
 
 def test_copied_folder_knows_no_server_and_a_moved_one_keeps_its_own(folder: Path, stopped: Path) -> None:
@@ -282,18 +290,6 @@ def test_copied_folder_knows_no_server_and_a_moved_one_keeps_its_own(folder: Pat
     moved = locate(folder / "c")
     assert running(moved)
     assert stop(moved)
-
-
-def test_lost_socket_or_program_leads_to_a_new_server(cluster: Cluster) -> None:
-    """The program lies in an environment, which another Python, or a new lock file, has made anew."""
-    start(cluster)
-    (cluster.sockets / ".s.PGSQL.5432").unlink()
-    assert not running(cluster)
-    assert _starts(cluster)
-    options = cluster.data / "postmaster.opts"
-    options.write_text("/of/another/python" + options.read_text())
-    assert not running(cluster)
-    assert _starts(cluster)
 
 
 def test_initdb_killed_half_way_is_done_again(folder: Path) -> None:
@@ -408,21 +404,18 @@ def _packages(target: Path) -> Path:
 def _python_for(uid: int) -> str:
     """Find a Python that this user can run: root's own may lie below /root."""
     for candidate in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
-        check = [candidate, "-c", "import sys; assert sys.version_info >= (3, 10)"]
-        try:
+        check = [candidate, "-c", "import sys; sys.exit(sys.version_info < (3, 10))"]
+        with contextlib.suppress(OSError):
             if subprocess.run(check, user=uid, group=uid, extra_groups=[], cwd="/", check=False).returncode == 0:
                 return candidate
-        except OSError:
-            continue
     raise AssertionError(f"no Python >= 3.10 that user {uid} can run; looked in /usr/bin and /usr/local/bin")
 
 
 def test_ordinary_user_runs_it_as_himself(folder: Path) -> None:
     if not ROOT_CASE:
-        cluster = locate(folder)
-        start(cluster)
-        assert cluster.user is None
-        assert cluster.data.stat().st_uid == os.geteuid()
+        assert _starts(locate(folder))
+        assert locate(folder).user is None
+        assert locate(folder).data.stat().st_uid == os.geteuid()
         return
     binaries = _packages(folder / "packages")
     checkout = folder / "checkout"
@@ -461,8 +454,7 @@ if ROOT_CASE:
         home = cluster.data.parents[1]
         try:
             assert home.parent == embedded.MACHINE
-            start(cluster)
-            assert _query(cluster, "SELECT 1") == 1
+            assert _starts(cluster)
             assert locate(closed).data == cluster.data
             assert stat.S_IMODE(closed.stat().st_mode) == 0o700
             assert re.fullmatch("binaries-[0-9a-f]{12}", embedded._reachable_binaries(cluster).parents[2].name)

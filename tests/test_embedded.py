@@ -24,7 +24,7 @@ import pytest
 from budget_engine.errors import UnreachableError
 from budget_engine.postgres import embedded
 from budget_engine.postgres.embedded import Cluster, running, start, stop
-from conftest import clean_environment, postmaster, run
+from conftest import postmaster
 from versions import MAJOR, locate
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -136,17 +136,6 @@ def test_a_process_that_is_being_started_lives() -> None:
 
 
 # ── the usual life ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_who_starts_it_says_so_and_how_to_stop_it(folder: Path) -> None:
-    """Once: it keeps running."""
-    command = [sys.executable, "-m", "invoke", "setup"]
-    chosen = {"DATABASE_URL": "embedded", embedded.DATA_VARIABLE: str(folder / ".postgres")}
-    first, second = (run(command, clean_environment() | chosen) for _ in range(2))
-    assert (first.code, second.code) == (0, 0), first
-    assert (first.out.count("invoke db.stop"), second.out.count("db.stop")) == (1, 0)
-    for done in (first, second):
-        assert re.match("done  .*; database postgres on the embedded server, schema public$", done.out.splitlines()[-1])
 
 
 def test_first_start_attach_stop_and_start_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import hashlib
 import os
 import platform
 import random
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -379,6 +381,20 @@ def once(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], obje
             fill(folder)
             made.touch()
     return folder
+
+
+def wheel(folder: Path, name: str, files: Mapping[str, str | bytes], about: str = "") -> str:
+    """Build a package of these files, and return its line in a lock file; about: more lines of its metadata."""
+    file, info = folder / f"{name}-1.0-py3-none-any.whl", f"{name}-1.0.dist-info"
+    written = {f"{name}/{path}": content for path, content in {"__init__.py": "", **files}.items()} | {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{about}",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": "",
+    }
+    with zipfile.ZipFile(file, "w") as packed:
+        for path, content in written.items():
+            packed.writestr(path, content)
+    return f"{name}==1.0 --hash=sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}\n"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import grp
-import hashlib
 import json
 import os
 import pwd
@@ -14,22 +13,21 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import once
+from conftest import once, wheel
 
 Process = subprocess.Popen[str]
 PROJECT = Path(__file__).resolve().parent.parent
 # In place of Invoke: what scripts/as_invoke.py imports.
 STAND_IN = {
-    "config": "class Config: pass",
-    "exceptions": "class Exit(Exception): pass",
-    "program": """
+    "config.py": "class Config: pass",
+    "exceptions.py": "class Exit(Exception): pass",
+    "program.py": """
 import json, os, sys
 class Program:
     def run(self, words):
@@ -37,7 +35,7 @@ class Program:
             raise SystemExit(1) from ImportError('of a task')
         told = {'words': words[1:], 'cwd': os.getcwd(), 'prefix': sys.prefix, 'as': sys._xoptions['ran_as']}
         print(json.dumps(told))""",
-    "main": "from invoke.program import Program; program = Program()",
+    "main.py": "from invoke.program import Program; program = Program()",
 }
 # In place of `python -m venv`, which takes 3 s: an environment with pip alone, of the files of another one.
 COPY = """
@@ -89,27 +87,14 @@ def assert_refused(done: tuple[int, str, str], *words: str) -> None:
     assert "Traceback" not in err
 
 
-def _wheel(folder: Path, name: str, **modules: str) -> str:
-    """Build a package, and return its line in a lock file."""
-    file, info = folder / f"{name}-1.0-py3-none-any.whl", f"{name}-1.0.dist-info"
-    with zipfile.ZipFile(file, "w") as wheel:
-        wheel.writestr(f"{name}/__init__.py", "")
-        for module, source in modules.items():
-            wheel.writestr(f"{name}/{module}.py", source)
-        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
-    return f"{name}==1.0 --hash=sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}\n"
-
-
 def _fill(folder: Path) -> None:
     """Make a checkout, and do its first run: four at once, of somebody who lets everybody write to what he makes."""
     wheels = folder / "wheels"
     shutil.copytree(PROJECT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     wheels.mkdir()
     offline = f'--no-index\n--find-links "{wheels.as_uri()}"\n'.replace('"', "")
-    (folder / "requirements.txt").write_text(offline + _wheel(wheels, "invoke", **STAND_IN))
-    (folder / "requirements-dev.txt").write_text(offline + _wheel(wheels, "devtool"))
+    (folder / "requirements.txt").write_text(offline + wheel(wheels, "invoke", STAND_IN))
+    (folder / "requirements-dev.txt").write_text(offline + wheel(wheels, "devtool", {}))
     before = os.umask(0)
     try:
         processes = [Checkout(folder).popen("setup", "--flag", cwd=Path("/")) for _ in range(4)]

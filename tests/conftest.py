@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import hashlib
 import os
 import platform
 import random
@@ -14,6 +16,7 @@ import sys
 import tempfile
 import time
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -362,6 +365,35 @@ def db(request: pytest.FixtureRequest) -> Iterator[Db]:
     """An empty database, dropped after the test; parametrized: on the server that a fixture of that name gives."""
     with database(request.getfixturevalue(getattr(request, "param", "cluster"))) as db:
         yield db
+
+
+def once(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], object]) -> Path:
+    """Return a folder that the first test process that wants it fills for all of them; nobody changes it."""
+    own = factory.getbasetemp()
+    folder = (own.parent if own.name.startswith("popen-") else own) / name
+    made = folder.with_name(f"{name}.made")
+    with folder.with_name(f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a process whose attempt failed
+            folder.mkdir()
+            fill(folder)
+            made.touch()
+    return folder
+
+
+def wheel(folder: Path, name: str, files: Mapping[str, str | bytes], about: str = "") -> str:
+    """Build a package of these files, and return its line in a lock file; about: more lines of its metadata."""
+    file, info = folder / f"{name}-1.0-py3-none-any.whl", f"{name}-1.0.dist-info"
+    written = {f"{name}/{path}": content for path, content in {"__init__.py": "", **files}.items()} | {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{about}",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": "",
+    }
+    with zipfile.ZipFile(file, "w") as packed:
+        for path, content in written.items():
+            packed.writestr(path, content)
+    return f"{name}==1.0 --hash=sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}\n"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -63,7 +63,7 @@ def as_shown(text: str) -> list[str]:
     """Leave out what is another one's on each machine and in each run: places, versions, durations, who took part."""
     text = re.sub(r"^scripts/inv: .*\n", "", text, flags=re.M)
     text = re.sub(r"\b(target|ok +python|ok +login|ok +server|ok +schema) .*", r"\1", text)
-    text = re.sub(r"database \S+ on (.*?), schema", "database on server, schema", text)
+    text = re.sub(r"database \S+ on (?!the embedded)(.*?), schema", "database on server, schema", text)
     return re.sub(r" +\d+(\.\d+)? ms", " N ms", text).rstrip().splitlines()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from budget_engine import __version__
 from budget_engine.migration.chain import ROOT
-from conftest import Db, Run, assert_done, assert_fails, clean_environment, run
+from conftest import Db, Run, assert_done, assert_fails, clean_environment, once, run
 
 # An application's menu, which has a task setup, and whose module is called tasks as ours is; README's lines at its end.
 MENU = """
@@ -32,18 +32,18 @@ COPIED = shutil.ignore_patterns(".[!g]*", ".git", "__pycache__")
 LEFT_OUT = shutil.ignore_patterns(".*", "tests", "__pycache__", "docs", "pyproject.toml", "requirements*")
 
 
+PIP = [sys.executable, "-m", "pip", "--python"]  # of an environment that has none
+
+
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of programs of an empty environment into which the wheel was installed, with what it depends on."""
-    folder = tmp_path_factory.mktemp("package")
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT)]
-    assert run(build, clean_environment(), cwd=folder).code == 0
-    [wheel] = folder.glob("*.whl")
-    python = environment(folder / "venv")
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", str(wheel)]
-    done = run(install, clean_environment(), cwd=folder)
-    assert done.code == 0, done
-    return python.parent
+    """The folder of programs of an empty environment into which this was installed, with what it depends on."""
+
+    def fill(folder: Path) -> None:
+        done = ran(*PIP, environment(folder / "venv"), "install", "-q", ROOT, cwd=folder)
+        assert done.code == 0, done
+
+    return once(tmp_path_factory, "package", fill) / "venv" / "bin"
 
 
 @pytest.fixture
@@ -60,24 +60,26 @@ def has_menu(application: Path, path: str = "") -> None:
     (application / "tasks.py").write_text(MENU + path + "\n" + FOR_ALL)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a repository of this project, its sdist, and an environment with the build backend.
 
     What is built and run there has our own environment's packages: only the backend is asked of a registry.
     """
-    folder = tmp_path_factory.mktemp("sources")
-    shutil.copytree(ROOT, folder / "repository", ignore=COPIED)
-    committed = "git init -q && git add . && git -c user.name=a -c user.email=a commit -qm all"
-    python = environment(folder / "backend")
-    for command in (
-        ["sh", "-c", f"cd repository && {committed}"],
-        [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "hatchling", "editables"],
-        [str(python), "-m", "hatchling", "build", "-t", "sdist", "-d", str(folder)],
-    ):
-        done = run(command, clean_environment(), cwd=folder / "repository" if "build" in command else folder)
-        assert done.code == 0, done
-    return folder
+
+    def fill(folder: Path) -> None:
+        shutil.copytree(ROOT, folder / "repository", ignore=COPIED)
+        committed = "git init -q && git add . && git -c user.name=a -c user.email=a commit -qm all"
+        python = environment(folder / "backend")
+        for command in (
+            ["sh", "-c", committed],
+            [*PIP, python, "install", "-q", "hatchling", "editables"],
+            [python, "-m", "hatchling", "build", "-t", "sdist", "-d", folder],
+        ):
+            done = ran(*command, cwd=folder / "repository")
+            assert done.code == 0, done
+
+    return once(tmp_path_factory, "sources", fill)
 
 
 def environment(folder: Path, *others: Path) -> Path:
@@ -109,13 +111,8 @@ def test_installed_package_brings_a_command(installed: Path, application: Path, 
     assert_fails(ran(command, "verify", cwd=application), 5, "Run budget-engine setup")
     fleet = ran(command, "fleet", "--databases", db.name, cwd=application)
     assert_done(db, fleet)
-    found = ran(
-        installed / "python",
-        "-c",
-        "import budget_engine, importlib.util as u; print(u.find_spec('tasks'))",
-        cwd=application,
-    )
-    assert found.out.strip() == "None"
+    finds = "import budget_engine, importlib.util as u; print(u.find_spec('tasks'))"
+    assert ran(installed / "python", "-c", finds, cwd=application).out.strip() == "None"
 
 
 def test_installed_package_in_the_menu_of_an_application(installed: Path, application: Path, db: Db) -> None:
@@ -128,35 +125,19 @@ def test_installed_package_in_the_menu_of_an_application(installed: Path, applic
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [["-e", "repository"], ["git+file://{}/repository"], ["{}/{}"]], ids=" ".join)
+@pytest.mark.parametrize("way", [["-e", "repository"], ["{}"]], ids=["editable", "sdist"])
 def test_other_ways_to_install_bring_the_same(
     sources: Path, tmp_path: Path, application: Path, db: Db, way: list[str]
 ) -> None:
     [sdist] = sources.glob("*.tar.gz")
-    site = [
-        Path(sysconfig.get_path("purelib")),
-        Path(sysconfig.get_path("purelib", vars={"base": str(sources / "backend")})),
-    ]
+    site = [Path(sysconfig.get_path("purelib", vars={"base": base})) for base in (sys.prefix, str(sources / "backend"))]
     python = environment(tmp_path / "venv", *site)
-    source = [word.format(sources, sdist.name) for word in way]
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        str(python),
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-    ]
-    done = run([*install, *source], clean_environment(), cwd=sources)
+    words = [word.format(sdist) for word in way]
+    done = ran(*PIP, python, "install", "-q", "--no-deps", "--no-build-isolation", *words, cwd=sources)
     assert done.code == 0, done
     command = python.with_name("budget-engine")
     assert ran(command, "--version", cwd=application).out.strip() == f"Budget Engine recipes {__version__}"
     assert_done(db, ran(command, "setup", cwd=application))
-    has_menu(application)
-    assert_done(db, ran(python, "-m", "invoke", "budget.setup", cwd=application))
 
 
 def test_submodule_in_the_menu_of_an_application(sources: Path, application: Path, db: Db) -> None:

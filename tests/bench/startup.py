@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from bench.figures import Report, bar_chart
 from bench.tools import FLOOR, OURS, Tool, all_tools
 
 FAR_S = 0.05  # there and back
-CASES = ("from nothing", "nothing to do")
+CASES = ("from nothing", "nothing to do")  # one after the other
 PLACES = {"direct": 0.0, f"{FAR_S * 1000:.0f} ms away": FAR_S}
 
 # A process of its own: a child is charged with what its parent occupied when it was made, and this one is small.
@@ -69,26 +68,16 @@ def _wanted(tool: Tool, only: Sequence[str]) -> bool:
 def _measure(cluster: embedded.Cluster, tools: Sequence[Tool], rounds: int) -> Figures:
     seconds: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     round_trips: dict[tuple[str, str], int] = {}
-    with contextlib.ExitStack() as finished:
-        databases = {tool: finished.enter_context(_finished(cluster, tool)) for tool in tools}
-        for _ in range(rounds):  # interleaved, so that noise hits all alike
-            for tool in tools:
-                for place, delay_s in PLACES.items():
-                    with database(cluster) as empty:
-                        for case, db in zip(CASES, (empty, databases[tool]), strict=True):
-                            taken, trips = _timed(tool, db, delay_s)
-                            seconds[tool.name, case, place].append(taken)
-                            round_trips[tool.name, case] = trips or round_trips.get((tool.name, case), 0)
+    for _ in range(rounds):  # interleaved, so that noise hits all alike
+        for tool in tools:
+            for place, delay_s in PLACES.items():
+                with database(cluster) as db:
+                    for case in CASES:
+                        taken, trips = _timed(tool, db, delay_s)
+                        seconds[tool.name, case, place].append(taken)
+                        round_trips[tool.name, case] = trips or round_trips.get((tool.name, case), 0)
     with database(cluster) as empty:
         return Figures(seconds, round_trips, _peak(next(tool for tool in tools if tool.name == OURS), empty))
-
-
-@contextlib.contextmanager
-def _finished(cluster: embedded.Cluster, tool: Tool) -> Iterator[Db]:
-    """Make a database on which the tool has nothing to do: each keeps its own account of that."""
-    with database(cluster) as db:
-        _timed(tool, db, 0)
-        yield db
 
 
 def _timed(tool: Tool, db: Db, delay_s: float) -> tuple[float, int | None]:
@@ -133,10 +122,7 @@ def _print(figures: Figures, tools: Sequence[Tool], rounds: int, report: Report)
     report.say(f"Medians of {rounds} interleaved rounds, whole processes; ratio: to {FLOOR} in the same column.")
     for case in CASES:
         columns = [head for place in PLACES for head in (place, "ratio")]
-        report.table(
-            [case, *columns, "round trips"],
-            [[tool.name, *_cells(figures, tool, case)] for tool in tools],
-        )
+        report.table([case, *columns, "round trips"], [[tool.name, *_cells(figures, tool, case)] for tool in tools])
     report.say(f"Peak memory of {OURS} from nothing: {figures.peak_bytes / 1e6:.0f} MB.")
 
 

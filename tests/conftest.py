@@ -127,9 +127,9 @@ class Db:
         program = str(self.cluster.binaries / "psql")
         return run([program, self.url_as(role), "-XqAt", "-v", "ON_ERROR_STOP=1", *arguments], clean_environment())
 
-    def migrate(self, *stems: str) -> None:
+    def migrate(self, *stems: str, role: str = "postgres") -> None:
         """Run migrations by hand, with psql; a failure fails the test."""
-        done = self.psql(*(word for stem in stems for word in ("-f", str(MIGRATIONS / f"{stem}.sql"))))
+        done = self.psql(*(word for stem in stems for word in ("-f", str(MIGRATIONS / f"{stem}.sql"))), role=role)
         assert done.code == 0, done
 
     def checks(self) -> list[Check]:

@@ -57,6 +57,10 @@ SELECT id, 1000 + n, 'player', '{}' FROM (SELECT id FROM games LIMIT 1) AS g, ge
 FILLED = """INSERT INTO turn_metrics (turn_id, story_id, tokens_before, tokens_after, created_at)
 SELECT id, game_id, 1, 1, now() - id * interval '11 hours' FROM turns;
 GRANT INSERT, SELECT ON turn_metrics TO pg_monitor"""
+# As a build is left that was killed: the index of a partition, not yet attached.
+KILLED = """UPDATE pg_index SET indisvalid = false FROM pg_class AS c
+WHERE c.oid = indexrelid AND relkind = 'i' AND NOT relispartition AND relname ~ '_[0-9]+$'
+  AND NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid)"""
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -74,6 +78,8 @@ def test_metrics_may_be_partitioned_by_turn_id_and_leave_any_other_way_while_in_
         ran = db.psql("-f", str(script))
         assert ran.code in (0, 3) if part < 1 else ran.code == 0, f"{ran}\n{script.read_text()}"
         assert "archive" not in "".join(lines)
+        if part < 1:
+            db.execute(KILLED)
     assert_done(db)
     written = """SELECT (SELECT count(*) FROM turn_metrics), has_table_privilege('pg_monitor', oid, 'INSERT'),
       relrowsecurity FROM pg_class WHERE oid = 'turn_metrics'::regclass"""

@@ -12,7 +12,7 @@ import pytest
 import states
 import supabase
 from budget_engine.postgres import embedded
-from conftest import MIGRATIONS, Db, database
+from conftest import Db, database
 from supabase import ADMIN, MIGRATOR, PLAYER
 
 GAME = "'00000000-0000-4000-8000-{n:012}'"
@@ -271,7 +271,7 @@ def test_the_policy_that_older_files_left_counts_as_none(db: Db) -> None:
     }
     assert db.differing() == {}
     before = db.dump()
-    by_hand(db, DOCUMENTED_ORDER, "postgres")
+    db.migrate(*DOCUMENTED_ORDER)
     assert db.dump() == before
 
 
@@ -432,7 +432,7 @@ def test_by_hand_is_as_by_setup(db: Db, order: tuple[str, ...], how: dict[str, A
     supabase.install(db)
     if how.get("profiles", True):
         supabase.add_profiles(db)
-    by_hand(db, order, how.get("role", "postgres"))
+    db.migrate(*order, role=how.get("role", "postgres"))
     assert db.dump() == supabase.template(db.cluster, **how).dump()
     assert db.differing() == {}
 
@@ -441,14 +441,9 @@ def test_again_changes_nothing(ready: Db) -> None:
     fill(ready)
     before = ready.dump(data=True)
     for _ in range(2):
-        by_hand(ready, DOCUMENTED_ORDER, "postgres")
+        ready.migrate(*DOCUMENTED_ORDER)
     setup(ready)
     assert ready.dump(data=True) == before
-
-
-def by_hand(db: Db, stems: tuple[str, ...], role: str) -> None:
-    done = db.psql(*(word for stem in stems for word in ("-f", str(MIGRATIONS / f"{stem}.sql"))), role=role)
-    assert done.code == 0, done
 
 
 @of(MIGRATOR)
@@ -465,7 +460,7 @@ def test_setup_needs_no_superuser(ready: Db) -> None:
 def test_without_the_right_to_point_at_users_nothing_is_changed(db: Db) -> None:
     supabase.install(db)
     db.execute(f"REVOKE ALL ON auth.users FROM {MIGRATOR}")
-    by_hand(db, DOCUMENTED_ORDER[:1], MIGRATOR)
+    db.migrate(DOCUMENTED_ORDER[0], role=MIGRATOR)
     before = db.dump()
     refused = db.invoke("setup", role=MIGRATOR)
     assert refused.code == 8, refused

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pprint import pformat
 from typing import Any
+from unittest.mock import ANY
 
 import psycopg
 import pytest
@@ -40,33 +41,14 @@ Differences = dict[str, tuple[str | None, str]]  # title → actual; the step th
 Checks = dict[str, Check]  # by their titles
 
 
-class Something(str):
-    """Equal to every text: what is there, in whatever words."""
-
-    __slots__ = ()
-    __hash__ = str.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, str)
-
-
-SOMETHING = Something()
-
-# ── what SCHEMA.md says of a check ─────────────────────────────────────────────────────────────────────────────────
-
 CREATOR = {
     **dict.fromkeys(("worlds", "rulesets", "entry_points", "prompt_segments", "games", "turns"), CORE),
     **dict.fromkeys(("slots", "templates"), SLOTS_TEMPLATES),
     "prompt_snapshots": SNAPSHOTS,
     "turn_metrics": METRICS,
 }
-ADDED_LATER = (
-    "prompt_snapshots.parent_id",
-    "prompt_snapshots.turn_id",
-    "prompt_snapshots.budget_report",
-    "slots.must_keep",
-    "slots.min_chars",
-)
+ADDED_LATER = {f"prompt_snapshots.{column}" for column in ("parent_id", "turn_id", "budget_report")}
+ADDED_LATER |= {"slots.must_keep", "slots.min_chars"}
 GAME_IDX = "key turns (game_id, idx)"
 
 
@@ -162,8 +144,6 @@ def _pointing_to(table: str, checks: Checks) -> list[Check]:
     return [check for check in checks.values() if f"REFERENCES {table}(" in check.expected and check.table != table]
 
 
-# ── tables ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 _INSTEAD = {
     "view": "CREATE VIEW {table} AS SELECT 1 AS other",
     "materialized view": "CREATE MATERIALIZED VIEW {table} AS SELECT 1 AS other",
@@ -231,8 +211,6 @@ def _with_another(
     sql = f"DROP TABLE {check.table} CASCADE; {statement.format(table=check.table)}"
     return Breakage(check, kind, sql, differs)
 
-
-# ── columns and their defaults ─────────────────────────────────────────────────────────────────────────────────────
 
 _NEAR = {
     "text": "character varying(80)",
@@ -319,8 +297,6 @@ def _as_another(check: Check, what: str, sql: str, actual: str) -> Breakage:
     return Breakage(check, what, sql, {check.title: (actual, in_another_form(check))})
 
 
-# ── keys ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 _UNIQUE_KEYS = {
     "key entry_points (slug)": "entry_points_slug_key",
     GAME_IDX: "idx_turns_game_idx",
@@ -377,9 +353,6 @@ def _break_key(check: Check, checks: Checks) -> Iterator[Breakage]:
         yield Breakage(check, "covering", covering, {})
 
 
-# ── indexes ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _break_index(check: Check, _: Checks) -> Iterator[Breakage]:
     table, name, definition = check.table, check.name, check.expected
     drop = f"DROP INDEX {name}"
@@ -407,9 +380,6 @@ def _break_index(check: Check, _: Checks) -> Iterator[Breakage]:
     yield Breakage(check, "with an option", f"ALTER INDEX {name} SET ({option})", {})
     if where in definition:
         yield Breakage(check, "= true", f"{drop}; CREATE INDEX {name} ON {table} USING {definition} = true", {})
-
-
-# ── foreign keys, comments ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _break_foreign_key(check: Check, checks: Checks) -> Iterator[Breakage]:
@@ -449,9 +419,6 @@ def _break_comment(check: Check, _: Checks) -> Iterator[Breakage]:
     yield Breakage(check, "another", f"COMMENT ON {whose} IS 'what our team says'", {})
 
 
-# ── row-level security ─────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _break_row_security(check: Check, _: Checks) -> Iterator[Breakage]:
     sql = f"ALTER TABLE {check.table} DISABLE ROW LEVEL SECURITY"
     yield Breakage(check, "disabled", sql, {check.title: ("off", check.step)})
@@ -466,7 +433,7 @@ def _break_policy(check: Check, _: Checks) -> Iterator[Breakage]:
         sql = f"ALTER POLICY {name} ON {table} TO {other}"
         yield _as_another(check, f"to {other}", sql, check.expected.replace(f" TO {role}", f" TO {other}"))
     another = f"{drop}; CREATE POLICY {name} ON {table} FOR DELETE TO {role} USING (false)"
-    yield _as_another(check, "for another command", another, SOMETHING)
+    yield _as_another(check, "for another command", another, ANY)
     for clause, form in re.findall(r"(USING|WITH CHECK) \((\w+)\)", check.expected):  # opened, or closed
         other = f"{clause} ({'false' if form == 'true' else 'true'})"
         form = check.expected.replace(f"{clause} ({form})", other)
@@ -474,9 +441,6 @@ def _break_policy(check: Check, _: Checks) -> Iterator[Breakage]:
     if "(admin)" not in check.expected:
         restrictive = f"{drop}; CREATE POLICY {name} ON {table} AS RESTRICTIVE FOR {check.expected}"
         yield _as_another(check, "restrictive", restrictive, check.expected.replace(role, f"{role} AS RESTRICTIVE"))
-
-
-# ── triggers and functions ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _break_trigger(check: Check, _: Checks) -> Iterator[Breakage]:
@@ -499,7 +463,7 @@ def _break_trigger(check: Check, _: Checks) -> Iterator[Breakage]:
     # PostgreSQL does not replace a constraint trigger: it is its owner's to drop.
     constraint = forms["after"].replace(" FOR", " NOT DEFERRABLE INITIALLY IMMEDIATE FOR")
     sql = f"DROP TRIGGER {name} ON {table}; CREATE CONSTRAINT TRIGGER {name} {constraint}"
-    yield _as_another(check, "constraint", sql, SOMETHING)
+    yield _as_another(check, "constraint", sql, ANY)
 
 
 def _break_function(check: Check, checks: Checks) -> Iterator[Breakage]:
@@ -527,15 +491,13 @@ def _break_function(check: Check, checks: Checks) -> Iterator[Breakage]:
     yield Breakage(check, "another body", broken, {check.title: (source, replaced)})
     # Nor a function by one that returns something else.
     number = f"DROP FUNCTION {name} CASCADE; CREATE FUNCTION {name} RETURNS int LANGUAGE sql AS 'SELECT 1'"
-    yield Breakage(check, "another kind", number, _lost(by) | {check.title: (SOMETHING, in_another_form(check))})
+    yield Breakage(check, "another kind", number, _lost(by) | {check.title: (ANY, in_another_form(check))})
     elsewhere = f"CREATE SCHEMA IF NOT EXISTS older; ALTER FUNCTION {name} SET SCHEMA older"
     moved: Differences = {
         c.title: (c.expected.replace(name, f"older.{name}"), DOCUMENTED if documented(c) else c.step) for c in by
     }
     yield Breakage(check, "moved", elsewhere, moved | _lost([check]))
 
-
-# ── what hangs on a uuid turn_id ───────────────────────────────────────────────────────────────────────────────────
 
 _TABLE = "table public.prompt_snapshots"
 _HANGING = {
@@ -589,9 +551,6 @@ _BREAKERS: dict[Kind, Callable[[Check, Checks], Iterator[Breakage]]] = {
     Kind.TRIGGER: _break_trigger,
     Kind.FUNCTION: _break_function,
 }
-
-
-# ── the tests ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(params=["plain", "supabase"])

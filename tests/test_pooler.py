@@ -12,23 +12,19 @@ from budget_engine.migration import chain
 from budget_engine.postgres.embedded import Cluster
 from conftest import BUILDING, WAITING, Db, Run, assert_done, assert_fails, ended, holding, role_with, until
 from pooler import Pooler
-from states import BIGINT, ORPHANS, by_hand, contents, lost, with_uuid
+from states import BIGINT, ORPHANS, SLOT_ROWS, by_hand, contents, lost, with_uuid
 
 pytestmark = [
     pytest.mark.skipif(poolers.PROGRAM is None, reason="pgbouncer is not on PATH"),
     pytest.mark.skipif(poolers.CONFIGURATION is None, reason="Debian's pgbouncer.ini is not there, or not readable"),
 ]
 
-STEPS = chain.load().steps
-NEEDED_FROM_NOTHING = [step for step in STEPS if "fix" not in step.label]
-ONCE_EACH = [(step.label, "transaction") for step in NEEDED_FROM_NOTHING]
 TASKS = ["prereqs", "fix", "slots-flags", "budget-report", "turn-metrics"]
-RENAMED = {"public.prompt_snapshots.turn_id": "turn_id_uuid"}
 
 # What the concurrent part has to build, and to validate, on a table of some size.
 MANY_ROWS = """
 INSERT INTO turns (game_id, idx, role, content)
-SELECT md5('game 1')::uuid, i, 'player', '{}' FROM generate_series(10, 100000) AS i;
+SELECT md5('game 1')::uuid, i, 'player', '{}' FROM generate_series(10, 30000) AS i;
 INSERT INTO prompt_snapshots (tp, linearized_prompt_text, turn_id)
 SELECT '{}', 'Prompt ' || id, id FROM turns WHERE id % 4 = 0;
 DROP INDEX idx_turns_game_idx, idx_prompt_snapshots_turn_id, idx_prompt_snapshots_source;
@@ -54,54 +50,44 @@ def through(pooler: Pooler, db: Db, *words: str, role: str = "postgres", query: 
 # ── everything works ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_setup_from_nothing_and_again(db: Db, pooler: Pooler) -> None:
-    assert "through a pooler" in assert_done(db, through(pooler, db, "setup")).out
-    assert "nothing to do" in assert_done(db, through(pooler, db, "setup")).out
-    assert db.history() == ONCE_EACH
-
-
-def test_each_task_alone(db: Db, pooler: Pooler) -> None:
+def test_each_task_alone_and_setup_with_nothing_to_do(db: Db, pooler: Pooler) -> None:
     assert through(pooler, db, "verify").code == 5
     assert through(pooler, db, "turn-metrics").code == 1
-    done = {task: through(pooler, db, task) for task in [*TASKS, "verify"]}
+    done = {task: through(pooler, db, task) for task in [*TASKS, "verify", "setup"]}
     assert {task: run.code for task, run in done.items()} == dict.fromkeys(done, 0), done
+    assert "through a pooler" in done["prereqs"].out
+    assert "nothing to do" in assert_done(db, done["setup"]).out
+    assert db.transactions() == [step.label for step in chain.load().steps if "fix" not in step.label]
 
 
-STATES: dict[str, tuple[str, dict[str, str]]] = {"by hand": (by_hand(), {}), "uuid": (with_uuid(), RENAMED)}
-
-
-@pytest.mark.parametrize(("state", "renamed"), STATES.values(), ids=STATES)
-def test_old_database_with_concurrent_work(db: Db, pooler: Pooler, state: str, renamed: dict[str, str]) -> None:
-    db.execute(state)
+def test_old_database_with_concurrent_work(db: Db, pooler: Pooler) -> None:
+    db.execute(with_uuid())
     before = contents(db)
     assert "concurrently" in assert_done(db, through(pooler, db, "setup")).out
-    assert lost(before, contents(db), renamed) == []
+    assert lost(before, contents(db), {"public.prompt_snapshots.turn_id": "turn_id_uuid"}) == []
 
 
-def test_rows_that_point_to_nothing(db: Db, pooler: Pooler) -> None:
-    db.execute(by_hand(BIGINT.partition(" ")[0], ORPHANS))
-    assert_fails(through(pooler, db, "setup"), 5, "1 rows point to nothing")
-
-
-def test_schema_of_the_url(db: Db, pooler: Pooler) -> None:
+def test_schema_of_the_url_and_rows_that_point_to_nothing(db: Db, pooler: Pooler) -> None:
     """Set in each transaction anew: the server's session is another one each time, and is left as it was."""
-    db.execute(f"CREATE SCHEMA app; SET search_path = app; {by_hand()}")
-    done = through(pooler, db, "setup", query="&schema=app")
-    assert done.code == 0, done
+    db.execute(f"CREATE SCHEMA app; SET search_path = app; {by_hand(BIGINT.partition(' ')[0], ORPHANS)}")
+    assert_fails(through(pooler, db, "setup", query="&schema=app"), 5, "1 rows point to nothing")
     assert db.rows("SELECT schemaname FROM pg_tables WHERE tablename = 'turn_metrics'") == [("app",)]
     with pooler.connect(db) as other:
         assert other.execute("SHOW search_path").fetchone() == ('"$user", public',)
         assert other.execute("SHOW statement_timeout").fetchone() == ("0",)
 
 
-def test_what_others_left_in_the_session_does_not_matter(db: Db) -> None:
+def test_what_others_left_in_the_only_session_does_not_matter(db: Db) -> None:
+    db.execute(by_hand())
+    before = contents(db)
     with Pooler(db.cluster, settings={"default_pool_size": "1"}) as pooler:
         with pooler.connect(db) as other:
             for setting in ("statement_timeout = '100ms'", "lock_timeout = '1ms'", "enable_nestloop = off"):
                 other.execute(f"SET {setting}".encode())
-        assert through(pooler, db, "setup").code == 0
+        assert_done(db, through(pooler, db, "setup", CONNECT_TIMEOUT="1s"))
         with pooler.connect(db) as other:
             assert other.execute("SHOW lock_timeout").fetchone() == ("1ms",)
+    assert lost(before, contents(db), {}) == []
 
 
 TEMPORARY = "CREATE TEMPORARY TABLE slots (id text); CREATE TEMPORARY TABLE turns (id uuid)"
@@ -109,11 +95,11 @@ TEMPORARY = "CREATE TEMPORARY TABLE slots (id text); CREATE TEMPORARY TABLE turn
 
 def test_temporary_tables_of_others_in_the_session_are_not_taken_for_ours(db: Db) -> None:
     with Pooler(db.cluster, settings={"default_pool_size": "1"}) as pooler:
-        for task in ("verify", "plan --sql", "rehearse", "setup", "doctor"):
+        for task in ("verify", "setup", "doctor"):
             with pooler.connect(db) as other:
                 other.execute("DROP TABLE IF EXISTS pg_temp.slots, pg_temp.turns")
                 other.execute(TEMPORARY)
-            done = db.invoke(*task.split(), env={"DATABASE_URL": pooler.url(db)})
+            done = db.invoke(task, env={"DATABASE_URL": pooler.url(db)})
             assert (done.code, "temporary tables of these names" in done.out + done.err) == (1, True), done
     assert db.rows("SELECT FROM pg_tables WHERE schemaname = 'public'") == []
 
@@ -130,23 +116,13 @@ def test_temporary_tables_do_not_hide_ours(finished: Db) -> None:
 # ── many at once ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def twenty_at_once(pooler: Pooler, db: Db) -> None:
-    runs = [ended(process) for process in [db.start("setup", DATABASE_URL=pooler.url(db)) for _ in range(20)]]
-    assert {(done.code, done.err) for done in runs} == {(0, "")}, "\n".join(map(str, runs))
-    assert db.differing() == {}
-
-
-def test_twenty_at_once_from_nothing(db: Db, pooler: Pooler) -> None:
-    """One whose look fell between two transactions of another takes over, and builds concurrently what is new to it."""
-    twenty_at_once(pooler, db)
-    assert db.transactions() == [step for step, _ in ONCE_EACH]
-
-
 @pytest.mark.slow
 def test_twenty_at_once_with_indexes_to_build(db: Db, pooler: Pooler) -> None:
     db.execute(by_hand() + MANY_ROWS)
     before = many_rows(db)
-    twenty_at_once(pooler, db)
+    runs = [ended(process) for process in [db.start("setup", DATABASE_URL=pooler.url(db)) for _ in range(20)]]
+    assert {(done.code, done.err) for done in runs} == {(0, "")}, "\n".join(map(str, runs))
+    assert db.differing() == {}
     assert many_rows(db) == before
     lines = dict.fromkeys(db.history())  # where two collide, a step may be built twice
     concurrent = ["core_schema", "slots_templates", "prompt_snapshots", "fix_prompt_snapshots_turn_id", "slots_flags"]
@@ -164,11 +140,9 @@ def many_rows(db: Db) -> list[tuple[Any, ...]]:
 
 def test_who_holds_a_lock_is_named(finished: Db, pooler: Pooler) -> None:
     finished.execute(STEP_PENDING)
-    before = finished.dump(data=True)
     with holding(finished, WRITER) as holder:
         done = through(pooler, finished, "setup", LOCK_TIMEOUT="300ms", LOCK_WAIT="0")
         assert_fails(done, 7, f"pid {holder.info.backend_pid} ")
-    assert finished.dump(data=True) == before
     assert through(pooler, finished, "setup").code == 0
 
 
@@ -198,14 +172,6 @@ def test_limit_of_the_role_through_the_pooler(finished: Db, setting: str, code: 
 # ── the pooler goes, or has no room ────────────────────────────────────────────────────────────────────────────────
 
 
-def test_pooler_restarts_between_two_runs(db: Db, pooler: Pooler) -> None:
-    assert through(pooler, db, "prereqs").code == 0
-    pooler.stop()
-    assert_fails(through(pooler, db, "setup", CONNECT_TIMEOUT="1s"), 4)
-    pooler.start()
-    assert_done(db, through(pooler, db, "setup"))
-
-
 # What is pending, who ends the session meanwhile.
 ENDS = {
     "the pooler, in a step": (STEP_PENDING, "pooler"),
@@ -215,10 +181,9 @@ ENDS = {
 
 
 @pytest.mark.parametrize(("missing", "who"), ENDS.values(), ids=ENDS)
-def test_session_ends_in_the_middle(db: Db, pooler: Pooler, missing: str, who: str) -> None:
-    db.execute(by_hand())
-    db.migrate(*(step.stem for step in STEPS))
-    db.execute(missing)
+def test_session_ends_in_the_middle(finished: Db, pooler: Pooler, missing: str, who: str) -> None:
+    db = finished
+    db.execute(SLOT_ROWS + missing)
     before = contents(db)
     with holding(db, WRITER):
         process = db.start("setup", DATABASE_URL=pooler.url(db), LOCK_TIMEOUT="30s")
@@ -234,21 +199,11 @@ def test_session_ends_in_the_middle(db: Db, pooler: Pooler, missing: str, who: s
     assert lost(before, contents(db), {}) == []
 
 
-ROOM = {
-    "two server connections, from nothing": ("", {"default_pool_size": "2"}),
-    "two server connections": (by_hand(), {"default_pool_size": "2"}),
-    "one server connection": (by_hand(), {"default_pool_size": "1"}),
-    "one client": (by_hand(), {"max_client_conn": "1"}),
-}
-
-
-@pytest.mark.parametrize(("state", "settings"), ROOM.values(), ids=ROOM)
-def test_one_connection_is_enough(db: Db, state: str, settings: dict[str, str]) -> None:
-    db.execute(state)
-    before = contents(db)
+@pytest.mark.parametrize("settings", [{"default_pool_size": "2"}, {"max_client_conn": "1"}], ids=" ".join)
+def test_one_connection_is_enough(db: Db, settings: dict[str, str]) -> None:
+    db.execute(by_hand())
     with Pooler(db.cluster, settings=settings) as pooler:
         assert_done(db, through(pooler, db, "setup", CONNECT_TIMEOUT="1s"))
-    assert lost(before, contents(db), {}) == []
 
 
 def test_who_holds_the_lock_also_takes_the_last_server_connection(finished: Db) -> None:

@@ -204,7 +204,8 @@ def test_ctrl_c_in_a_command(db: Db, stages: list[str], command: int) -> None:
 def test_ctrl_c_while_waiting_for_another_run(db: Db, stages: list[str]) -> None:
     with holding(db, THE_TURN):
         process = db.start("setup")
-        until(lambda: db.rows(f"SELECT FROM pg_stat_activity WHERE {OURS} AND query LIKE 'ROLLBACK%'"), process)
+        given_up = f"SELECT FROM pg_stat_activity WHERE {OURS} AND query LIKE '%pg_advisory_unlock%'"
+        until(lambda: db.rows(given_up), process)
         process.send_signal(signal.SIGINT)
         done = ended(process)
     assert_interrupted(db, stages, done)

@@ -61,12 +61,13 @@ def test_concurrent_work_costs_one_message_per_statement_and_one_per_step(finish
     assert conversation.kinds == [*LOGIN, *SURVEY, *["Q"] * (2 + statements + steps), *SURVEY, *TERMINATE]
 
 
-def test_failed_step_owes_one_rollback(db: Db) -> None:
+def test_failed_step_owes_a_rollback_and_the_turn(db: Db) -> None:
     db.execute("CREATE FUNCTION refuse() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''no''; END'")
     db.execute("CREATE EVENT TRIGGER refuse ON ddl_command_start EXECUTE FUNCTION refuse()")
     conversation = through_proxy(db, "setup", code=1)
-    assert conversation.kinds == [*LOGIN, *SURVEY, *TRANSACTIONS, "Q", *TERMINATE]
-    assert conversation.from_client[-2].raw[5:-1] == b"ROLLBACK"
+    assert conversation.kinds == [*LOGIN, *SURVEY, *TRANSACTIONS, "Q", "Q", *TERMINATE]
+    assert conversation.from_client[-3].raw[5:-1] == b"ROLLBACK"
+    assert b"pg_advisory_unlock" in conversation.from_client[-2].raw
 
 
 def test_session_state_is_left_alone(db: Db) -> None:

@@ -4,6 +4,9 @@ A step is BEGIN, our settings, the guard against other runs, its locks, its stat
 the history, COMMIT. After an error the server skips the rest: the steps before it are committed, it and those after it
 changed nothing. Then the concurrent part: each statement alone, outside any transaction.
 
+The turn is the session's from the first step to the last: a run by another path must not come between two of them. A
+pooler's session would keep it after an error, for whoever comes next; there each step takes the turn for itself.
+
 The verification travels once, and is planned once: as a prepared statement, which ends with the message and is executed
 in each step.
 """
@@ -16,6 +19,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -134,7 +138,7 @@ _IS_OURS = """(SELECT relkind = 'r' AND ARRAY[relowner, nspowner] <@ ARRAY(
                SELECT oid FROM pg_roles WHERE rolsuper OR rolname = current_user)
              FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
              WHERE nspname = 'budget_engine' AND relname = 'history')"""
-# Once in a message, and before anything is locked: who makes it at the same moment is waited for until that step's end.
+# Before the first step, in a transaction of its own: a new schema has what was prepared planned again at its commit.
 _MADE = f"""\
       IF {_IS_OURS} IS NULL THEN
         DECLARE
@@ -238,14 +242,16 @@ class Script:
         if not (steps := self.plan.transactions):
             return []
         pins = pinned(self.found.server)
+        begun = [*BEGIN, f"SELECT {self.settings}, {pins}, {_STARTED}"]
         goes_on = f"SELECT pg_catalog.set_config('lock_timeout', '{_MOMENT_MS}ms', true), {pins}, {_STARTED}"
-        message: list[Sent] = []
+        made = _OURS.format(tag="history", does=_NOTED.format(does=_MADE))
+        message = [] if rehearsed else [Sent(steps[0].step, Part.FRAME, sql) for sql in (*begun, made, "COMMIT")]
         for planned in steps:
             first, step = planned is steps[0], planned.step
             if first or not rehearsed:
-                begun = f"SELECT {self.settings}, {pins}, {_STARTED}"
-                message += (Sent(step, Part.FRAME, sql) for sql in (*BEGIN, begun))
-                message.append(Sent(step, Part.GUARD, self._guard(first=first, rehearsed=rehearsed)))
+                message += (Sent(step, Part.FRAME, sql) for sql in begun)
+                keeps = self.keeps_turn and not rehearsed
+                message.append(Sent(step, Part.GUARD, self._guard(first=first, last=planned is steps[-1], keeps=keeps)))
             message += self._work(planned)
             if rehearsed:
                 end = [(Part.DEFERRED, "SET CONSTRAINTS ALL IMMEDIATE"), (Part.CLOCK, _TOOK), (Part.FRAME, goes_on)]
@@ -268,10 +274,26 @@ class Script:
         verification = Sent(step, Part.VERIFICATION, self._verification(planned))
         return [*([Sent(step, Part.LOCKS, locks)] if locks else []), *actions, verification]
 
-    def _guard(self, *, first: bool, rehearsed: bool) -> str:
-        does = _BUSY_IF.format(condition=f"NOT {self.found.turn.taken(turn.RUN)}")
+    @property
+    def keeps_turn(self) -> bool:
+        """Whether the session has the turn from the first step to the last."""
+        return len(self.plan.transactions) > 1 and not self.found.server.pooled
+
+    @property
+    def releases(self) -> str:
+        """The statement that gives back the turn that the session has."""
+        return _OURS.format(tag="guard", does=self._release)
+
+    @property
+    def _release(self) -> str:
+        return f"  PERFORM {self.found.turn.released(turn.RUN)};"
+
+    def _guard(self, *, first: bool, last: bool, keeps: bool) -> str:
+        """Write what takes the turn; keeps: the first step for the session, which has it until the last one's end."""
+        does = _BUSY_IF.format(condition=f"NOT {self.found.turn.taken(turn.RUN, session=first and keeps)}")
+        if last and keeps:
+            does += f"\n{self._release}"
         if first:
-            does += "" if rehearsed else _NOTED.format(does=_MADE)
             checks = self.found.checks
             there = sum(check.actual is not None for check in checks), sum(check.is_there for check in checks)
             seen = f"{there[0]} {there[1]} {len(checks)}"
@@ -397,9 +419,13 @@ def _send(
             answers = connection.run([sent.sql for sent in message], on_done, answer_s=answer_s)
             return list(zip(message, answers, strict=True))
     except StatementError as error:
+        reached = message[: error.index + 1]
+        if script.keeps_turn and not rehearsed and any(sent.part is Part.GUARD for sent in reached):
+            with suppress(StatementError):  # a session that is gone has no turn
+                connection.run([*BEGIN, script.releases, "COMMIT"])
         if error.sqlstate == _BUSY:
             raise errors.BUSY(who=AT_WORK) from error
-        raise _failure(message[: error.index + 1], error) from error
+        raise _failure(reached, error) from error
 
 
 class Rehearsed(NamedTuple):

@@ -30,11 +30,18 @@ class Turn:
 
         session: it lasts as long as the session, else as the transaction.
         """
-        lock = f"pg_try_advisory_{'' if session else 'xact_'}lock"
+        return self._each(f"pg_try_advisory_{'' if session else 'xact_'}lock", what)
+
+    def released(self, what: int) -> str:
+        """Expression that gives back the turn that the session has."""
+        return self._each("pg_advisory_unlock", what)
+
+    def _each(self, function: str, what: int) -> str:
+        """Expression that calls a function of advisory locks, or its shared form, for each schema of the path."""
         return f"""coalesce((
-    SELECT bool_and(CASE WHEN {_among(self.own)} THEN {lock}({what}, oid::int4)
-                         ELSE {lock}_shared({what}, oid::int4) END)
-    FROM pg_namespace WHERE {_among(self.path)}), {lock}({what}, 0))"""
+    SELECT bool_and(CASE WHEN {_among(self.own)} THEN {function}({what}, oid::int4)
+                         ELSE {function}_shared({what}, oid::int4) END)
+    FROM pg_namespace WHERE {_among(self.path)}), {function}({what}, 0))"""
 
     def refused(self) -> str:
         """Condition on a lock of pg_locks: it keeps a run through this search_path from a turn."""

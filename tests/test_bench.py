@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from bench import traffic
+from bench import fleet, traffic
 from bench.load import Busy, Window
 from bench.ways import WAYS, WHAT
 from conftest import Db, Run, clean_environment, run
@@ -61,6 +61,14 @@ def test_load_is_measured_and_drawn(tmp_path: Path) -> None:
             (_, *waits_in_step, _), (_, *bytes_written) = rows(done, f"{way}: {step}")
             assert all(re.fullmatch(r"[\d,]+ / [\d,]+", wait) for wait in (*waits, *waits_in_step))
             assert all(re.fullmatch(r"-?[\d,]+\.\d", count) for count in bytes_written)
+
+
+@pytest.mark.slow
+def test_a_fleet_is_measured_beside_a_loop(tmp_path: Path) -> None:
+    done = bench("--fleet=2", out=tmp_path)
+    for way in fleet.WAYS:
+        [cells] = rows(done, way)
+        assert [bool(re.fullmatch(r"[\d.]+ (s|ms)", cell)) for cell in cells] == [True] * 4
 
 
 def test_a_wait_is_recorded_whole_and_with_its_reason(db: Db) -> None:

@@ -1,11 +1,11 @@
-"""python -m bench [--load]: what `invoke bench` runs."""
+"""python -m bench [--load|--fleet]: what `invoke bench` runs."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from bench import load, startup
+from bench import fleet, load, startup
 from bench.figures import Report
 
 CHARTS = Path(__file__).with_name("charts")
@@ -19,6 +19,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     add = parser.add_argument
     add("--load", action="store_true", help="the steps on tables of millions of rows, with readers and writers beside")
+    add("--fleet", type=int, metavar="N", help="N databases, one after the other and by the fleet")
     add("--rounds", type=int, default=9, help="how often each tool runs setup")
     add(
         "--only",
@@ -33,13 +34,15 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run one of the two benchmarks."""
+    """Run one of the three benchmarks."""
     given = _arguments()
     report = Report(given.out)
     if given.load:
         load.run(
             [load.Size(rows, min(given.slots, 2 * rows), given.baseline) for rows in map(int, given.sizes)], report
         )
+    elif given.fleet:
+        fleet.run(given.fleet, report)
     else:
         startup.run(given.rounds, given.only, report)
 

@@ -98,9 +98,9 @@ BEGIN
   END LOOP;
 
   LOOP
-    SELECT format('core_archive%s', CASE WHEN n > 1 THEN '_' || n END) INTO archive
-      FROM generate_series(1, (SELECT count(*) + 1 FROM pg_namespace)) AS n
-     WHERE to_regnamespace(format('core_archive%s', CASE WHEN n > 1 THEN '_' || n END)) IS NULL ORDER BY n LIMIT 1;
+    SELECT name INTO archive
+      FROM generate_series(1, (SELECT count(*) + 1 FROM pg_namespace)) AS n CROSS JOIN concat('core_archive', '_' || nullif(n, 1)) AS name
+     WHERE to_regnamespace(name) IS NULL ORDER BY n LIMIT 1;
     BEGIN
       EXECUTE format('CREATE SCHEMA %s', archive);
       EXIT;
@@ -170,53 +170,39 @@ DO $$ DECLARE
   statement text;
 BEGIN
   SET LOCAL search_path = pg_catalog, pg_temp;  -- no function or operator of others is in reach; put back below
-  FOR was IN SELECT old.*, new.oid AS new, new.oid::regclass AS target, new.relowner AS maker
+  FOR was IN SELECT old.*, new.oid AS new, new.oid::regclass AS target
              FROM pg_class AS old JOIN pg_class AS new USING (relname) JOIN pg_namespace AS home ON home.oid = new.relnamespace
              WHERE old.oid = ANY (moved) AND nspname = place ORDER BY array_position(moved, old.oid) LOOP
     ids := to_regclass(pg_get_serial_sequence(was.target::text, (SELECT attname FROM pg_attribute WHERE attrelid = was.new AND attname = 'id')));
-    SELECT objid INTO old_ids
-      FROM pg_depend JOIN pg_attribute ON attrelid = refobjid AND attnum = refobjsubid JOIN pg_class ON pg_class.oid = objid
-     WHERE refclassid = 'pg_class'::regclass AND refobjid = was.oid AND attname = 'id' AND classid = refclassid AND deptype IN ('a', 'i') AND relkind = 'S';
-    IF was.relowner <> was.maker THEN
-      EXECUTE format('ALTER TABLE %s OWNER TO %s', was.target, was.relowner::regrole);
-      IF was.relname = 'entry_points' THEN
-        EXECUTE format('ALTER FUNCTION %I.update_entry_points_search_text() OWNER TO %s', place, was.relowner::regrole);
-      END IF;
+    old_ids := to_regclass(pg_get_serial_sequence(was.oid::regclass::text, (SELECT attname FROM pg_attribute WHERE attrelid = was.oid AND attname = 'id')));
+    EXECUTE format('ALTER TABLE %s OWNER TO %s', was.target, was.relowner::regrole);
+    IF was.relname = 'entry_points' THEN
+      EXECUTE format('ALTER FUNCTION %I.update_entry_points_search_text() OWNER TO %s', place, was.relowner::regrole);
     END IF;
     FOR statement IN
-      -- Who could insert needs the sequence of the ids; an old uuid had none.
-      WITH acl (age, kind, grantee, privilege, grantable) AS (
-        SELECT object.age, object.kind, entry.grantee, entry.privilege_type, entry.is_grantable
-        FROM (VALUES ('old', 'TABLE', was.oid), ('new', 'TABLE', was.new), ('old', 'SEQUENCE', old_ids), ('new', 'SEQUENCE', ids)) AS object (age, kind, oid)
-        JOIN pg_class AS c ON c.oid = object.oid
-        CROSS JOIN LATERAL aclexplode(coalesce(c.relacl, acldefault(CASE object.kind WHEN 'TABLE' THEN 'r' ELSE 's' END::"char", c.relowner))) AS entry
-        UNION ALL
-        SELECT 'old', 'SEQUENCE', entry.grantee, 'USAGE', false
+      WITH acl (kind, target, is_old, grantee, privilege, option) AS (
+        SELECT kind, new::regclass, c.oid <> new, entry.grantee, privilege_type, CASE WHEN is_grantable THEN ' WITH GRANT OPTION' END
+        FROM (VALUES ('TABLE', was.oid, was.new), ('SEQUENCE', old_ids, ids)) AS object (kind, old, new) JOIN pg_class AS c ON c.oid IN (old, new)
+        CROSS JOIN LATERAL aclexplode(coalesce(relacl, acldefault(CASE kind WHEN 'TABLE' THEN 'r' ELSE 's' END::"char", relowner))) AS entry
+        WHERE new IS NOT NULL
+        UNION ALL  -- who could insert needs the sequence of the ids, and so does its owner; an old uuid had none
+        SELECT 'SEQUENCE', ids, true, entry.grantee, 'USAGE', NULL
         FROM (SELECT was.relacl UNION ALL SELECT attacl FROM pg_attribute WHERE attrelid = was.oid) AS rights (acl) CROSS JOIN LATERAL aclexplode(acl) AS entry
-        WHERE entry.privilege_type = 'INSERT' AND entry.grantee <> was.relowner
+        WHERE entry.privilege_type = 'INSERT' AND entry.grantee <> was.relowner AND ids IS NOT NULL
         UNION ALL
-        SELECT 'old', 'SEQUENCE', entry.grantee, entry.privilege_type, entry.is_grantable
-        FROM aclexplode(acldefault('s', was.relowner)) AS entry WHERE old_ids IS NULL
-      ), has (age, kind, grantee, privilege, grantable) AS (
-        SELECT acl.age, acl.kind, acl.grantee, acl.privilege, bool_or(acl.grantable) FROM acl WHERE acl.kind = 'TABLE' OR ids IS NOT NULL GROUP BY 1, 2, 3, 4
-      ), change (age, kind, grantee, privilege, grantable) AS (
-        SELECT 'new', surplus.* FROM (SELECT kind, grantee, privilege, grantable FROM has WHERE age = 'new'
-                                      EXCEPT SELECT kind, grantee, privilege, grantable FROM has WHERE age = 'old') AS surplus
-        WHERE NOT EXISTS (SELECT FROM pg_policy WHERE polrelid = was.new AND surplus.grantee = ANY (polroles))
+        SELECT 'SEQUENCE', ids, true, entry.grantee, entry.privilege_type, NULL
+        FROM aclexplode(acldefault('s', was.relowner)) AS entry WHERE old_ids IS NULL AND ids IS NOT NULL
         UNION ALL
-        SELECT 'old', lacking.* FROM (SELECT kind, grantee, privilege, grantable FROM has WHERE age = 'old'
-                                      EXCEPT SELECT kind, grantee, privilege, grantable FROM has WHERE age = 'new') AS lacking
-      )
-      SELECT sql FROM (
-        SELECT age, format(CASE age WHEN 'new' THEN 'REVOKE %s ON %s %s FROM %s' ELSE 'GRANT %s ON %s %s TO %s%s' END, privilege, kind,
-                 CASE kind WHEN 'TABLE' THEN was.new ELSE ids END::regclass, CASE grantee WHEN 0 THEN 'PUBLIC' ELSE grantee::regrole::text END,
-                 CASE WHEN grantable THEN ' WITH GRANT OPTION' END) FROM change
-        UNION ALL
-        SELECT 'old columns', format('GRANT %s (%I) ON TABLE %s TO %s%s', entry.privilege_type, attname, was.target,
-                 CASE entry.grantee WHEN 0 THEN 'PUBLIC' ELSE entry.grantee::regrole::text END, CASE WHEN entry.is_grantable THEN ' WITH GRANT OPTION' END)
+        SELECT 'TABLE', was.new, true, entry.grantee, format('%s (%I)', privilege_type, attname), CASE WHEN is_grantable THEN ' WITH GRANT OPTION' END
         FROM pg_attribute AS a CROSS JOIN LATERAL aclexplode(attacl) AS entry
         WHERE attrelid = was.oid AND EXISTS (SELECT FROM pg_attribute AS b WHERE b.attrelid = was.new AND b.attname = a.attname)
-      ) AS statements (age, sql) ORDER BY age, sql
+      )
+      SELECT format(CASE WHEN is_old THEN 'GRANT %s ON %s %s TO %s%s' ELSE 'REVOKE ALL ON %2$s %3$s FROM %4$s' END,
+               string_agg(privilege, ', '), kind, target, CASE grantee WHEN 0 THEN 'PUBLIC' ELSE grantee::regrole::text END, option)
+      FROM acl WHERE (is_old OR NOT EXISTS (SELECT FROM pg_policy WHERE polrelid = was.new AND grantee = ANY (polroles))) AND EXISTS (
+        SELECT FROM pg_class WHERE oid IN (was.oid, was.new, old_ids, ids) AND relacl IS NOT NULL  -- else nothing was granted
+        UNION ALL SELECT FROM pg_attribute WHERE attrelid = was.oid AND attacl IS NOT NULL)
+      GROUP BY kind, target, is_old, grantee, option ORDER BY is_old
     LOOP
       EXECUTE statement;
     END LOOP;

@@ -17,7 +17,7 @@ from verification import VERIFY, Check, verified
 
 FILES = sorted(MIGRATIONS.glob("*.sql"))
 RECREATE = MIGRATIONS / "20250130000002_recreate_core_schema.sql"
-LONGEST = {"core_schema": 180, "recreate_core_schema": 260, "fix_prompt_snapshots_turn_id": 150}
+LONGEST = {"core_schema": 180, "recreate_core_schema": 246, "fix_prompt_snapshots_turn_id": 150}
 OF_PSQL = re.compile(
     r"\\set ON_ERROR_STOP (on|off)|\\if :\{\?recreating\} \\q \\endif"  # the second: where recreate includes the file
 )

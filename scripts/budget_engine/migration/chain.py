@@ -49,17 +49,14 @@ class Statement:
             return False
         parts = _parts(self.flat[self.flat.index("(") + 1 : self.flat.rindex(")")])
         own = next((part for part in parts if part.split(" ", 1)[0] == check.name), "")
-        match check.kind:
-            case Kind.TABLE:
-                return True
-            case Kind.COLUMN | Kind.DEFAULT:
-                return own != ""
-            case Kind.FOREIGN_KEY:
-                return " REFERENCES " in own
-            case Kind.KEY:
-                inline = own.endswith(check.expected) or f" {check.expected} " in f"{own} "
-                return inline or any(part.endswith(f"{check.expected} ({check.name})") for part in parts)
-        return False
+        by_itself = any(part.endswith(f"{check.expected} ({check.name})") for part in parts)
+        return {
+            Kind.TABLE: True,
+            Kind.COLUMN: own != "",
+            Kind.DEFAULT: own != "",
+            Kind.FOREIGN_KEY: " REFERENCES " in own,
+            Kind.KEY: by_itself or f" {check.expected} " in f"{own} ",
+        }.get(check.kind, False)
 
     def creates(self, check: Check, *, with_column: bool = True) -> bool:
         """Whether it creates what the check is about, by its own words."""

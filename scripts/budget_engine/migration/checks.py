@@ -172,8 +172,13 @@ class Check:
 
     def is_created_by(self, flat: str, *, with_column: bool) -> bool:
         """Whether a statement, its white space folded, creates it; with_column: its column is missing, too."""
-        # The first condition spares compiling most of the patterns.
-        return (self.name or self.table) in flat and _creates(flat, self.kind, self.table, self.name, with_column)
+        if (self.name or self.table) not in flat:  # this spares compiling most of the patterns
+            return False
+        pattern = _CREATED_BY[self.kind][0]
+        if with_column and self.kind in _WITH_ITS_COLUMN:
+            pattern = f"{pattern}|{_ADDS}{_WITH_ITS_COLUMN[self.kind]}"
+        table, name, whole = map(re.escape, (self.table, self.name, _whole(self.table, self.name)))
+        return re.search(pattern.format(table=table, name=name, whole=whole), flat) is not None
 
     def is_validated_by(self, flat: str) -> bool:
         """Whether a statement validates it, a foreign key."""
@@ -190,14 +195,6 @@ class Check:
 
 def _whole(table: str, name: str) -> str:
     return f"{table}.{name}" if name else table
-
-
-def _creates(flat: str, kind: Kind, table: str, name: str, with_column: bool) -> bool:
-    pattern = _CREATED_BY[kind][0]
-    if with_column and kind in _WITH_ITS_COLUMN:
-        pattern = f"{pattern}|{_ADDS}{_WITH_ITS_COLUMN[kind]}"
-    table, name, whole = map(re.escape, (table, name, _whole(table, name)))
-    return re.search(pattern.format(table=table, name=name, whole=whole), flat) is not None
 
 
 def outermost(checks: Iterable[Check]) -> list[Check]:

@@ -86,10 +86,6 @@ SELECT CASE WHEN $1 IS NULL THEN concat_ws(' ', count(actual), count(*) FILTER (
        END
 FROM ({{verification}}) AS checks"""
 _ONE_PLAN = "set_config('plan_cache_mode', 'force_generic_plan', true)"
-_SEEN = f"""
-  PERFORM {_ONE_PLAN};
-  EXECUTE {{execute}} INTO seen;
-"""
 _BROKEN_IF_SEEN = """\
   IF seen IS NOT NULL THEN
     RAISE EXCEPTION USING ERRCODE = 'TB003', MESSAGE = {message}, DETAIL = seen;
@@ -358,7 +354,7 @@ def _tag(name: str, body: str) -> str:
 
 def _seen(*arguments: str) -> str:
     """Write what notes what the prepared verification says."""
-    return _SEEN.format(execute=literal(_verified(*arguments)))
+    return f"\n  PERFORM {_ONE_PLAN};\n  EXECUTE {literal(_verified(*arguments))} INTO seen;\n"
 
 
 def _verified(step: str = "NULL", also: str = "NULL", later: str = "NULL", new_tables: str = "NULL") -> str:

@@ -12,7 +12,7 @@ from budget_engine.errors import StatementError
 from budget_engine.migration.chain import DB, Chain, query_of
 from budget_engine.migration.checks import Check, Kind
 from budget_engine.migration.turn import Turn, being_built
-from budget_engine.postgres.connection import PIN, UNPIN, Connection, Rows, understood
+from budget_engine.postgres.connection import PIN, UNPIN, Connection, Row, Rows, understood
 from budget_engine.spelling import literal, respelled
 
 
@@ -196,9 +196,13 @@ def read(connection: Connection, chain: Chain, *, with_recreate: bool = False) -
         raise errors.UNREADABLE_CATALOGS(why=error.message, where=error.holders) from error
     rows = [tuple("t" if value is True else value for value in row.values())[1:] for row in json.loads(noted or "[]")]
     checks = list(checks_of(rows, chain, with_recreate=with_recreate))
-    for place, *rest in (row.values() for row in json.loads(able or "[]")):
-        if checks[place].fixed_by and any(rest):
-            checks[place] = _with_rights(checks[place], *rest)
+    for place, lacking, built, blocked, says in (row.values() for row in json.loads(able or "[]")):
+        if checks[place].fixed_by is None:  # but by what runs on request
+            continue
+        if blocked:  # what is around its table makes it a conflict
+            checks[place] = replace(checks[place], fixed_by=None, blocked=tuple(blocked.split()), around=says)
+        elif lacking or built:
+            checks[place] = replace(checks[place], lacking=lacking, being_built=built is True)
     connection.one_by_one = bool(spread)
     for place, says, commands in (row.values() for row in json.loads(spread or "[]")):
         checks[place] = replace(checks[place], fixed_by=None, around=says, remedies=tuple(commands))
@@ -217,20 +221,14 @@ def all_passing(before: Survey, checks: Sequence[Check]) -> Survey:
 def checks_of(rows: Rows, chain: Chain, *, with_recreate: bool = False) -> tuple[Check, ...]:
     """Read the rows of the checks; what only recreate would fix is a conflict, unless that is at hand."""
     on_request = "" if with_recreate or chain.recreate is None else chain.recreate.label
-    return tuple(_check(row, on_request) for row in rows)
 
+    def check(row: Row) -> Check:
+        step, kind, table, name, expected, actual, fixed_by, required, found, _verdict = row
+        known = str(step), Kind(kind), str(table), str(name), str(expected), actual
+        fixed_by, asked = (None, fixed_by) if fixed_by == on_request else (fixed_by, None)
+        return Check(*known, fixed_by, required == "t", found, on_request=asked)
 
-def _check(row: Sequence[str | None], on_request: str) -> Check:
-    step, kind, table, name, expected, actual, fixed_by, required, found, _verdict = row
-    check = Check(str(step), Kind(kind), str(table), str(name), str(expected), actual, fixed_by, required == "t", found)
-    return replace(check, fixed_by=None, on_request=fixed_by) if fixed_by == on_request else check
-
-
-def _with_rights(check: Check, lacking: str | None, built: bool | None, blocked: str | None, says: str | None) -> Check:
-    """Return the check with what keeps it from being fixed; blocked: what is around its table makes it a conflict."""
-    if blocked:
-        return replace(check, fixed_by=None, blocked=tuple(blocked.split()), around=says or "")
-    return replace(check, lacking=lacking, being_built=built is True)
+    return tuple(map(check, rows))
 
 
 def _server(row: Sequence[str | None], checks: Sequence[Check], connection: Connection) -> Server:

@@ -1,26 +1,15 @@
 -- What is unusual around the tables of the chain, for `invoke status` to tell: what, in words, and what changes it.
 --
---   psql "$DATABASE_URL" -f db/unusual.sql
---
--- Reads the catalogs only.
-\set ON_ERROR_STOP on
-BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY;
-SELECT pg_catalog.set_config('budget_engine.path', pg_catalog.array_to_json(pg_catalog.current_schemas(false))::pg_catalog.text, true),
-       pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-SELECT set_config('budget_engine.tables', '["worlds", "rulesets", "entry_points", "prompt_segments", "games", "turns", "slots", "templates",
-                                            "prompt_snapshots", "turn_metrics"]', true);
-
-WITH tables (name, relation) AS (
-  SELECT DISTINCT ON (name) name, pg_class.oid
-  FROM json_array_elements_text(current_setting('budget_engine.tables')::json) AS name
-  CROSS JOIN json_array_elements_text(current_setting('budget_engine.path')::json) WITH ORDINALITY AS path (schema, position)
-  JOIN pg_namespace ON nspname = path.schema
-  JOIN pg_class ON relname = name AND relnamespace = pg_namespace.oid
-  ORDER BY name, position
+-- :'tables' is a JSON object: each table by its name, as SQL writes it where it was found, or null. Reads the catalogs only, with the
+-- search_path pinned as in verify.sql.
+WITH listed (name, found) AS (
+  SELECT * FROM json_each_text(:'tables')
+), tables (name, relation) AS (
+  SELECT name, pg_class.oid FROM listed JOIN pg_class ON pg_class.oid = to_regclass(found)::oid
 ), elsewhere AS (
   SELECT format('%I.%I', nspname, relname) AS name, row_number() OVER (ORDER BY nspname, relname) AS number, count(*) OVER () AS total
   FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
-  WHERE relname IN (SELECT json_array_elements_text(current_setting('budget_engine.tables')::json)) AND relkind IN ('r', 'p', 'v', 'm', 'f')
+  WHERE relname IN (SELECT listed.name FROM listed) AND relkind IN ('r', 'p', 'v', 'm', 'f')
     AND pg_class.oid NOT IN (SELECT relation FROM tables) AND nspname !~ '^pg_' AND nspname <> 'information_schema'
 ), supabase (profiles) AS (  -- a row where auth.uid() exists: its profiles, or NULL where they make no admins
   SELECT (SELECT attrelid FROM pg_attribute WHERE attrelid = (
@@ -95,4 +84,3 @@ FROM elsewhere WHERE number <= 6
 UNION ALL
 SELECT 'invalid', format('index %s was left by a build that was stopped; setup builds ours again', indexrelid::regclass), NULL
 FROM pg_index JOIN tables ON indrelid = relation WHERE NOT indisvalid;
-COMMIT;

@@ -177,7 +177,7 @@ RUNS = {
     "older core": (UUID_TURNS, "verify 6, prereqs --recreate --yes, setup"),
     "conflicts": (with_uuid() + old_metrics() + CONFLICTS, "verify --remedies 6 |, plan --sql |, verify"),
     "locked": (by_hand("bigint"), "plan 7, setup 7"),
-    "nothing, by psql": ("", ", ".join([CORE, SLOTS, SNAPSHOTS, *REST, "verify.sql", "unusual.sql", "USE"])),
+    "nothing, by psql": ("", ", ".join([CORE, SLOTS, SNAPSHOTS, *REST, "verify.sql", "USE"])),
     "uuid, by psql": (with_uuid(), ", ".join(["verify.sql", CORE, SNAPSHOTS, SLOTS, *REST])),
     "foreign keys to be validated, by psql": (NOT_VALID, ", ".join([SNAPSHOTS, SLOTS, *REST])),
     "older core, by psql": (UUID_TURNS, ", ".join(["20250130000002_recreate_core_schema", SLOTS, SNAPSHOTS, *REST])),

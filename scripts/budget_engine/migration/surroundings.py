@@ -70,9 +70,8 @@ WHERE {ours} ORDER BY step, id DESC"""
 @understood()
 def read(connection: Connection, chain: Chain, found: Survey) -> Surroundings:
     """Look around the chain's tables; two messages at most, no lock but ACCESS SHARE on the history."""
-    tables = sorted({check.table for check in found.checks})
-    names = f"SELECT set_config('budget_engine.tables', {literal(json.dumps(tables))}, true)"
-    _, rows, has_history = connection.ask([names, query_of(DB / "unusual.sql"), _HAS_HISTORY])
+    tables = literal(json.dumps({check.table: check.found for check in found.checks}, ensure_ascii=False))
+    rows, has_history = connection.ask([query_of(DB / "unusual.sql").replace(":'tables'", tables), _HAS_HISTORY])
     ours = f"schema_name = ANY ({literal(found.turn.own)})"
     about_us = [_HISTORY.format(ours=ours), _APPLIED.format(ours=ours)]
     history, applied = connection.ask(about_us, "set_config('row_security', 'off', true)") if has_history else ([], [])

@@ -61,7 +61,7 @@ WITH path (schema, position) AS (
          nullif(split_part(link, ' ', 1), ''), 'REFERENCES ' || replace(link, ' ON', '(id) ON'), addable, replaces
   FROM (SELECT jsonb_object_agg(type, format_type(to_regtype(type), -1)) FROM (SELECT DISTINCT rtrim(type, '!') AS type FROM specs) AS t) AS t (type_names)
   CROSS JOIN specs
-), keys (step, table_name, columns, form, index_name, addable) AS (  -- index_name: where the step gives its index a name
+), keys (step, table_name, columns, form, our_name, addable) AS (  -- our_name: where the step gives its index a name
   SELECT step, table_name, split_part(columns, ' ', 1), 'PRIMARY KEY', NULL, false FROM created
   UNION ALL (VALUES
     ('core_schema', 'entry_points', 'slug', 'UNIQUE', NULL, false),
@@ -99,15 +99,16 @@ WITH path (schema, position) AS (
 ), attributes AS MATERIALIZED (
   SELECT table_name, attrelid, attnum, attname, atttypid, atttypmod, format_type(atttypid, NULL) AS type, attnotnull, attgenerated, attidentity, attinhcount
   FROM tables JOIN pg_attribute ON attrelid = relation AND attnum > 0 AND NOT attisdropped
-), expected (position, step, kind, table_name, name, form, addable, index_name, replaces) AS (  -- addable: to a table that exists, too
+), expected (position, step, kind, table_name, name, form, addable, our_name, replaces) AS (  -- addable: to a table that exists, too
   SELECT row_number() OVER (), listed.* FROM (
     SELECT step, 'table', table_name, '', 'table', false, NULL, NULL FROM created
     UNION ALL SELECT step, 'column', table_name, name, form, addable, NULL, replaces FROM columns
     UNION ALL SELECT step, 'default', table_name, name, default_value, true, NULL, NULL FROM columns WHERE default_value IS NOT NULL
     UNION ALL SELECT step, 'dependants', table_name, name, 'none', false, NULL, NULL FROM columns WHERE replaces IS NOT NULL
-    UNION ALL SELECT step, 'key', table_name, columns, form, addable, index_name, NULL FROM keys
-    UNION ALL SELECT step, 'foreign key', table_name, name, reference, addable OR step = 'turn_metrics', NULL, NULL FROM columns WHERE target IS NOT NULL
-    UNION ALL SELECT step, 'foreign key', table_name, name, 'REFERENCES auth.users(id) ON DELETE SET NULL', false, NULL, NULL
+    UNION ALL SELECT step, 'key', table_name, columns, form, addable, our_name, NULL FROM keys
+    UNION ALL SELECT step, 'foreign key', table_name, name, reference, addable OR step = 'turn_metrics', concat(table_name, '_', name, '_fkey'), NULL
+    FROM columns WHERE target IS NOT NULL
+    UNION ALL SELECT step, 'foreign key', table_name, name, 'REFERENCES auth.users(id) ON DELETE SET NULL', false, table_name || '_created_by_fkey', NULL
     FROM columns CROSS JOIN supabase WHERE name = 'created_by'
     UNION ALL SELECT step, 'index', table_name, name, form, true, name, NULL FROM indexes
     UNION ALL SELECT step, 'comment', table_name, name, 'present', true, NULL, NULL FROM columns WHERE step IN ('slots_flags', 'budget_report', 'turn_metrics')
@@ -176,12 +177,6 @@ WITH path (schema, position) AS (
                                 format(' REFERENCES %s(', coalesce(target.table_name, confrelid::regclass::text))), '^FOREIGN KEY [(].*?[)] ', '')
   FROM attributes JOIN pg_constraint ON conrelid = attrelid AND conkey = ARRAY[attnum] AND contype = 'f'
    AND conparentid = 0 LEFT JOIN tables AS target ON relation = confrelid  -- one more leads to each partition
-  UNION ALL SELECT 'foreign key', tables.table_name, columns.name,
-         format('missing, and its name %s is taken by %s', conname, pg_get_constraintdef(pg_constraint.oid))
-  FROM columns JOIN tables USING (table_name) JOIN pg_constraint ON conrelid = relation AND conname = format('%s_%s_fkey', tables.table_name, columns.name)
-  LEFT JOIN attributes ON attrelid = conrelid AND attname = columns.name
-  WHERE (target IS NOT NULL OR columns.name = 'created_by')
-    AND NOT EXISTS (SELECT FROM pg_constraint AS key WHERE key.conrelid = relation AND key.contype = 'f' AND key.conkey = ARRAY[attnum])
   UNION ALL SELECT 'index', table_name, relname, concat_ws(' ', CASE WHEN indisunique THEN 'UNIQUE' END,
            replace(regexp_replace(substring(pg_get_indexdef(indexrelid) FROM ' USING (.*)$'), ' WITH [(][^)]*[)]', ''),
                    ' WHERE (must_keep = true)', ' WHERE must_keep'), CASE WHEN NOT indisvalid THEN 'INVALID' END)
@@ -225,8 +220,10 @@ WITH path (schema, position) AS (
                   (SELECT CASE WHEN indrelid = tables.relation AND NOT indisvalid THEN expected.form || ' INVALID'
                           ELSE format('missing, and its name %s is taken by %s', relname, coalesce('an index on ' || indrelid::regclass, 'no index')) END
                    FROM pg_class LEFT JOIN pg_index ON indexrelid = pg_class.oid
-                   WHERE relname = expected.index_name AND relnamespace = tables.home
-                     AND (indrelid = tables.relation IS NOT TRUE OR expected.addable))) AS actual
+                   WHERE expected.kind <> 'foreign key' AND relname = expected.our_name AND relnamespace = tables.home
+                     AND (indrelid = tables.relation IS NOT TRUE OR expected.addable)),
+                  (SELECT format('missing, and its name %s is taken by %s', conname, pg_get_constraintdef(oid)) FROM pg_constraint
+                   WHERE expected.kind = 'foreign key' AND conname = expected.our_name AND conrelid = tables.relation)) AS actual
   FROM expected JOIN tables USING (table_name) LEFT JOIN actual ON actual.kind = expected.kind AND actual.table_name = expected.table_name
    AND actual.name = CASE expected.kind WHEN 'key'
        THEN (SELECT string_agg(part, ', ' ORDER BY part COLLATE "C") FROM string_to_table(expected.name, ', ') AS part) ELSE expected.name END

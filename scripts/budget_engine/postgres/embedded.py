@@ -196,13 +196,10 @@ def running(cluster: Cluster) -> bool:
     """Tell whether the server takes connections: no process is started, so that attaching costs nothing."""
     with _explained(cluster):
         private = _is_private(cluster.data.parent, cluster) and _is_private(cluster.sockets, cluster)
-        return private and _ready(cluster) and _has_files(cluster) and _listening(cluster)
-
-
-def _has_files(cluster: Cluster) -> bool:
-    """Tell whether the program still lies where the server was started: not so in an environment that was made anew."""
-    program = (cluster.data / "postmaster.opts").read_text().partition(' "')[0]
-    return Path(program).exists()
+        if not (private and _ready(cluster)):
+            return False
+        program = (cluster.data / "postmaster.opts").read_text().partition(' "')[0]
+        return Path(program).exists() and _listening(cluster)  # it is gone where the environment was made anew
 
 
 def _stop(cluster: Cluster) -> bool:

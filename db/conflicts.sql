@@ -11,6 +11,8 @@ WITH RECURSIVE checks AS MATERIALIZED (
          coalesce(relnamespace, quote_ident(current_setting('budget_engine.path')::json ->> 0)::regnamespace), relowner,
          upper((pg_identify_object('pg_class'::regclass, pg_class.oid, 0)).type)
   FROM checks LEFT JOIN pg_class ON pg_class.oid = to_regclass(found)::oid WHERE kind = 'table'
+), conflicts AS (
+  SELECT * FROM checks JOIN tables USING (table_name) WHERE conflict
 ), family (table_name, root, oid) AS (  -- a table, and those that inherit from it
   SELECT table_name, relid, relid FROM tables UNION SELECT table_name, root, inhrelid FROM family JOIN pg_inherits ON inhparent = family.oid
 ), given (base, name) AS (  -- what something may be called: the name, or one like it that nothing has yet
@@ -23,18 +25,17 @@ WITH RECURSIVE checks AS MATERIALIZED (
   ORDER BY base, n
 ), unlogged (kind, table_name, name, level, oid) AS (  -- what a foreign key leads to, and what that leads to: the last ones are logged first
   SELECT kind, table_name, name, 0, pg_class.oid
-  FROM checks JOIN pg_class ON pg_class.oid = to_regclass(substring(expected FROM '^REFERENCES ([^(]+)[(]'))::oid AND relpersistence = 'u'
-  WHERE conflict AND kind = 'foreign key'
+  FROM conflicts JOIN pg_class ON pg_class.oid = to_regclass(substring(expected FROM '^REFERENCES ([^(]+)[(]'))::oid AND relpersistence = 'u'
+  WHERE kind = 'foreign key'
   UNION
   SELECT kind, table_name, name, level + 1, confrelid
   FROM unlogged JOIN pg_constraint ON conrelid = unlogged.oid AND contype = 'f' AND confrelid <> conrelid
   JOIN pg_class ON pg_class.oid = confrelid AND relpersistence = 'u' WHERE level < 32
 ), columns AS (
-  SELECT kind, table_name, checks.name, relid, a.*, pg_get_expr(adbin, adrelid) AS expression
-  FROM checks JOIN tables USING (table_name)
-  JOIN pg_attribute AS a ON attrelid = relid AND attname = checks.name AND attnum > 0 AND NOT attisdropped
+  SELECT kind, table_name, name, relid, a.*, pg_get_expr(adbin, adrelid) AS expression
+  FROM conflicts JOIN pg_attribute AS a ON attrelid = relid AND attname = name AND attnum > 0 AND NOT attisdropped
   LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
-  WHERE conflict AND kind IN ('column', 'default', 'dependants') AND alterable
+  WHERE kind IN ('column', 'default', 'dependants') AND alterable
 ), depends (refclassid, refobjid, refobjsubid, classid, objid, objsubid) AS NOT MATERIALIZED (  -- an expression is that of its column
   SELECT refclassid, refobjid, refobjsubid, CASE WHEN adnum > 0 THEN 'pg_class'::regclass ELSE classid END, coalesce(adrelid, objid), coalesce(adnum, objsubid)
   FROM pg_depend LEFT JOIN pg_attrdef ON classid = 'pg_attrdef'::regclass AND pg_attrdef.oid = objid
@@ -63,8 +64,8 @@ WITH RECURSIVE checks AS MATERIALIZED (
 ), keys AS (  -- "other": the primary key, where another one is expected
   SELECT kind, table_name, name, our_name, relid, other.oid AS other, other.conindid, other.conkey,
          (SELECT string_agg(quote_ident(part), ', ' ORDER BY n) FROM string_to_table(name, ', ') WITH ORDINALITY AS parts (part, n)) AS columns
-  FROM checks JOIN tables USING (table_name) LEFT JOIN pg_constraint AS other ON conrelid = relid AND contype = 'p' AND expected = 'PRIMARY KEY'
-  WHERE conflict AND kind = 'key' AND relkind = 'r'
+  FROM conflicts LEFT JOIN pg_constraint AS other ON conrelid = relid AND contype = 'p' AND expected = 'PRIMARY KEY'
+  WHERE kind = 'key' AND relkind = 'r'
 ), dropped (kind, table_name, name, what, position, classid, objid, objsubid) AS (
   SELECT 'dependants', table_name, name, 'drop', -max(level), classid, objid, objsubid FROM hanging  -- without what is only a part of another
   WHERE objsubid > 0 OR NOT EXISTS (SELECT FROM pg_depend AS part WHERE part.classid = hanging.classid AND part.objid = hanging.objid AND deptype = 'i')
@@ -76,14 +77,13 @@ WITH RECURSIVE checks AS MATERIALIZED (
   FROM keys JOIN pg_constraint USING (conindid) WHERE contype = 'f' AND conparentid = 0
   UNION ALL SELECT kind, table_name, name, 'drop', 2, 'pg_constraint'::regclass, other, 0 FROM keys WHERE other IS NOT NULL
   UNION ALL  -- a foreign key that acts otherwise than the expected one, whether that exists beside it or not
-  SELECT kind, checks.table_name, checks.name, 'drop', 0, 'pg_constraint'::regclass, pg_constraint.oid, 0
-  FROM checks JOIN tables USING (table_name) JOIN pg_attribute ON attrelid = relid AND attname = checks.name
+  SELECT kind, table_name, name, 'drop', 0, 'pg_constraint'::regclass, pg_constraint.oid, 0
+  FROM conflicts JOIN pg_attribute ON attrelid = relid AND attname = name
   JOIN pg_constraint ON conrelid = relid AND contype = 'f' AND conkey = ARRAY[attnum] AND conparentid = 0
-  WHERE conflict AND kind = 'foreign key'
-    AND regexp_replace(pg_get_constraintdef(pg_constraint.oid), '^FOREIGN KEY [^)]*[)] | NOT VALID$', '', 'g') <> expected
+  WHERE kind = 'foreign key' AND regexp_replace(pg_get_constraintdef(pg_constraint.oid), '^FOREIGN KEY [^)]*[)] | NOT VALID$', '', 'g') <> expected
   UNION ALL SELECT kind, table_name, name, 'drop', 0, 'pg_class'::regclass, attrelid, attnum FROM columns WHERE kind = 'column' AND attgenerated = 's'
   UNION ALL SELECT kind, table_name, name, 'drop', 0, 'pg_policy'::regclass, pg_policy.oid, 0
-  FROM checks JOIN tables USING (table_name) JOIN pg_policy ON polrelid = relid AND polname = name WHERE conflict AND kind = 'policy'
+  FROM conflicts JOIN pg_policy ON polrelid = relid AND polname = name WHERE kind = 'policy'
 ), defined AS (  -- whole: "restore" says all that it was; what has a name of ours would come back beside that which a step creates
   SELECT dropped.*, coalesce(d.command, format('DROP %s %s;', upper(type), identity)) AS command, d.restore, d.whole
   FROM dropped CROSS JOIN LATERAL pg_identify_object(classid, objid, objsubid) LEFT JOIN LATERAL (
@@ -150,34 +150,32 @@ WITH RECURSIVE checks AS MATERIALIZED (
   FROM columns JOIN pg_constraint ON conrelid = relid AND attnum = ANY (conkey)
   WHERE kind <> 'default' AND conname IN (SELECT listed.our_name FROM checks AS listed)
   UNION ALL  -- what has the name of a check; "elsewhere": it stays when the table moves
-  SELECT kind, table_name, checks.name, CASE WHEN indrelid = relid THEN 'rename' ELSE 'elsewhere' END, 0, format('ALTER %s %s RENAME',
+  SELECT kind, table_name, name, CASE WHEN indrelid = relid THEN 'rename' ELSE 'elsewhere' END, 0, format('ALTER %s %s RENAME',
            replace(upper((pg_identify_object('pg_class'::regclass, pg_class.oid, 0)).type), 'COMPOSITE ', ''), pg_class.oid::regclass), our_name
-  FROM checks JOIN tables USING (table_name) JOIN pg_class ON relname = our_name AND relnamespace = home LEFT JOIN pg_index ON indexrelid = pg_class.oid
-  WHERE conflict AND (kind = 'index' OR taken AND kind = 'key' OR kind = 'table' AND pg_class.relkind IN ('S', 'i', 'I', 'c'))
-    AND NOT (tables.relkind = 'p' AND alterable AND indrelid = relid AND pg_get_indexdef(indexrelid) LIKE '%USING ' || expected)  -- lacks those of partitions
+  FROM conflicts JOIN pg_class ON relname = our_name AND relnamespace = home LEFT JOIN pg_index ON indexrelid = pg_class.oid
+  WHERE (kind = 'index' OR taken AND kind = 'key' OR kind = 'table' AND pg_class.relkind IN ('S', 'i', 'I', 'c'))
+    AND NOT (conflicts.relkind = 'p' AND alterable AND indrelid = relid AND pg_get_indexdef(indexrelid) LIKE '%USING ' || expected)  -- lacks those of partitions
   UNION ALL
-  SELECT kind, table_name, checks.name, 'rename', 0, format('ALTER TABLE %s RENAME CONSTRAINT %I', relid::regclass, conname), our_name
-  FROM checks JOIN tables USING (table_name) JOIN pg_constraint ON conrelid = relid AND conname = our_name
-  LEFT JOIN pg_attribute ON attrelid = relid AND attname = checks.name
-  WHERE conflict AND kind = 'foreign key' AND (contype, conkey) IS DISTINCT FROM ('f'::"char", ARRAY[attnum])
+  SELECT kind, table_name, name, 'rename', 0, format('ALTER TABLE %s RENAME CONSTRAINT %I', relid::regclass, conname), our_name
+  FROM conflicts JOIN pg_constraint ON conrelid = relid AND conname = our_name LEFT JOIN pg_attribute ON attrelid = relid AND attname = name
+  WHERE kind = 'foreign key' AND (contype, conkey) IS DISTINCT FROM ('f'::"char", ARRAY[attnum])
   UNION ALL  -- a trigger; a function, and the trigger that calls it
-  SELECT kind, table_name, checks.name, 'rename', 0, format('ALTER TRIGGER %I ON %s RENAME', tgname, relid::regclass), tgname
-  FROM checks JOIN tables USING (table_name) JOIN pg_trigger ON tgrelid = relid AND NOT tgisinternal JOIN pg_proc ON pg_proc.oid = tgfoid
-  WHERE conflict AND (kind = 'trigger' AND tgname = our_name
-    OR kind = 'function' AND proname = our_name AND tgname IN (SELECT listed.our_name FROM checks AS listed))
+  SELECT kind, table_name, name, 'rename', 0, format('ALTER TRIGGER %I ON %s RENAME', tgname, relid::regclass), tgname
+  FROM conflicts JOIN pg_trigger ON tgrelid = relid AND NOT tgisinternal JOIN pg_proc ON pg_proc.oid = tgfoid
+  WHERE kind = 'trigger' AND tgname = our_name OR kind = 'function' AND proname = our_name AND tgname IN (SELECT listed.our_name FROM checks AS listed)
   UNION ALL
-  SELECT kind, table_name, checks.name, 'elsewhere', 1, format('ALTER ROUTINE %s RENAME', pg_proc.oid::regprocedure), our_name
-  FROM checks JOIN tables USING (table_name) JOIN pg_proc ON pronamespace = home AND proname = our_name AND pronargs = 0 WHERE conflict AND kind = 'function'
+  SELECT kind, table_name, name, 'elsewhere', 1, format('ALTER ROUTINE %s RENAME', pg_proc.oid::regprocedure), our_name
+  FROM conflicts JOIN pg_proc ON pronamespace = home AND proname = our_name AND pronargs = 0 WHERE kind = 'function'
   UNION ALL
-  SELECT kind, table_name, checks.name, 'elsewhere', 0, format('ALTER TYPE %s RENAME', pg_type.oid::regtype), our_name
-  FROM checks JOIN tables USING (table_name) JOIN pg_type ON typname = our_name AND typnamespace = home WHERE conflict AND kind = 'table' AND relid IS NULL
+  SELECT kind, table_name, name, 'elsewhere', 0, format('ALTER TYPE %s RENAME', pg_type.oid::regtype), our_name
+  FROM conflicts JOIN pg_type ON typname = our_name AND typnamespace = home WHERE kind = 'table' AND relid IS NULL
 ), pieces (kind, table_name, name, expected, piece, is_leaf, level, own, index, above) AS (  -- of a table that is partitioned as it may be
-  SELECT kind, table_name, checks.name, expected, part.relid, isleaf, level, its.own, format('%s.%I', relnamespace::regnamespace, its.own),
+  SELECT kind, table_name, name, expected, part.relid, isleaf, level, its.own, format('%s.%I', relnamespace::regnamespace, its.own),
          format('%s.%I', (SELECT relnamespace::regnamespace FROM pg_class WHERE oid = parentrelid),
                 our_name || CASE WHEN level > 1 THEN '_' || parentrelid::oid ELSE '' END)
-  FROM checks JOIN tables USING (table_name) CROSS JOIN pg_partition_tree(tables.relid) AS part JOIN pg_class ON pg_class.oid = part.relid
+  FROM conflicts CROSS JOIN pg_partition_tree(conflicts.relid) AS part JOIN pg_class ON pg_class.oid = part.relid
   CROSS JOIN concat(our_name, CASE WHEN level > 0 AND kind <> 'foreign key' THEN '_' || part.relid::oid END) AS its (own)
-  WHERE conflict AND kind IN ('index', 'key', 'foreign key') AND tables.relkind = 'p' AND alterable
+  WHERE kind IN ('index', 'key', 'foreign key') AND conflicts.relkind = 'p' AND alterable
 ), facts (kind, table_name, name, what, position, command, restore, more) AS (
   SELECT kind, table_name, name, CASE WHEN is_whole THEN what ELSE 'cannot' END, position,
          CASE WHEN is_whole THEN command ELSE pg_describe_object(classid, d.objid, objsubid) END,
@@ -200,13 +198,13 @@ WITH RECURSIVE checks AS MATERIALIZED (
              AND relnamespace::regnamespace::text IN (SELECT quote_ident(s) FROM json_array_elements_text(current_setting('budget_engine.path')::json) AS s)))
   FROM tables JOIN pg_namespace ON pg_namespace.oid = home WHERE relid IS NOT NULL
   UNION ALL  -- the parent of a partition, or of a child whose column has the parent's form
-  SELECT kind, table_name, checks.name, 'leave', -99, format(CASE WHEN relispartition THEN 'ALTER TABLE %1$s DETACH PARTITION %2$s;'
+  SELECT kind, table_name, name, 'leave', -99, format(CASE WHEN relispartition THEN 'ALTER TABLE %1$s DETACH PARTITION %2$s;'
                                                                    ELSE 'ALTER TABLE %2$s NO INHERIT %1$s;' END, inhparent::regclass, relid::regclass),
          format(CASE WHEN relispartition THEN 'ALTER TABLE %1$s ATTACH PARTITION %2$s %3$s;' ELSE 'ALTER TABLE %2$s INHERIT %1$s;' END,
                 inhparent::regclass, relid::regclass, pg_get_expr(relpartbound, relid)), NULL
-  FROM checks JOIN tables USING (table_name) JOIN pg_inherits ON inhrelid = relid JOIN pg_class ON pg_class.oid = relid
-  LEFT JOIN pg_attribute ON attrelid = relid AND attname = checks.name AND attinhcount > 0
-  WHERE conflict AND CASE WHEN relispartition THEN kind = 'table' ELSE kind IN ('column', 'dependants') AND attnum > 0 END
+  FROM conflicts JOIN pg_inherits ON inhrelid = relid JOIN pg_class ON pg_class.oid = relid
+  LEFT JOIN pg_attribute ON attrelid = relid AND attname = name AND attinhcount > 0
+  WHERE CASE WHEN relispartition THEN kind = 'table' ELSE kind IN ('column', 'dependants') AND attnum > 0 END
   UNION ALL
   SELECT kind, table_name, name, 'column', 0, format('ALTER TABLE %s ALTER COLUMN %I', relid::regclass, name), expression,
          jsonb_build_object('table', relid::regclass, 'name', quote_ident(name), 'type', format_type(atttypid, atttypmod), 'filled', attnotnull,
@@ -231,20 +229,20 @@ WITH RECURSIVE checks AS MATERIALIZED (
   SELECT kind, table_name, name, 'unlogged', -max(level), format('ALTER TABLE %s SET LOGGED;', oid::regclass), NULL, NULL
   FROM unlogged GROUP BY kind, table_name, name, oid
   UNION ALL
-  SELECT kind, table_name, name, blocking.* FROM checks JOIN family USING (table_name) JOIN pg_class USING (oid) CROSS JOIN LATERAL (
+  SELECT kind, table_name, conflicts.name, blocking.* FROM conflicts JOIN family USING (table_name) JOIN pg_class USING (oid) CROSS JOIN LATERAL (
     SELECT 'typed', 0, format('ALTER TABLE %s NOT OF;', oid::regclass), NULL, NULL::jsonb WHERE reloftype <> 0
     UNION ALL SELECT 'identity', 0, format('ALTER TABLE %s REPLICA IDENTITY %s;', oid::regclass, CASE WHEN EXISTS (
                        SELECT FROM pg_index WHERE indrelid = oid AND indisprimary) THEN 'DEFAULT' ELSE 'FULL' END), NULL, NULL
     WHERE relreplident <> 'f' AND NOT EXISTS (
       SELECT FROM pg_index WHERE indrelid = oid AND CASE relreplident WHEN 'd' THEN indisprimary ELSE indisreplident END)
-    UNION ALL SELECT 'child', step, format(command, oid::regclass, checks.name, given.name), NULL, NULL
-    FROM pg_attribute JOIN given ON base = checks.name || '_old'
+    UNION ALL SELECT 'child', step, format(command, oid::regclass, conflicts.name, given.name), NULL, NULL
+    FROM pg_attribute JOIN given ON base = conflicts.name || '_old'
     CROSS JOIN (VALUES (1, 'ALTER TABLE %s ALTER COLUMN %I DROP NOT NULL;'), (2, 'ALTER TABLE %s RENAME COLUMN %I TO %s;')) AS steps (step, command)
-    WHERE attrelid = oid AND attname = checks.name AND NOT attisdropped AND attinhcount = 0 AND oid <> root
+    WHERE attrelid = oid AND attname = conflicts.name AND NOT attisdropped AND attinhcount = 0 AND oid <> root
       AND format_type(atttypid, atttypmod) <> regexp_replace(expected, ' NOT NULL$', '')
       AND (step = 2 OR attnotnull AND NOT atthasdef AND NOT EXISTS (
              SELECT FROM pg_constraint WHERE conrelid = attrelid AND contype = 'p' AND attnum = ANY (conkey)))
-  ) AS blocking WHERE conflict AND kind = 'column'
+  ) AS blocking WHERE kind = 'column'
   UNION ALL  -- a partitioned table gets it partition by partition, each without keeping anybody waiting
   SELECT kind, table_name, name, 'leave', step, format(command, piece, quote_ident(own), index, above, name, expected), restore, NULL
   FROM pieces LEFT JOIN LATERAL (

@@ -198,18 +198,8 @@ def fleet(
 
     Ends with 0, with the exit code that all failures have in common, or with 1. Run again, it does what is left.
     """
-    commands.fleet.run(
-        targets=targets,
-        databases=databases,
-        schemas=schemas,
-        task=task,
-        jobs=jobs,
-        canary=canary,
-        stop_after=stop_after,
-        part=part,
-        timeout=timeout,
-        form=format,
-    )
+    orders = commands.fleet.Orders(task, jobs, canary, stop_after, part, timeout)
+    commands.fleet.run(orders, targets=targets, databases=databases, schemas=schemas, form=format)
 
 
 @recipe()

@@ -291,6 +291,14 @@ def completed(target: Target, source: str) -> Target:
     return replace(found, search_path=search_path, notes=notes, sources=sources)
 
 
+def with_search_path(conninfo: Mapping[str, str], search_path: str | None) -> dict[str, str]:
+    """Return it with the search_path, if any, among the options: for a session that is not one of our own."""
+    if search_path is None:
+        return dict(conninfo)
+    escaped = re.sub(r"([\s\\])", r"\\\1", search_path)
+    return {**conninfo, "options": f"{conninfo.get('options', '')} -c search_path={escaped}".strip()}
+
+
 def _refuse_misplaced_login(conninfo: Mapping[str, str], source: str) -> None:
     """Refuse a login in the place of a host or a database: it would be printed, and asked of a name server."""
     misplaced = {

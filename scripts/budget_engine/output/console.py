@@ -83,7 +83,7 @@ class Console:
 
     def emit_json(self, document: Mapping[str, object]) -> None:
         """Print a JSON document, its texts masked one by one: null, which is no text, may be somebody's password."""
-        whole = json.dumps(_masked(document, self._spelled), indent=2, ensure_ascii=False)
+        whole = json.dumps(masked(document, self._spelled), indent=2, ensure_ascii=False)
         _write(shown(whole, kept="\n"))
 
     def append(self, file: str, document: str) -> None:
@@ -198,11 +198,12 @@ _make_usable()
 CONSOLE = Console()
 
 
-def _masked(value: object, mask: Callable[[str], str]) -> object:
+def masked(value: object, mask: Callable[[str], str]) -> object:
+    """Return a JSON value, its texts masked."""
     if isinstance(value, str):
         return mask(value)
     if isinstance(value, Mapping):
-        return {name: _masked(of, mask) for name, of in value.items()}
+        return {name: masked(of, mask) for name, of in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_masked(each, mask) for each in value]
+        return [masked(each, mask) for each in value]
     return value

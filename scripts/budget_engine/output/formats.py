@@ -35,11 +35,17 @@ class View:
 
 def as_json(task: str, error: RecipeError | None, view: View | None) -> dict[str, object]:
     """Return the JSON document; view: None of a task that saw nothing."""
-    where = [*filter(None, error.where.split("\n"))] if error else []
-    said = error and {"what": error.what, "where": where, "remedy": error.remedy.splitlines()}
     seen = _seen(view) | view.more if view else {}
-    code = error.exit_code if error else 0
-    return {"version": VERSION, "task": task, "recipes": __version__, **seen, "exit_code": code, "error": said}
+    ended = {"exit_code": error.exit_code if error else 0, "error": said(error)}
+    return {"version": VERSION, "task": task, "recipes": __version__, **seen, **ended}
+
+
+def said(error: RecipeError | None) -> dict[str, object] | None:
+    """Return an error as documents have it: its lines, unless nothing went wrong."""
+    if error is None:
+        return None
+    where = [*filter(None, error.where.split("\n"))]
+    return {"what": error.what, "where": where, "remedy": error.remedy.splitlines()}
 
 
 def _seen(view: View) -> dict[str, object]:

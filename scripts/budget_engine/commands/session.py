@@ -46,7 +46,7 @@ def announce(where: Target, given: Settings) -> None:
     # every line that names the user.
     plain = {where.conninfo.get("user"), where.conninfo.get("dbname"), "postgres", "postgresql", "public"}
     CONSOLE.mask = partial(mask, secrets=[secret for secret in where.secrets if secret not in plain])
-    CONSOLE.first("\n".join([text.target(where, given), *text.notes(where, given)]))
+    CONSOLE.first(text.opening(where, given))
 
 
 def target_in_use(given: Settings) -> Target:
@@ -202,37 +202,26 @@ class Session:
         """Run all transactions, then the concurrent part, as often as it takes and LOCK_WAIT allows."""
         self.patience.restart()
         while (todo := self.todo(found)).to_do and not todo.conflicts:
-            after, hindrance = self._one_round(todo, found)
-            if hindrance is not None:
+            after, waited = None, False
+            try:
+                if todo.transactions:
+                    after = runner.run_transactions(self.connection, self._script(todo, found), _Progress(), _notice)
+                    after, self.moves = None if self.moves else after, ()  # where those went, only a survey says
+                else:
+                    if self._builder is None:
+                        patience_s = None if found.server.pooled else self.given.lock_wait_s
+                        self._builder = runner.Builder(self.connection, found, patience_s, _Progress())
+                    self._builder.run(todo)
+            except errors.LockTimeoutError as hindrance:
                 self._pause(hindrance, found)
-            after = after or self.look()
+                waited = True
+            after = self._seen(after) if after else self.look()
             if after.checks != found.checks:
                 self.patience.restart()
-            elif hindrance is None:
+            elif not waited:
                 return after  # what is left, the rows refuse
             found = after
         return found
-
-    def _one_round(
-        self, todo: plan.Plan, found: survey.Survey
-    ) -> tuple[survey.Survey | None, errors.RecipeError | None]:
-        """Do what can be done now; return what exists then, if that is known, or what waiting may help against."""
-        after = None
-        try:
-            if todo.transactions:
-                after = runner.run_transactions(self.connection, self._script(todo, found), _Progress(), _notice)
-                after, self.moves = None if self.moves else after, ()  # where those went, only a survey says
-            else:
-                self._build(found).run(todo)
-        except errors.LockTimeoutError as hindrance:
-            return None, hindrance
-        return after and self._seen(after), None
-
-    def _build(self, found: survey.Survey) -> runner.Builder:
-        if self._builder is None:
-            patience_s = None if found.server.pooled else self.given.lock_wait_s
-            self._builder = runner.Builder(self.connection, found, patience_s, _Progress())
-        return self._builder
 
     def _survey(self) -> survey.Survey:
         while True:

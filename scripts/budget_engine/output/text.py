@@ -33,30 +33,29 @@ def line(label: str, *texts: str) -> str:
     return f"{label:<{LABEL - 1}} " + lines(texts).replace("\n", "\n" + " " * LABEL)
 
 
-def target(target: Target, settings: Settings, server: Server | None = None) -> str:
-    """Which database this is about, where its URL came from, and who answers."""
-    if settings.target is None:  # its source names it
-        there = f"the {settings.source}"
-        known = there if server is None else f"{place(server)} on {there}, PostgreSQL {server.version}"
-        return line("target", known)
+def opening(target: Target, settings: Settings, found: Survey | None = None) -> str:
+    """Write what is said before anything else: which database this is about, where its URL came from, who answers.
+
+    And what was ignored or corrected in the settings, and what is unusual about the place.
+    """
     whence = f"({sources(target, settings)})"
-    if server is None:
-        return line("target", f"{target.display} {whence}")
-    via = " through a pooler" if server.pooled else ""
-    answers = f"PostgreSQL {server.version}{via}, role {server.role}"
-    return line("target", f"{target.display}, {place(server)} {whence}, {answers}")
+    says, later = f"{target.display} {whence}" if settings.target else f"the {settings.source}", list[str]()
+    if found:
+        server, answers = found.server, f"PostgreSQL {found.server.version}"
+        later = behind(server, found.checks)
+        if settings.target:
+            via = " through a pooler" if server.pooled else ""
+            says = f"{target.display}, {place(server)} {whence}, {answers}{via}, role {server.role}"
+        else:  # its source names it
+            says = f"{place(server)} on {says}, {answers}"
+    notes = (line("note", note) for note in (*settings.notes, *target.notes, *later))
+    return "\n".join([line("target", says), *notes])
 
 
 def place(server: Server, host: str = "") -> str:
     """Name the database, its host, and the schemas in which our tables exist, or the one where they would."""
     where = f" on {host}" if host else ""
     return f"database {server.database}{where}, schema {', '.join(server.homes) or server.schema or 'none'}"
-
-
-def opening(target_: Target, settings: Settings, found: Survey) -> str:
-    """Write what is said before anything else: the target, and what is unusual about the way there."""
-    later = [line("note", note) for note in behind(found.server, found.checks)]
-    return "\n".join([target(target_, settings, found.server), *notes(target_, settings), *later])
 
 
 def behind(server: Server, checks: Iterable[Check]) -> list[str]:
@@ -78,11 +77,6 @@ STARTED = "the embedded server was started and keeps running; invoke db.psql ope
 def sources(target: Target, settings: Settings) -> str:
     """Where the URL came from, and what else says where it leads."""
     return ", ".join([settings.source, *target.sources])
-
-
-def notes(target: Target, settings: Settings) -> list[str]:
-    """Say what was ignored or corrected in the settings."""
-    return [line("note", note) for note in (*settings.notes, *target.notes)]
 
 
 def without_tls(host: str) -> str:
@@ -214,11 +208,9 @@ def locks(actions: Iterable[Action], sizes: Mapping[str, Size]) -> list[str]:
             of_table[how] = max(lock, of_table.get(how, lock), key=STRENGTH.index)
     rows = []
     for table, of_table in strongest.items():
-        once = [table, _size(sizes.get(table))]
-        for how, lock in of_table.items():
-            name, size = once
+        for number, (how, lock) in enumerate(of_table.items()):
+            name, size = ("", "") if number else (table, _size(sizes.get(table)))
             rows.append((name, f"{lock.value} {how}", size))
-            once = ["", ""]
     first, second = (max([len(row[column]) for row in rows], default=0) + 2 for column in (0, 1))
     aligned = [f"{name:<{first}}{lock:<{second}}{size}".rstrip() for name, lock, size in rows]
     return [line("locks", *aligned)] if rows else []

@@ -20,7 +20,7 @@ if STANDS_ALONE:
     sys.path.insert(0, str(Path(__file__).parent / "scripts"))
 
 from budget_engine import commands  # noqa: E402 - whose modules are loaded by first use: --list needs no driver
-from budget_engine.output.ending import reported  # noqa: E402
+from budget_engine.output.console import reported  # noqa: E402
 
 if sys.platform != "win32":
     with reported():

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,11 @@ def run(orders: Orders, *, targets: str, databases: Sequence[str], schemas: Sequ
         raise errors.FLEET_OPTION(option=f"--task {orders.task}", wants=", ".join(TASKS))
     timeout_s = duration_ms("--timeout", orders.timeout) / 1000 if orders.timeout else None
     named = list(_members(targets, databases, schemas))
-    _refuse_what_is_none(named)
+    if not named:
+        raise errors.NO_TARGET()
+    counted = Counter(name for member in named for name in {member.label, member.place})
+    if twice := [name for name, count in counted.items() if count > 1]:
+        raise errors.TARGET_TWICE(where=twice)
     members = list(_part(named, orders.part))  # none, perhaps: a machine too many is no failure
     jobs = orders.jobs if orders.jobs > 0 else _JOBS
     workers = [_Worker(orders.task, timeout_s) for _ in range(min(jobs, len(members)))]
@@ -97,8 +102,8 @@ def _members(targets: str, databases: Sequence[str], schemas: Sequence[str]) -> 
         yield from _listed(targets)
         return
     given, where = announced()
-    with Connection(where, given) as connection:
-        [rows] = connection.ask([_DATABASES if databases else _SCHEMAS])
+    with Connection(where, given) as server:
+        [rows] = server.ask([_DATABASES if databases else _SCHEMAS])
     names = [str(name) for (name,) in rows]
     for name in (n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in databases or schemas)):
         conninfo, path = where.conninfo | {"dbname": name}, where.search_path
@@ -143,14 +148,6 @@ def _part(members: Iterable[Member], part: str) -> Iterator[Member]:
     return (member for member in members if zlib.crc32(member.label.encode()) % parts == mine)
 
 
-def _refuse_what_is_none(members: Sequence[Member]) -> None:
-    if not members:
-        raise errors.NO_TARGET()
-    counted = Counter(name for member in members for name in {member.label, member.place})
-    if twice := [name for name, count in counted.items() if count > 1]:
-        raise errors.TARGET_TWICE(where=twice)
-
-
 # ── the work ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -164,22 +161,21 @@ class _Worker:
     def work(self, member: Member) -> Ended:
         """Have the task run on this target; stop it where it takes longer than it may."""
         process = self._process = self._process or _started()
-        began, late = time.monotonic(), threading.Event()
-
-        def stop() -> None:
-            late.set()
-            self.stop()
-
-        timer = threading.Timer(self._timeout_s or 0, stop)
-        if self._timeout_s:
-            timer.start()
-        answer = _asked(process, json.dumps({"url": member.url, "task": self._task}))
-        timer.cancel()
-        if late.is_set() or not answer:  # a next target might meet the Ctrl-C that was meant for this one
+        began, late = time.monotonic(), False
+        answer: dict[str, Any] = {}
+        if process.stdin and process.stdout:
+            with suppress(OSError, ValueError):  # it is gone
+                process.stdin.write(json.dumps({"url": member.url, "task": self._task}) + "\n")
+                process.stdin.flush()
+                late = self._timeout_s is not None and not connection.wait([process.stdout.fileno()], self._timeout_s)
+                if late:
+                    self.stop()
+                answer = json.loads(process.stdout.readline() or "{}")
+        if late or not answer:  # a next target might meet the Ctrl-C that was meant for this one
             self._process = None
             process.kill()
             process.wait()
-            code, what = (7, f"no end within {self._timeout_s:g} s") if late.is_set() else (1, "its worker has died")
+            code, what = (7, f"no end within {self._timeout_s:g} s") if late else (1, "its worker has died")
             answer = {"exit_code": code, "summary": "", "error": {"what": what, "where": [], "remedy": []}}
         took_s = round(time.monotonic() - began, 3)
         return {"target": member.label, "exit_code": answer["exit_code"], "seconds": took_s, **answer}
@@ -213,19 +209,6 @@ def _started() -> subprocess.Popen[str]:
         encoding="utf-8",
         start_new_session=True,
     )
-
-
-def _asked(process: subprocess.Popen[str], line: str) -> dict[str, Any]:
-    """Write the line, and read the answer; {} where the process is gone."""
-    if process.stdin is None or process.stdout is None:
-        return {}
-    try:
-        process.stdin.write(line + "\n")
-        process.stdin.flush()
-        answer: dict[str, Any] = json.loads(process.stdout.readline() or "{}")
-    except (OSError, ValueError):
-        return {}
-    return answer
 
 
 @contextmanager

@@ -8,19 +8,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 from budget_engine import errors
-from budget_engine.commands.session import (
-    Session,
-    hindrances,
-    opened,
-    refused_by_rows,
-    waits_for,
-    what_is_missing,
-)
+from budget_engine.commands.session import Session, hindrances, opened, refused_by_rows, waits_for, what_is_missing
 from budget_engine.migration import conflicts, plan, runner, surroundings, survey
 from budget_engine.migration.checks import Check
 from budget_engine.output import formats, text
-from budget_engine.output.console import CONSOLE, PEOPLE
-from budget_engine.output.ending import as_message
+from budget_engine.output.console import CONSOLE, PEOPLE, as_message
 from budget_engine.output.formats import View
 from budget_engine.postgres import blockers
 from budget_engine.postgres.connection import Connection, transaction_settings, understood

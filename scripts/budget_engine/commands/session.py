@@ -46,7 +46,7 @@ def announce(where: Target, given: Settings) -> None:
     # every line that names the user.
     plain = {where.conninfo.get("user"), where.conninfo.get("dbname"), "postgres", "postgresql", "public"}
     CONSOLE.mask = partial(mask, secrets=[secret for secret in where.secrets if secret not in plain])
-    CONSOLE.first(text.opening(where, given))
+    CONSOLE.first = text.opening(where, given)
 
 
 def target_in_use(given: Settings) -> Target:
@@ -74,7 +74,7 @@ def opened(
     with Session(given, where, task, looks=looks, with_recreate=with_recreate, kind=kind) as session:
         found = session.look()
         exposed = [text.without_tls(session.connection.host)] if session.connection.is_exposed else []
-        CONSOLE.first("\n".join([text.opening(where, given, found), *exposed]))
+        CONSOLE.first = "\n".join([text.opening(where, given, found), *exposed])
         yield session, found
 
 
@@ -123,13 +123,12 @@ class Session:
         """Plan what this task has to do, once for what is asked again; where tables are to move, their move first."""
         asked = (found, self.wanted, self.moves)
         if self._planned is None or not all(map(operator.is_, self._planned[0], asked)):
-            self._planned = asked, self._plan(found)
+            if self.moves and self.chain.recreate:
+                todo = recreate.make(self.chain, self.chain.recreate, self.wanted, found.checks, self.moves)
+            else:
+                todo = plan.make(self.chain, self.wanted, found.checks)
+            self._planned = asked, todo
         return self._planned[1]
-
-    def _plan(self, found: survey.Survey) -> plan.Plan:
-        if self.moves and self.chain.recreate:
-            return recreate.make(self.chain, self.chain.recreate, self.wanted, found.checks, self.moves)
-        return plan.make(self.chain, self.wanted, found.checks)
 
     def look(self) -> survey.Survey:
         """Survey; look again, until two looks agree, before believing that something is wrong.

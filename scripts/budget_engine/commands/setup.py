@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from psycopg import sql
@@ -31,7 +31,7 @@ def run(task: str | None, *, dry: bool = False, wait: str = "", create_database:
     wait: how long to wait for a server that is still starting; create_database: where it does not exist.
     """
     wait_s = duration_ms("--wait", wait) / 1000 if wait else 0
-    connect = _patient(wait_s, create_database=create_database and not dry)
+    connect = partial(_arrive, wait_s=wait_s, create_database=create_database and not dry)
     with opened(task, dry=dry, kind=connect) as (session, before):
         if _is_to_be_done(session, before, dry=dry):
             session.carry_out(before)
@@ -100,28 +100,24 @@ class _WithDependants(Connection):
 # ── the arrival: at a server that may still be starting, at a database that may have to be created ─────────────────
 
 
-def _patient(wait_s: float, *, create_database: bool) -> Callable[..., Connection]:
-    """Return what opens a connection as Connection does: for wait_s seconds, creating the database if asked."""
-
-    def connect(target: Target, settings: Settings, **how: Any) -> Connection:
-        deadline, told, created = time.monotonic() + wait_s, False, not create_database
-        while True:
-            try:
-                return Connection(target, settings, **how)
-            except errors.UnreachableError as error:
-                if error.cause is errors.NO_DATABASE and not created:
-                    created = True
-                    _create(target, settings)
-                    continue
-                if error.cause not in _MAY_COME or time.monotonic() > deadline:
-                    raise
-                if not told:
-                    who = error.where.splitlines()[0]
-                    CONSOLE.say(text.line("waiting", f"for the server, {wait_s:g} s at most: {who}"))
-                told = True
-            time.sleep(_PAUSE_S)
-
-    return connect
+def _arrive(target: Target, settings: Settings, *, wait_s: float, create_database: bool, **how: Any) -> Connection:
+    """Open a connection as Connection does: for wait_s seconds, creating the database if asked."""
+    deadline, told, created = time.monotonic() + wait_s, False, not create_database
+    while True:
+        try:
+            return Connection(target, settings, **how)
+        except errors.UnreachableError as error:
+            if error.cause is errors.NO_DATABASE and not created:
+                created = True
+                _create(target, settings)
+                continue
+            if error.cause not in _MAY_COME or time.monotonic() > deadline:
+                raise
+            if not told:
+                who = error.where.splitlines()[0]
+                CONSOLE.say(text.line("waiting", f"for the server, {wait_s:g} s at most: {who}"))
+            told = True
+        time.sleep(_PAUSE_S)
 
 
 def _create(target: Target, settings: Settings) -> None:

@@ -21,8 +21,7 @@ from pathlib import Path
 from budget_engine import commands
 from budget_engine.errors import RecipeError
 from budget_engine.output import formats
-from budget_engine.output.console import CONSOLE, PEOPLE, masked
-from budget_engine.output.ending import as_message
+from budget_engine.output.console import CONSOLE, PEOPLE, as_message, masked
 
 TASKS: dict[str, Callable[[], None]] = {
     "setup": lambda: commands.setup.run(None),

@@ -242,11 +242,10 @@ def bystanders(seen: Sequence[Bystander], settings: Settings) -> list[str]:
 
 def consequences(plan: Plan, kept: Sequence[str], unseen: Sequence[str]) -> list[str]:
     """Say what a plan keeps, what fails once, what rows may refuse."""
-    notes = [f"setup ends with exit 5 where rows refuse {what}" for what in unseen]
-    if plan.reshaped:
-        tables = " and ".join(plan.reshaped)
-        notes.insert(0, f"prepared SELECT * of {tables} that are open now fail once afterwards (0A000)")
-    return [*(line("keeps", values) for values in kept), *(line("note", note) for note in notes)]
+    told = [line("keeps", values) for values in kept]
+    if tables := " and ".join(plan.reshaped):
+        told.append(line("note", f"prepared SELECT * of {tables} that are open now fail once afterwards (0A000)"))
+    return told + [line("note", f"setup ends with exit 5 where rows refuse {what}") for what in unseen]
 
 
 def counted(plan: Plan) -> str:

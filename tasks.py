@@ -50,17 +50,13 @@ class _Underscored(tuple[str, ...]):
         menu = vars(program).get("collection")  # this file's or an application's, once Invoke has read its settings
         if menu is not None and menu.auto_dash_names:
             names = {name for near in (menu, *menu.collections.values()) for name in near.tasks}
-            yield from (_Verbatim(alias) for alias in super().__iter__() if alias.replace("_", "-") in names)
+            underscored = (alias for alias in super().__iter__() if "_" in alias)
+            yield from (_Verbatim(alias) for alias in underscored if alias.replace("_", "-") in names)
 
 
 def recipe(**options: str) -> Callable[[Callable[..., None]], Task[Any]]:
     """Make a function a task: whatever ends it becomes a message; options: what each of them means."""
-
-    def as_task(body: Callable[..., None]) -> Task[Any]:
-        aliases = _Underscored([body.__name__] if "_" in body.__name__ else [])
-        return Task(reported()(body), aliases=aliases, help=options)
-
-    return as_task
+    return lambda body: Task(reported()(body), aliases=_Underscored([body.__name__]), help=options)
 
 
 @recipe(

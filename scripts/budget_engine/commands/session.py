@@ -73,8 +73,8 @@ def opened(
     given, where = announced(dry=dry)
     with Session(given, where, task, looks=looks, with_recreate=with_recreate, kind=kind) as session:
         found = session.look()
-        exposed = [text.without_tls(session.connection.host)] if session.connection.is_exposed else []
-        CONSOLE.first = "\n".join([text.opening(where, given, found), *exposed])
+        exposed = session.connection.host if session.connection.is_exposed else ""
+        CONSOLE.first = text.opening(where, given, found, exposed=exposed)
         yield session, found
 
 

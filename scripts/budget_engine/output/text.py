@@ -33,10 +33,11 @@ def line(label: str, *texts: str) -> str:
     return f"{label:<{LABEL - 1}} " + lines(texts).replace("\n", "\n" + " " * LABEL)
 
 
-def opening(target: Target, settings: Settings, found: Survey | None = None) -> str:
+def opening(target: Target, settings: Settings, found: Survey | None = None, *, exposed: str = "") -> str:
     """Write what is said before anything else: which database this is about, where its URL came from, who answers.
 
     And what was ignored or corrected in the settings, and what is unusual about the place.
+    exposed: the host to which a password went out in the open (doctor's finding says more).
     """
     whence = f"({sources(target, settings)})"
     says, later = f"{target.display} {whence}" if settings.target else f"the {settings.source}", list[str]()
@@ -48,8 +49,9 @@ def opening(target: Target, settings: Settings, found: Survey | None = None) -> 
             says = f"{target.display}, {place(server)} {whence}, {answers}{via}, role {server.role}"
         else:  # its source names it
             says = f"{place(server)} on {says}, {answers}"
-    notes = (line("note", note) for note in (*settings.notes, *target.notes, *later))
-    return "\n".join([line("target", says), *notes])
+    if exposed:
+        later.append(f"no TLS on the way to {exposed}: others can read password and data there (sslmode=require)")
+    return "\n".join([line("target", says), *(line("note", note) for note in (*settings.notes, *target.notes, *later))])
 
 
 def place(server: Server, host: str = "") -> str:
@@ -77,11 +79,6 @@ STARTED = "the embedded server was started and keeps running; invoke db.psql ope
 def sources(target: Target, settings: Settings) -> str:
     """Where the URL came from, and what else says where it leads."""
     return ", ".join([settings.source, *target.sources])
-
-
-def without_tls(host: str) -> str:
-    """Say that a password went out in the open (doctor's finding says more)."""
-    return line("note", f"no TLS on the way to {host}: others can read password and data there (sslmode=require)")
 
 
 def row_security(checks: Iterable[Check]) -> str:

@@ -88,8 +88,8 @@ def run(orders: Orders, *, targets: str, databases: Sequence[str], schemas: Sequ
     many = f"{len(members)} target{'s' * (len(members) != 1)}"
     CONSOLE.say(text.line("fleet", f"{orders.task} on {many}, {len(workers)} at a time"))
     with ThreadPoolExecutor(len(workers) or 1) as pool, _let_go(workers):
-        ended = list(_told(_results(orders, members, workers, pool), len(members)))
-    _sum_up(ended, len(members))
+        codes = _told(_results(orders, members, workers, pool), len(members))
+    _sum_up(codes, len(members))
 
 
 # ── which targets ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -251,28 +251,27 @@ def _results(
 # ── what is said ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _told(results: Iterator[Ended], total: int) -> Iterator[Ended]:
-    """Say how each target ended: those that failed to people, every one to machines."""
-    failed = 0
-    for number, ended in enumerate(results, 1):
+def _told(results: Iterable[Ended], total: int) -> Counter[int]:
+    """Say how each target ended, those that failed to people, every one to machines; count the exit codes."""
+    codes = Counter[int]()
+    for ended in results:
+        codes[ended["exit_code"]] += 1
         if CONSOLE.format == "json":
             CONSOLE.emit(json.dumps(ended))
         if error := ended["error"]:
-            failed += 1
             says = f"{ended['target']}: exit {ended['exit_code']}: {error['what']}"
             CONSOLE.say(text.line("failed", says, *error["where"]))
-        CONSOLE.progress(f"{number} of {total} targets, {failed} failed")
-        yield ended
+        CONSOLE.progress(f"{codes.total()} of {total} targets, {codes.total() - codes[0]} failed")
+    return codes
 
 
-def _sum_up(ended: Sequence[Ended], total: int) -> None:
+def _sum_up(codes: Counter[int], total: int) -> None:
     """Say how many ended well; raise where not all did."""
-    codes = Counter(one["exit_code"] for one in ended)
-    well, left = codes.pop(0, 0), total - len(ended)
-    by_code = [f"exit {code}: {count}" for code, count in sorted(codes.items())]
+    left, well = total - codes.total(), codes.pop(0, 0)
     if not codes:
         CONSOLE.say(text.line("done", f"{total} of {total} targets ended well"))
         return
+    by_code = [f"exit {code}: {count}" for code, count in sorted(codes.items())]
     said = "; ".join([f"{well} of {total} did", *by_code, *([f"{left} not begun"] if left else [])])
     common = replace(errors.FLEET_FAILED, exit_code=next(iter(codes)) if len(codes) == 1 else 1)
     raise common(said=said)

@@ -62,16 +62,11 @@ def target_of(cluster: embedded.Cluster) -> Target:
 
 @contextmanager
 def opened(
-    task: str | None = None,
-    *,
-    dry: bool = False,
-    looks: bool = False,
-    with_recreate: bool = False,
-    kind: Callable[..., Connection] = Connection,
+    begin: Callable[[Settings, Target], Session], *, dry: bool = False
 ) -> Iterator[tuple[Session, survey.Survey]]:
-    """Begin a task (None: of the whole chain) on the database in use, and look at it."""
+    """Begin a session on the database in use, and look at it."""
     given, where = announced(dry=dry)
-    with Session(given, where, task, looks=looks, with_recreate=with_recreate, kind=kind) as session:
+    with begin(given, where) as session:
         found = session.look()
         exposed = session.connection.host if session.connection.is_exposed else ""
         CONSOLE.first = text.opening(where, given, found, exposed=exposed)

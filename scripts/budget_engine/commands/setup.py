@@ -32,14 +32,14 @@ def run(task: str | None, *, dry: bool = False, wait: str = "", create_database:
     """
     wait_s = duration_ms("--wait", wait) / 1000 if wait else 0
     connect = partial(_arrive, wait_s=wait_s, create_database=create_database and not dry)
-    with opened(task, dry=dry, kind=connect) as (session, before):
+    with opened(partial(Session, task=task, kind=connect), dry=dry) as (session, before):
         if _is_to_be_done(session, before, dry=dry):
             session.carry_out(before)
 
 
 def rehearse() -> None:
     """Run every transaction that setup would run, verified, as one that is rolled back."""
-    with opened() as (session, before):
+    with opened(Session) as (session, before):
         todo = session.todo(before)
         session.refuse_what_cannot_be(todo, before)
         if todo.transactions:
@@ -58,7 +58,8 @@ def prereqs(*, recreate: bool, with_dependants: bool, yes: bool, dry: bool) -> N
         run("prereqs", dry=dry)
         return
     kind = _WithDependants if with_dependants else Connection
-    with opened("prereqs", dry=dry, with_recreate=True, kind=kind) as (session, found):
+    begin = partial(Session, task="prereqs", with_recreate=True, kind=kind)
+    with opened(begin, dry=dry) as (session, found):
         moves = recreating.read(session.connection, session.chain, found, with_dependants=with_dependants)
         said = text.moves(session.where, found.server, moves)
         if not moves:

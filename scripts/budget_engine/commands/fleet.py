@@ -176,7 +176,7 @@ class _Worker:
             process.kill()
             process.wait()
             code, what = (7, f"no end within {self._timeout_s:g} s") if late else (1, "its worker has died")
-            answer = {"exit_code": code, "summary": "", "error": {"what": what, "where": [], "remedy": []}}
+            answer = {"summary": "", "exit_code": code, "error": {"what": what, "where": [], "remedy": []}}
         took_s = round(time.monotonic() - began, 3)
         return {"target": member.label, "exit_code": answer["exit_code"], "seconds": took_s, **answer}
 

@@ -56,7 +56,8 @@ def target_in_use(given: Settings) -> Target:
 
 def target_of(cluster: embedded.Cluster) -> Target:
     """Return the embedded server as a target, and forget what leads libpq to the user's own servers (PGHOSTADDR)."""
-    libpq.forget_environment()
+    for variable in libpq.VARIABLES:  # also for the programs that we start
+        os.environ.pop(variable, None)
     return parse_target(cluster.url)
 
 

@@ -1,7 +1,7 @@
 """A worker of the fleet: reads targets from stdin, a JSON document a line, runs a task on each, writes how it ended.
 
 Its arguments are the home of the run, and how messages name tasks. It reads {"url": DATABASE_URL, "task": "setup",
-"verify", "status" or "plan"} and writes {"exit_code", "summary", "error"}; it ends where stdin does.
+"verify", "status" or "plan"} and writes {"summary", "exit_code", "error"}; it ends where stdin does.
 One process works for many databases, one after the other, so that Python and libpq are loaded once.
 """
 
@@ -43,9 +43,8 @@ def main() -> None:
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             error = _run(TASKS[asked["task"]])
-        ended = {"exit_code": error.exit_code if error else 0, "summary": _last(said.getvalue())}
-        ended["error"] = masked(formats.said(error), CONSOLE.mask)
-        print(json.dumps(ended), file=answers, flush=True)
+        ended = {"summary": _last(said.getvalue()), **formats.ended(error)}
+        print(json.dumps(masked(ended, CONSOLE.mask)), file=answers, flush=True)
 
 
 def _read(lines: queue.SimpleQueue[str]) -> None:

@@ -36,16 +36,18 @@ class View:
 def as_json(task: str, error: RecipeError | None, view: View | None) -> dict[str, object]:
     """Return the JSON document; view: None of a task that saw nothing."""
     seen = _seen(view) | view.more if view else {}
-    ended = {"exit_code": error.exit_code if error else 0, "error": said(error)}
-    return {"version": VERSION, "task": task, "recipes": __version__, **seen, **ended}
+    return {"version": VERSION, "task": task, "recipes": __version__, **seen, **ended(error)}
 
 
-def said(error: RecipeError | None) -> dict[str, object] | None:
-    """Return an error as documents have it: its lines, unless nothing went wrong."""
+def ended(error: RecipeError | None) -> dict[str, object]:
+    """Return how a task ended, as documents have it."""
     if error is None:
-        return None
+        return {"exit_code": 0, "error": None}
     where = [*filter(None, error.where.split("\n"))]
-    return {"what": error.what, "where": where, "remedy": error.remedy.splitlines()}
+    return {
+        "exit_code": error.exit_code,
+        "error": {"what": error.what, "where": where, "remedy": error.remedy.splitlines()},
+    }
 
 
 def _seen(view: View) -> dict[str, object]:

@@ -39,19 +39,17 @@ def opening(target: Target, settings: Settings, found: Survey | None = None, *, 
     And what was ignored or corrected in the settings, and what is unusual about the place.
     exposed: the host to which a password went out in the open (doctor's finding says more).
     """
-    whence = f"({sources(target, settings)})"
-    says, later = f"{target.display} {whence}" if settings.target else f"the {settings.source}", list[str]()
+    whence, notes = f"({sources(target, settings)})", [*settings.notes, *target.notes]
+    says = f"{target.display} {whence}" if settings.target else f"the {settings.source}"  # which names it
     if found:
         server, answers = found.server, f"PostgreSQL {found.server.version}"
-        later = behind(server, found.checks)
-        if settings.target:
-            via = " through a pooler" if server.pooled else ""
-            says = f"{target.display}, {place(server)} {whence}, {answers}{via}, role {server.role}"
-        else:  # its source names it
-            says = f"{place(server)} on {says}, {answers}"
+        via = " through a pooler" if server.pooled else ""
+        whole = f"{target.display}, {place(server)} {whence}, {answers}{via}, role {server.role}"
+        says = whole if settings.target else f"{place(server)} on {says}, {answers}"
+        notes += behind(server, found.checks)
     if exposed:
-        later.append(f"no TLS on the way to {exposed}: others can read password and data there (sslmode=require)")
-    return "\n".join([line("target", says), *(line("note", note) for note in (*settings.notes, *target.notes, *later))])
+        notes.append(f"no TLS on the way to {exposed}: others can read password and data there (sslmode=require)")
+    return "\n".join([line("target", says), *(line("note", note) for note in notes)])
 
 
 def place(server: Server, host: str = "") -> str:

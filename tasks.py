@@ -20,7 +20,7 @@ if STANDS_ALONE:
     sys.path.insert(0, str(Path(__file__).parent / "scripts"))
 
 from budget_engine import commands  # noqa: E402 - whose modules are loaded by first use: --list needs no driver
-from budget_engine.output.ending import reported  # noqa: E402
+from budget_engine.output.console import reported  # noqa: E402
 
 if sys.platform != "win32":
     with reported():
@@ -50,17 +50,13 @@ class _Underscored(tuple[str, ...]):
         menu = vars(program).get("collection")  # this file's or an application's, once Invoke has read its settings
         if menu is not None and menu.auto_dash_names:
             names = {name for near in (menu, *menu.collections.values()) for name in near.tasks}
-            yield from (_Verbatim(alias) for alias in super().__iter__() if alias.replace("_", "-") in names)
+            underscored = (alias for alias in super().__iter__() if "_" in alias)
+            yield from (_Verbatim(alias) for alias in underscored if alias.replace("_", "-") in names)
 
 
 def recipe(**options: str) -> Callable[[Callable[..., None]], Task[Any]]:
     """Make a function a task: whatever ends it becomes a message; options: what each of them means."""
-
-    def as_task(body: Callable[..., None]) -> Task[Any]:
-        aliases = _Underscored([body.__name__] if "_" in body.__name__ else [])
-        return Task(reported()(body), aliases=aliases, help=options)
-
-    return as_task
+    return lambda body: Task(reported()(body), aliases=_Underscored([body.__name__]), help=options)
 
 
 @recipe(
@@ -198,18 +194,8 @@ def fleet(
 
     Ends with 0, with the exit code that all failures have in common, or with 1. Run again, it does what is left.
     """
-    commands.fleet.run(
-        targets=targets,
-        databases=databases,
-        schemas=schemas,
-        task=task,
-        jobs=jobs,
-        canary=canary,
-        stop_after=stop_after,
-        part=part,
-        timeout=timeout,
-        form=format,
-    )
+    orders = commands.fleet.Orders(task, jobs, canary, stop_after, part, timeout)
+    commands.fleet.run(orders, targets=targets, databases=databases, schemas=schemas, form=format)
 
 
 @recipe()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-from budget_engine.output.ending import reported  # noqa: E402 - and the console, before Invoke prints anything
+from budget_engine.output.console import reported  # noqa: E402 - and the console, before Invoke prints anything
 
 
 def _distrust(lost: ImportError) -> None:

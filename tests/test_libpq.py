@@ -37,7 +37,7 @@ PROBE = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT / "scripts")!r})
 from budget_engine.migration.chain import ROOT
-from budget_engine.output.ending import reported
+from budget_engine.output.console import reported
 from budget_engine.postgres.connection import UNPIN, Connection
 from budget_engine.settings import completed, load
 with reported():

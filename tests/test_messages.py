@@ -24,8 +24,7 @@ import pytest
 import warm
 from budget_engine import errors
 from budget_engine.migration import chain
-from budget_engine.output.console import LABEL
-from budget_engine.output.ending import reported
+from budget_engine.output.console import LABEL, reported
 from budget_engine.postgres.embedded import Cluster
 from conftest import (
     MIGRATIONS,

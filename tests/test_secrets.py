@@ -157,7 +157,7 @@ def all_said(text: str, *, in_file: bool) -> Iterator[str]:
         yield repr(settings)
         assert settings.target is not None
         target = completed(settings.target, source)
-        yield from [repr(target), words.target(target, settings), *words.notes(target, settings), *echoes(target)]
+        yield from [repr(target), words.opening(target, settings), *echoes(target)]
         Connection(target, settings).close()
     except RecipeError as error:
         yield from [*words.error(error), repr(error), *traceback.format_exception(error)]

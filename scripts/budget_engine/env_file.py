@@ -119,15 +119,11 @@ def _top(home: Path) -> Path:
     """Return the top of the repository that holds it: of the outermost superproject, where that is a submodule."""
     tops = [folder for folder in (home, *home.parents) if (folder / ".git").exists()]
     for below, above in pairwise(tops):
-        if not _is_submodule(below, above):
+        modules, kept = _git_folder(above) / "modules", _git_folder(below)
+        is_worktree = kept.parent.name == "worktrees" and kept.parents[1] != modules  # of a module
+        if is_worktree or not kept.is_relative_to(modules):
             return below
     return tops[-1] if tops else home
-
-
-def _is_submodule(below: Path, above: Path) -> bool:
-    """Whether git keeps the one among the modules of the other; a linked worktree of such a module is no submodule."""
-    modules, kept = _git_folder(above) / "modules", _git_folder(below)
-    return kept.is_relative_to(modules) and (kept.parent.name != "worktrees" or kept.parents[1] == modules)
 
 
 def _git_folder(top: Path) -> Path:

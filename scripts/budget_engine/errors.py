@@ -18,13 +18,9 @@ class RecipeError(Exception):
     cause: Case | None = None
 
     def __init__(self, case: Case, what: str, where: str, remedy: str, before: Sequence[str]) -> None:
-        self.case, self.what, self.where, self.remedy, self.before = case, what, where, remedy, before
+        self.case, self.exit_code = case, case.exit_code
+        self.what, self.where, self.remedy, self.before = what, where, remedy, before
         super().__init__(what)
-
-    @property
-    def exit_code(self) -> int:
-        """Its case's."""
-        return self.case.exit_code
 
 
 class SettingsError(RecipeError):

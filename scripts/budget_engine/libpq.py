@@ -76,12 +76,6 @@ def _sources(found: Mapping[str, str], conninfo: Mapping[str, str], in_file: tup
         yield "the password file"
 
 
-def forget_environment() -> None:
-    """Take everything that libpq would read out of our environment, and out of that of the programs that we start."""
-    for variable in VARIABLES:
-        os.environ.pop(variable, None)
-
-
 def find_certificates() -> None:
     """Let sslrootcert=system mean this system's: psycopg's wheels bring an OpenSSL that looks in a place of its own."""
     import ssl  # seldom needed, and slow to load

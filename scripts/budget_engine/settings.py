@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 import psycopg
@@ -48,16 +47,8 @@ class Settings:
     connect_timeout_s: int = 10  # CONNECT_TIMEOUT; a guess: far servers need about 1 s, libpq's own default is for ever
 
 
-class _Url(NamedTuple):
-    """The parts of a URL, as typed."""
-
-    login: str
-    hosts: str
-    dbname: str
-    parameters: list[tuple[str, str]]
-
-
 _Given = Mapping[str, tuple[str, str]]  # setting → its value, where that was read
+_Parameters = list[tuple[str, str]]  # of a URL, as typed
 _UNIT_MS = {"us": 0.001, "ms": 1, "s": 1_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}  # PostgreSQL's units
 _LONGEST_MS = 2**31 - 1  # PostgreSQL's limit for lock_timeout
 _SHORTEST_SECRET = 4  # masking "a" wherever it stands would destroy the message; `display` masks by position
@@ -169,17 +160,22 @@ def _target_of_url(rest: str, source: str, notes: list[str]) -> Target:
     url = _split_url(rest)
     if url is None:
         raise errors.AMBIGUOUS_URL(where=source, remedy=_ENCODING_HELP)
-    typed_secrets = [url.login.partition(":")[2], *(value for name, value in url.parameters if name in libpq.SECRET)]
-    paths = [(name, _as_search_path(name, unquote(value))) for name, value in url.parameters if name in _OURS]
-    conninfo = _ask_libpq(_normalize(url), source)
-    return _target(conninfo, source, [*notes, *_notes_on_url(url)], typed_secrets, paths)
+    login, hosts, dbname, parameters = url
+    typed_secrets = [login.partition(":")[2], *(value for name, value in parameters if name in libpq.SECRET)]
+    paths = [(name, _as_search_path(name, unquote(value))) for name, value in parameters if name in _OURS]
+    # As libpq wants it, without the parameters that it does not know.
+    encoded = ":".join(map(_percent_encode, login.split(":", 1)))
+    query = "&".join(f"{name}={_percent_encode(value)}" for name, value in parameters if name in libpq.KNOWN)
+    conninfo = _ask_libpq(f"postgresql://{encoded}@{hosts}/{_percent_encode(dbname)}?{query}", source)
+    return _target(conninfo, source, [*notes, *_notes_on_url(login, parameters)], typed_secrets, paths)
 
 
-def _split_url(rest: str) -> _Url | None:
-    """Split what follows the scheme: the login ends at the first @ (or none) that leaves something well-formed.
+def _split_url(rest: str) -> tuple[str, str, str, _Parameters] | None:
+    """Split what follows the scheme into login, hosts, database and parameters; None where that takes a guess.
 
-    So "u:p@ss/word@host/db" is understood as meant, where libpq would go to a host "ss". In "u:p@ss/word@host" the last
-    part may be a host as well as a database's name; guessing wrong would send the password to a stranger: None.
+    The login ends at the first @ (or none) that leaves something well-formed. So "u:p@ss/word@host/db" is understood as
+    meant, where libpq would go to a host "ss". In "u:p@ss/word@host" the last part may be a host as well as a
+    database's name; guessing wrong would send the password to a stranger.
     """
     for start in (0, *(at.end() for at in re.finditer("@", rest))):
         match = _AFTER_LOGIN.fullmatch(rest, start)
@@ -187,11 +183,11 @@ def _split_url(rest: str) -> _Url | None:
         if match and parameters is not None:
             login, dbname = rest[: max(start - 1, 0)], match["dbname"] or ""
             is_a_guess = "@" in dbname or re.search(r"[@/?#\s]", login.partition(":")[0])  # that may stand for the :
-            return None if is_a_guess else _Url(login, match["hosts"], dbname, parameters)
+            return None if is_a_guess else (login, match["hosts"], dbname, parameters)
     return None
 
 
-def _split_query(query: str) -> list[tuple[str, str]] | None:
+def _split_query(query: str) -> _Parameters | None:
     """Split into names and values; None where this is no query but, say, the end of a password with a ? in it.
 
     ssl=… is translated, because to drop it as unknown would be to connect without TLS in silence.
@@ -220,25 +216,18 @@ def _as_search_path(name: str, value: str) -> str:
     return names.sub(lambda found: found[1] or '"' + found[0].replace('"', '""') + '"', value)
 
 
-def _normalize(url: _Url) -> str:
-    """Write the URL as libpq wants it, without the parameters that libpq does not know."""
-    login = ":".join(_percent_encode(part) for part in url.login.split(":", 1))
-    query = "&".join(f"{name}={_percent_encode(value)}" for name, value in url.parameters if name in libpq.KNOWN)
-    return f"postgresql://{login}@{url.hosts}/{_percent_encode(url.dbname)}?{query}"
-
-
 def _percent_encode(part: str) -> str:
     """Encode what is not encoded yet; a % that begins no code stands for itself."""
     return quote(_BARE_PERCENT.sub("%25", part), safe="%")
 
 
-def _notes_on_url(url: _Url) -> list[str]:
+def _notes_on_url(login: str, parameters: _Parameters) -> list[str]:
     notes = []
-    if re.search(r"[@/?#\s]", url.login) or _BARE_PERCENT.search(url.login):
+    if re.search(r"[@/?#\s]", login) or _BARE_PERCENT.search(login):
         notes.append("corrected in DATABASE_URL: user or password hold characters that must be percent-encoded")
-    unknown = dict.fromkeys(name for name, _ in url.parameters if name not in libpq.KNOWN | _OURS)
+    unknown = dict.fromkeys(name for name, _ in parameters if name not in libpq.KNOWN | _OURS)
     # In ?password=a&b=c the name "b" may be the rest of a password with a raw & in it.
-    speakable = not any(name in libpq.SECRET for name, _ in url.parameters)
+    speakable = not any(name in libpq.SECRET for name, _ in parameters)
     if unknown:
         names = ", ".join(unknown) if speakable else f"{len(unknown)} in number"
         notes.append(f"ignored in DATABASE_URL: parameters that libpq does not know ({names})")
@@ -262,7 +251,10 @@ def _target(
     paths: Iterable[tuple[str, str]] = (),
 ) -> Target:
     """Take the search_path out of what libpq understood; refuse to choose between several; say what may be said."""
-    _refuse_misplaced_login(conninfo, source)
+    # A login in the place of a host or a database would be printed, and asked of a name server.
+    has_hosts = all(map(_HOST_NAME.fullmatch, conninfo.get("host", "").split(",")))
+    if not has_hosts or _LOGIN.search(conninfo.get("dbname", "")):
+        raise errors.MISPLACED_LOGIN(part="database" if has_hosts else "host", form=_URL_FORM, where=source)
     options = conninfo.get("options", "")
     in_options = [("options", re.sub(r"\\(.)", r"\1", path)) for path in _SEARCH_PATH_OPTION.findall(options)]
     named = {name: path for name, path in [*paths, *in_options] if path}
@@ -291,15 +283,12 @@ def completed(target: Target, source: str) -> Target:
     return replace(found, search_path=search_path, notes=notes, sources=sources)
 
 
-def _refuse_misplaced_login(conninfo: Mapping[str, str], source: str) -> None:
-    """Refuse a login in the place of a host or a database: it would be printed, and asked of a name server."""
-    misplaced = {
-        "host": not all(map(_HOST_NAME.fullmatch, conninfo.get("host", "").split(","))),
-        "database": _LOGIN.search(conninfo.get("dbname", "")),
-    }
-    for part, is_odd in misplaced.items():
-        if is_odd:
-            raise errors.MISPLACED_LOGIN(part=part, form=_URL_FORM, where=source)
+def with_search_path(conninfo: Mapping[str, str], search_path: str | None) -> dict[str, str]:
+    """Return it with the search_path, if any, among the options: for a session that is not one of our own."""
+    if search_path is None:
+        return dict(conninfo)
+    escaped = re.sub(r"([\s\\])", r"\\\1", search_path)
+    return {**conninfo, "options": f"{conninfo.get('options', '')} -c search_path={escaped}".strip()}
 
 
 def _display(conninfo: Mapping[str, str]) -> str:

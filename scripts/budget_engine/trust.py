@@ -29,13 +29,11 @@ def doubt(folder: Path, root: Path) -> str:
             if found.st_uid not in trusted:
                 return f"{place} belongs to another user ({found.st_uid})"
             each_keeps_his = found.st_mode & stat.S_ISVTX and place != start  # as in /tmp
-            if not each_keeps_his and _is_open(found, found.st_mode & ~(home.st_mode if within else 0)):
+            mode = found.st_mode & ~(home.st_mode if within else 0)
+            is_open = mode & stat.S_IWOTH or (mode & stat.S_IWGRP and not _is_alone(found))
+            if is_open and not each_keeps_his:
                 return f"others may write to {place} ({stat.filemode(found.st_mode)})"
     return ""
-
-
-def _is_open(found: os.stat_result, mode: int) -> bool:
-    return bool(mode & stat.S_IWOTH or (mode & stat.S_IWGRP and not _is_alone(found)))
 
 
 def _is_alone(found: os.stat_result) -> bool:

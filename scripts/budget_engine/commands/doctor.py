@@ -24,8 +24,7 @@ from budget_engine.migration import surroundings, survey
 from budget_engine.migration.plan import Plan
 from budget_engine.migration.survey import Server, Survey
 from budget_engine.output import text
-from budget_engine.output.console import CONSOLE
-from budget_engine.output.ending import as_message
+from budget_engine.output.console import CONSOLE, as_message
 from budget_engine.postgres import embedded
 from budget_engine.postgres.connection import BEGIN_READ_ONLY, PIN, understood
 from budget_engine.postgres.embedded import Cluster, Health

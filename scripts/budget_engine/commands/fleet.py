@@ -8,7 +8,6 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
-import queue
 import re
 import signal
 import subprocess
@@ -18,8 +17,10 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from budget_engine.commands.worker import TASKS
 from budget_engine.output import text
 from budget_engine.output.console import CONSOLE, PEOPLE
 from budget_engine.postgres.connection import Connection
-from budget_engine.settings import Target, duration_ms, parse_target
+from budget_engine.settings import Target, duration_ms, parse_target, with_search_path
 
 _JOBS = min(2 * (os.cpu_count() or 1), 8)
 _GRACE_S = 5.0  # between the request to stop and the end of a worker
@@ -51,67 +52,44 @@ class Member:
 
 @dataclass(frozen=True)
 class Orders:
-    """What is to be done, and when to stop; jobs: workers; canary: how many first; timeout_s: for one target."""
+    """What is to be done, and when to stop; jobs: workers (0: as many as fit this machine); canary: how many first.
+
+    part: "2/8" is the second of eight machines' parts; timeout: for one target, "" for none.
+    """
 
     task: str
     jobs: int
     canary: int
     stop_after: int
-    timeout_s: float | None
+    part: str
+    timeout: str
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a target ended, and after how many seconds."""
-
-    member: Member
-    exit_code: int
-    what: str
-    where: str
-    remedy: str
-    summary: str
-    took_s: float
-
-    def as_json(self) -> str:
-        """Return its line of --format json."""
-        said = {"what": self.what, "where": self.where.splitlines(), "remedy": self.remedy.splitlines()}
-        words = {"target": self.member.label, "exit_code": self.exit_code, "seconds": round(self.took_s, 3)}
-        return json.dumps(words | {"summary": self.summary, "error": said if self.exit_code else None})
+Ended = dict[str, Any]  # how a target ended: its line of --format json
 
 
-def run(
-    *,
-    targets: str,
-    databases: Sequence[str],
-    schemas: Sequence[str],
-    task: str,
-    jobs: int,
-    canary: int,
-    stop_after: int,
-    part: str,
-    timeout: str,
-    form: str,
-) -> None:
+def run(orders: Orders, *, targets: str, databases: Sequence[str], schemas: Sequence[str], form: str) -> None:
     """Run the task on every target; end with 0, with the code that all failures have in common, or with 1."""
     if form not in (PEOPLE, "json"):
         raise errors.FORMAT(task="fleet", form=form, formats=f"{PEOPLE}, json")
     CONSOLE.format = form
-    if task not in TASKS:
-        raise errors.FLEET_OPTION(option=f"--task {task}", wants=", ".join(TASKS))
-    timeout_s = duration_ms("--timeout", timeout) / 1000 if timeout else None
-    orders = Orders(task, jobs or _JOBS, canary, stop_after, timeout_s)
+    if orders.task not in TASKS:
+        raise errors.FLEET_OPTION(option=f"--task {orders.task}", wants=", ".join(TASKS))
+    timeout_s = duration_ms("--timeout", orders.timeout) / 1000 if orders.timeout else None
     named = list(_members(targets, databases, schemas))
-    _refuse_what_is_none(named)
-    members = list(_part(named, part))  # none, perhaps: a machine too many is no failure
-    CONSOLE.say(
-        text.line(
-            "fleet",
-            f"{task} on {len(members)} target{'s' * (len(members) != 1)}, {min(orders.jobs, len(members))} at a time",
-        )
-    )
-    with _Fleet(orders, members) as fleet:
-        ended = list(_told(fleet.results(), len(members)))
-    _sum_up(ended, len(members))
+    if not named:
+        raise errors.NO_TARGET()
+    counted = Counter(name for member in named for name in {member.label, member.place})
+    if twice := [name for name, count in counted.items() if count > 1]:
+        raise errors.TARGET_TWICE(where=twice)
+    members = list(_part(named, orders.part))  # none, perhaps: a machine too many is no failure
+    jobs = orders.jobs if orders.jobs > 0 else _JOBS
+    workers = [_Worker(orders.task, timeout_s) for _ in range(min(jobs, len(members)))]
+    many = f"{len(members)} target{'s' * (len(members) != 1)}"
+    CONSOLE.say(text.line("fleet", f"{orders.task} on {many}, {len(workers)} at a time"))
+    with ThreadPoolExecutor(len(workers) or 1) as pool, _let_go(workers):
+        codes = _told(_results(orders, members, workers, pool), len(members))
+    _sum_up(codes, len(members))
 
 
 # ── which targets ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -124,12 +102,14 @@ def _members(targets: str, databases: Sequence[str], schemas: Sequence[str]) -> 
         yield from _listed(targets)
         return
     given, where = announced()
-    query = _DATABASES if databases else _SCHEMAS
-    with Connection(where, given) as connection:
-        [rows] = connection.ask([query])
+    with Connection(where, given) as server:
+        [rows] = server.ask([_DATABASES if databases else _SCHEMAS])
     names = [str(name) for (name,) in rows]
     for name in (n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in databases or schemas)):
-        yield _of_database(where, name) if databases else _of_schema(where, name)
+        conninfo, path = where.conninfo | {"dbname": name}, where.search_path
+        if schemas:
+            conninfo, path = where.conninfo, '"' + name.replace('"', '""') + '"'
+        yield Member(name, name, make_conninfo(**with_search_path(conninfo, path)))
 
 
 def _listed(file: str) -> Iterator[Member]:
@@ -159,22 +139,6 @@ def _place(target: Target) -> str:
     return "/".join(filter(None, parts))
 
 
-def _of_database(where: Target, name: str) -> Member:
-    conninfo = where.conninfo | {"dbname": name}
-    return Member(name, name, make_conninfo(**_with_path(conninfo, where.search_path)))
-
-
-def _of_schema(where: Target, name: str) -> Member:
-    return Member(name, name, make_conninfo(**_with_path(where.conninfo, '"' + name.replace('"', '""') + '"')))
-
-
-def _with_path(conninfo: dict[str, str], search_path: str | None) -> dict[str, str]:
-    if search_path is None:
-        return conninfo
-    escaped = re.sub(r"([\s\\])", r"\\\1", search_path)
-    return conninfo | {"options": f"{conninfo.get('options', '')} -csearch_path={escaped}".strip()}
-
-
 def _part(members: Iterable[Member], part: str) -> Iterator[Member]:
     """Yield those of one machine of several: part "2/8" is the second of eight."""
     numbers = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part or "1/1")
@@ -184,47 +148,37 @@ def _part(members: Iterable[Member], part: str) -> Iterator[Member]:
     return (member for member in members if zlib.crc32(member.label.encode()) % parts == mine)
 
 
-def _refuse_what_is_none(members: Sequence[Member]) -> None:
-    if not members:
-        raise errors.NO_TARGET()
-    counted = Counter(name for member in members for name in {member.label, member.place})
-    if twice := [name for name, count in counted.items() if count > 1]:
-        raise errors.TARGET_TWICE(where=twice)
-
-
 # ── the work ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class _Worker:
     """A process that works on one target after the other; started anew where it had to be killed."""
 
-    def __init__(self) -> None:
+    def __init__(self, task: str, timeout_s: float | None) -> None:
+        self._task, self._timeout_s = task, timeout_s
         self._process: subprocess.Popen[str] | None = None
 
-    def work(self, member: Member, orders: Orders) -> Ended:
+    def work(self, member: Member) -> Ended:
         """Have the task run on this target; stop it where it takes longer than it may."""
         process = self._process = self._process or _started()
         began, late = time.monotonic(), False
-
-        def stop() -> None:
-            nonlocal late
-            late = True
-            self.stop()
-
-        timer = threading.Timer(orders.timeout_s or 0, stop)
-        if orders.timeout_s:
-            timer.start()
-        answer = _asked(process, json.dumps({"url": member.url, "task": orders.task}))
-        timer.cancel()
+        answer: dict[str, Any] = {}
+        if process.stdin and process.stdout:
+            with suppress(OSError, ValueError):  # it is gone
+                process.stdin.write(json.dumps({"url": member.url, "task": self._task}) + "\n")
+                process.stdin.flush()
+                late = self._timeout_s is not None and not connection.wait([process.stdout.fileno()], self._timeout_s)
+                if late:
+                    self.stop()
+                answer = json.loads(process.stdout.readline() or "{}")
         if late or not answer:  # a next target might meet the Ctrl-C that was meant for this one
             self._process = None
             process.kill()
             process.wait()
-        if late:
-            gone = f"no end within {orders.timeout_s:g} s"
-            answer = {"exit_code": 7, "what": gone, "where": "", "remedy": "", "summary": ""}
-        lost = {"exit_code": 1, "what": "its worker has died", "where": "", "remedy": "", "summary": ""}
-        return Ended(member, took_s=time.monotonic() - began, **(answer or lost))
+            code, what = (7, f"no end within {self._timeout_s:g} s") if late else (1, "its worker has died")
+            answer = {"summary": "", "exit_code": code, "error": {"what": what, "where": [], "remedy": []}}
+        took_s = round(time.monotonic() - began, 3)
+        return {"target": member.label, "exit_code": answer["exit_code"], "seconds": took_s, **answer}
 
     def stop(self) -> None:
         """Ask for the end as Ctrl-C does: what runs on the server is cancelled; then end it."""
@@ -257,96 +211,67 @@ def _started() -> subprocess.Popen[str]:
     )
 
 
-def _asked(process: subprocess.Popen[str], line: str) -> dict[str, Any]:
-    """Write the line, and read the answer; {} where the process is gone."""
-    if process.stdin is None or process.stdout is None:
-        return {}
+@contextmanager
+def _let_go(workers: Sequence[_Worker]) -> Iterator[None]:
+    """Let the workers end; before they are done, where something has ended us."""
     try:
-        process.stdin.write(line + "\n")
-        process.stdin.flush()
-        answer: dict[str, Any] = json.loads(process.stdout.readline() or "{}")
-    except (OSError, ValueError):
-        return {}
-    return answer
-
-
-class _Fleet:
-    """Hands the targets to the workers, and the results on as they come."""
-
-    def __init__(self, orders: Orders, members: Sequence[Member]) -> None:
-        self._orders, self._members = orders, members
-        self._left: queue.SimpleQueue[Member] = queue.SimpleQueue()
-        self._ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
-        self._workers = [_Worker() for _ in range(min(orders.jobs, len(members)))]
-        self._stopped = False
-        self._failed = self._limit = 0
-        self._counting = threading.Lock()
-
-    def results(self) -> Iterator[Ended]:
-        """Yield how each target ended: the canaries first, and the others only where those ended well."""
-        canaries, others = self._members[: self._orders.canary], self._members[self._orders.canary :]
-        for members, limit in ((canaries, 1), (others, self._orders.stop_after)):
-            self._limit = limit
-            if not self._stopped:
-                yield from self._run(members)
-
-    def __enter__(self) -> _Fleet:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Let the workers end; before they are done, where something has ended us."""
-        self._stopped = True
-        if kind is not None:
-            for worker in self._workers:
-                worker.stop()
-        for worker in self._workers:
+        yield
+    except BaseException:
+        for worker in workers:
+            worker.stop()
+        raise
+    finally:
+        for worker in workers:
             worker.close()
 
-    def _run(self, members: Sequence[Member]) -> Iterator[Ended]:
-        for member in members:
-            self._left.put(member)
-        threads = [threading.Thread(target=self._serve, args=[worker], daemon=True) for worker in self._workers]
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads) or not self._ended.empty():
-            with suppress(queue.Empty):
-                yield self._ended.get(timeout=0.1)
 
-    def _serve(self, worker: _Worker) -> None:
-        with suppress(queue.Empty):
-            while not self._stopped:
-                ended = worker.work(self._left.get_nowait(), self._orders)
-                with self._counting:
-                    self._failed += ended.exit_code != 0
-                    self._stopped = self._stopped or 0 < self._limit <= self._failed
-                self._ended.put(ended)
+def _results(
+    orders: Orders, members: Sequence[Member], workers: Iterable[_Worker], pool: ThreadPoolExecutor
+) -> Iterator[Ended]:
+    """Yield how each target ended: the canaries first, and the others only where those ended well."""
+    idle, at_work = list(workers), dict[Future[Ended], _Worker]()
+    failed = 0
+    for batch, limit in ((members[: orders.canary], 1), (members[orders.canary :], orders.stop_after)):
+        left = iter(batch)
+        while True:
+            while idle and not 0 < limit <= failed and (member := next(left, None)):
+                worker = idle.pop()
+                at_work[pool.submit(worker.work, member)] = worker
+            if not at_work:
+                break
+            for done in wait(at_work, return_when=FIRST_COMPLETED).done:
+                idle.append(at_work.pop(done))
+                ended = done.result()
+                failed += ended["exit_code"] != 0
+                yield ended
+        if failed:
+            return
 
 
 # ── what is said ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _told(results: Iterator[Ended], total: int) -> Iterator[Ended]:
-    """Say how each target ended: those that failed to people, every one to machines."""
-    failed = 0
-    for number, ended in enumerate(results, 1):
-        failed += ended.exit_code != 0
+def _told(results: Iterable[Ended], total: int) -> Counter[int]:
+    """Say how each target ended, those that failed to people, every one to machines; count the exit codes."""
+    codes = Counter[int]()
+    for ended in results:
+        codes[ended["exit_code"]] += 1
         if CONSOLE.format == "json":
-            CONSOLE.emit(ended.as_json())
-        if ended.exit_code:
-            says = f"{ended.member.label}: exit {ended.exit_code}: {ended.what}"
-            CONSOLE.say(text.line("failed", says, *ended.where.splitlines()))
-        CONSOLE.progress(f"{number} of {total} targets, {failed} failed")
-        yield ended
+            CONSOLE.emit(json.dumps(ended))
+        if error := ended["error"]:
+            says = f"{ended['target']}: exit {ended['exit_code']}: {error['what']}"
+            CONSOLE.say(text.line("failed", says, *error["where"]))
+        CONSOLE.progress(f"{codes.total()} of {total} targets, {codes.total() - codes[0]} failed")
+    return codes
 
 
-def _sum_up(ended: Sequence[Ended], total: int) -> None:
+def _sum_up(codes: Counter[int], total: int) -> None:
     """Say how many ended well; raise where not all did."""
-    codes = Counter(one.exit_code for one in ended)
-    well, left = codes.pop(0, 0), total - len(ended)
-    by_code = [f"exit {code}: {count}" for code, count in sorted(codes.items())]
+    left, well = total - codes.total(), codes.pop(0, 0)
     if not codes:
         CONSOLE.say(text.line("done", f"{total} of {total} targets ended well"))
         return
+    by_code = [f"exit {code}: {count}" for code, count in sorted(codes.items())]
     said = "; ".join([f"{well} of {total} did", *by_code, *([f"{left} not begun"] if left else [])])
     common = replace(errors.FLEET_FAILED, exit_code=next(iter(codes)) if len(codes) == 1 else 1)
     raise common(said=said)

@@ -6,21 +6,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 
 from budget_engine import errors
-from budget_engine.commands.session import (
-    Session,
-    hindrances,
-    opened,
-    refused_by_rows,
-    waits_for,
-    what_is_missing,
-)
+from budget_engine.commands.session import Session, hindrances, opened, refused_by_rows, waits_for, what_is_missing
 from budget_engine.migration import conflicts, plan, runner, surroundings, survey
 from budget_engine.migration.checks import Check
 from budget_engine.output import formats, text
-from budget_engine.output.console import CONSOLE, PEOPLE
-from budget_engine.output.ending import as_message
+from budget_engine.output.console import CONSOLE, PEOPLE, as_message
 from budget_engine.output.formats import View
 from budget_engine.postgres import blockers
 from budget_engine.postgres.connection import Connection, transaction_settings, understood
@@ -133,7 +126,7 @@ def _looking(task: str, form: str, *, quiet: bool, sql: bool = False) -> Iterato
         raise errors.FORMAT(task=f"{task} that prints SQL" if sql else task, form=form, formats=", ".join(choice))
     CONSOLE.format, CONSOLE.quiet = "sql" if sql else form, quiet
     try:
-        with opened(looks=True) as (session, found):
+        with opened(partial(Session, looks=True)) as (session, found):
             todo = session.todo(found)
             view = View(session.where, session.given, found, todo, session.commands(todo))
             yield session, view

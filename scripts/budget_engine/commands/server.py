@@ -13,7 +13,7 @@ from budget_engine.commands.session import announced, target_in_use, target_of
 from budget_engine.output import text
 from budget_engine.output.console import CONSOLE
 from budget_engine.postgres import embedded
-from budget_engine.settings import load
+from budget_engine.settings import load, with_search_path
 
 
 def start() -> None:
@@ -48,8 +48,7 @@ def psql() -> None:
     # Everybody may read a program's arguments. It asks for the secrets that are not in its environment.
     conninfo = {name: value for name, value in (typed | address).items() if name not in libpq.SECRET}
     if where.search_path is not None:
-        search_path = where.search_path.replace(" ", r"\ ")
-        conninfo["options"] = f"{where.conninfo.get('options', '')} -c search_path={search_path}".strip()
+        conninfo["options"] = with_search_path(where.conninfo, where.search_path)["options"]
     password = {"PGPASSWORD": typed["password"]} if "password" in typed else {}
     program = shutil.which("psql") or str(embedded.locate(CONSOLE.home).binaries / "psql")
     piped = () if sys.stdin.isatty() else ("-v", "ON_ERROR_STOP=1")

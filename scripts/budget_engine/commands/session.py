@@ -46,7 +46,7 @@ def announce(where: Target, given: Settings) -> None:
     # every line that names the user.
     plain = {where.conninfo.get("user"), where.conninfo.get("dbname"), "postgres", "postgresql", "public"}
     CONSOLE.mask = partial(mask, secrets=[secret for secret in where.secrets if secret not in plain])
-    CONSOLE.first("\n".join([text.target(where, given), *text.notes(where, given)]))
+    CONSOLE.first = text.opening(where, given)
 
 
 def target_in_use(given: Settings) -> Target:
@@ -56,25 +56,21 @@ def target_in_use(given: Settings) -> Target:
 
 def target_of(cluster: embedded.Cluster) -> Target:
     """Return the embedded server as a target, and forget what leads libpq to the user's own servers (PGHOSTADDR)."""
-    libpq.forget_environment()
+    for variable in libpq.VARIABLES:  # also for the programs that we start
+        os.environ.pop(variable, None)
     return parse_target(cluster.url)
 
 
 @contextmanager
 def opened(
-    task: str | None = None,
-    *,
-    dry: bool = False,
-    looks: bool = False,
-    with_recreate: bool = False,
-    kind: Callable[..., Connection] = Connection,
+    begin: Callable[[Settings, Target], Session], *, dry: bool = False
 ) -> Iterator[tuple[Session, survey.Survey]]:
-    """Begin a task (None: of the whole chain) on the database in use, and look at it."""
+    """Begin a session on the database in use, and look at it."""
     given, where = announced(dry=dry)
-    with Session(given, where, task, looks=looks, with_recreate=with_recreate, kind=kind) as session:
+    with begin(given, where) as session:
         found = session.look()
-        exposed = [text.without_tls(session.connection.host)] if session.connection.is_exposed else []
-        CONSOLE.first("\n".join([text.opening(where, given, found), *exposed]))
+        exposed = session.connection.host if session.connection.is_exposed else ""
+        CONSOLE.first = text.opening(where, given, found, exposed=exposed)
         yield session, found
 
 
@@ -123,13 +119,12 @@ class Session:
         """Plan what this task has to do, once for what is asked again; where tables are to move, their move first."""
         asked = (found, self.wanted, self.moves)
         if self._planned is None or not all(map(operator.is_, self._planned[0], asked)):
-            self._planned = asked, self._plan(found)
+            if self.moves and self.chain.recreate:
+                todo = recreate.make(self.chain, self.chain.recreate, self.wanted, found.checks, self.moves)
+            else:
+                todo = plan.make(self.chain, self.wanted, found.checks)
+            self._planned = asked, todo
         return self._planned[1]
-
-    def _plan(self, found: survey.Survey) -> plan.Plan:
-        if self.moves and self.chain.recreate:
-            return recreate.make(self.chain, self.chain.recreate, self.wanted, found.checks, self.moves)
-        return plan.make(self.chain, self.wanted, found.checks)
 
     def look(self) -> survey.Survey:
         """Survey; look again, until two looks agree, before believing that something is wrong.
@@ -202,37 +197,26 @@ class Session:
         """Run all transactions, then the concurrent part, as often as it takes and LOCK_WAIT allows."""
         self.patience.restart()
         while (todo := self.todo(found)).to_do and not todo.conflicts:
-            after, hindrance = self._one_round(todo, found)
-            if hindrance is not None:
+            after, waited = None, False
+            try:
+                if todo.transactions:
+                    after = runner.run_transactions(self.connection, self._script(todo, found), _Progress(), _notice)
+                    after, self.moves = None if self.moves else after, ()  # where those went, only a survey says
+                else:
+                    if self._builder is None:
+                        patience_s = None if found.server.pooled else self.given.lock_wait_s
+                        self._builder = runner.Builder(self.connection, found, patience_s, _Progress())
+                    self._builder.run(todo)
+            except errors.LockTimeoutError as hindrance:
                 self._pause(hindrance, found)
-            after = after or self.look()
+                waited = True
+            after = self._seen(after) if after else self.look()
             if after.checks != found.checks:
                 self.patience.restart()
-            elif hindrance is None:
+            elif not waited:
                 return after  # what is left, the rows refuse
             found = after
         return found
-
-    def _one_round(
-        self, todo: plan.Plan, found: survey.Survey
-    ) -> tuple[survey.Survey | None, errors.RecipeError | None]:
-        """Do what can be done now; return what exists then, if that is known, or what waiting may help against."""
-        after = None
-        try:
-            if todo.transactions:
-                after = runner.run_transactions(self.connection, self._script(todo, found), _Progress(), _notice)
-                after, self.moves = None if self.moves else after, ()  # where those went, only a survey says
-            else:
-                self._build(found).run(todo)
-        except errors.LockTimeoutError as hindrance:
-            return None, hindrance
-        return after and self._seen(after), None
-
-    def _build(self, found: survey.Survey) -> runner.Builder:
-        if self._builder is None:
-            patience_s = None if found.server.pooled else self.given.lock_wait_s
-            self._builder = runner.Builder(self.connection, found, patience_s, _Progress())
-        return self._builder
 
     def _survey(self) -> survey.Survey:
         while True:

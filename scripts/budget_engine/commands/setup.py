@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from psycopg import sql
+
 from budget_engine import errors
-from budget_engine.commands.arrival import patient
 from budget_engine.commands.session import Session, opened
 from budget_engine.migration import recreate as recreating
 from budget_engine.migration.survey import Survey
 from budget_engine.output import text
 from budget_engine.output.console import CONSOLE
 from budget_engine.postgres.connection import Connection
-from budget_engine.settings import duration_ms
+from budget_engine.settings import Settings, Target, duration_ms
+
+_PAUSE_S = 0.5
+_MAINTENANCE = "postgres"  # a server has this database from its beginning (PostgreSQL manual, "Creating a Database")
+_DUPLICATE_DATABASE = "42P04"
+# What a server says, or does not say, that is about to come: a container's, say, whose name comes with it.
+_MAY_COME = errors.NOBODY_THERE, errors.NOT_READY, errors.NO_SUCH_HOST, errors.SILENT_HOST, errors.LOST_CONNECTION
 
 
 def run(task: str | None, *, dry: bool = False, wait: str = "", create_database: bool = False) -> None:
@@ -19,15 +31,15 @@ def run(task: str | None, *, dry: bool = False, wait: str = "", create_database:
     wait: how long to wait for a server that is still starting; create_database: where it does not exist.
     """
     wait_s = duration_ms("--wait", wait) / 1000 if wait else 0
-    connect = patient(wait_s, create_database=create_database and not dry)
-    with opened(task, dry=dry, kind=connect) as (session, before):
+    connect = partial(_arrive, wait_s=wait_s, create_database=create_database and not dry)
+    with opened(partial(Session, task=task, kind=connect), dry=dry) as (session, before):
         if _is_to_be_done(session, before, dry=dry):
             session.carry_out(before)
 
 
 def rehearse() -> None:
     """Run every transaction that setup would run, verified, as one that is rolled back."""
-    with opened() as (session, before):
+    with opened(Session) as (session, before):
         todo = session.todo(before)
         session.refuse_what_cannot_be(todo, before)
         if todo.transactions:
@@ -46,7 +58,8 @@ def prereqs(*, recreate: bool, with_dependants: bool, yes: bool, dry: bool) -> N
         run("prereqs", dry=dry)
         return
     kind = _WithDependants if with_dependants else Connection
-    with opened("prereqs", dry=dry, with_recreate=True, kind=kind) as (session, found):
+    begin = partial(Session, task="prereqs", with_recreate=True, kind=kind)
+    with opened(begin, dry=dry) as (session, found):
         moves = recreating.read(session.connection, session.chain, found, with_dependants=with_dependants)
         said = text.moves(session.where, found.server, moves)
         if not moves:
@@ -83,3 +96,39 @@ class _WithDependants(Connection):
     def transaction_settings(self) -> str:
         """Return the settings of any transaction, and this one: through a pooler it must come with each."""
         return f"{super().transaction_settings}, pg_catalog.set_config('budget_engine.with_dependants', 'on', true)"
+
+
+# ── the arrival: at a server that may still be starting, at a database that may have to be created ─────────────────
+
+
+def _arrive(target: Target, settings: Settings, *, wait_s: float, create_database: bool, **how: Any) -> Connection:
+    """Open a connection as Connection does: for wait_s seconds, creating the database if asked."""
+    deadline, told, created = time.monotonic() + wait_s, False, not create_database
+    while True:
+        try:
+            return Connection(target, settings, **how)
+        except errors.UnreachableError as error:
+            if error.cause is errors.NO_DATABASE and not created:
+                created = True
+                _create(target, settings)
+                continue
+            if error.cause not in _MAY_COME or time.monotonic() > deadline:
+                raise
+            if not told:
+                who = error.where.splitlines()[0]
+                CONSOLE.say(text.line("waiting", f"for the server, {wait_s:g} s at most: {who}"))
+            told = True
+        time.sleep(_PAUSE_S)
+
+
+def _create(target: Target, settings: Settings) -> None:
+    """Create the database that the target names; that somebody else was faster is no failure."""
+    name = target.conninfo.get("dbname") or target.conninfo["user"]
+    with Connection(replace(target, conninfo=target.conninfo | {"dbname": _MAINTENANCE}), settings) as connection:
+        try:
+            connection.run([sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)).as_string()])
+        except errors.StatementError as error:
+            if error.sqlstate != _DUPLICATE_DATABASE:
+                raise
+        else:
+            CONSOLE.say(text.line("note", f"database {name} was created"))

@@ -1,7 +1,7 @@
 """A worker of the fleet: reads targets from stdin, a JSON document a line, runs a task on each, writes how it ended.
 
 Its arguments are the home of the run, and how messages name tasks. It reads {"url": DATABASE_URL, "task": "setup",
-"verify", "status" or "plan"} and writes {"exit_code", "what", "where", "remedy", "summary"}; it ends where stdin does.
+"verify", "status" or "plan"} and writes {"summary", "exit_code", "error"}; it ends where stdin does.
 One process works for many databases, one after the other, so that Python and libpq are loaded once.
 """
 
@@ -19,8 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from budget_engine import commands
-from budget_engine.output.console import CONSOLE, PEOPLE
-from budget_engine.output.ending import as_message
+from budget_engine.errors import RecipeError
+from budget_engine.output import formats
+from budget_engine.output.console import CONSOLE, PEOPLE, as_message, masked
 
 TASKS: dict[str, Callable[[], None]] = {
     "setup": lambda: commands.setup.run(None),
@@ -41,8 +42,9 @@ def main() -> None:
         os.environ["DATABASE_URL"] = asked["url"]
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            ended = _run(TASKS[asked["task"]])
-        print(json.dumps(ended | {"summary": _last(said.getvalue())}), file=answers, flush=True)
+            error = _run(TASKS[asked["task"]])
+        ended = {"summary": _last(said.getvalue()), **formats.ended(error)}
+        print(json.dumps(masked(ended, CONSOLE.mask)), file=answers, flush=True)
 
 
 def _read(lines: queue.SimpleQueue[str]) -> None:
@@ -53,7 +55,8 @@ def _read(lines: queue.SimpleQueue[str]) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def _run(task: Callable[[], None]) -> dict[str, object]:
+def _run(task: Callable[[], None]) -> RecipeError | None:
+    """Run it as if nothing had run before; return what ended it."""
     CONSOLE.__init__()  # type: ignore[misc]  # no mask, no line, no target of the one before
     home, CONSOLE.command, CONSOLE.prefix = sys.argv[1:4]
     CONSOLE.home = Path(home)
@@ -63,12 +66,8 @@ def _run(task: Callable[[], None]) -> dict[str, object]:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     except (Exception, KeyboardInterrupt) as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        ending = as_message(error)
-        return {
-            "exit_code": ending.exit_code,
-            **{name: CONSOLE.mask(getattr(ending, name)) for name in ("what", "where", "remedy")},
-        }
-    return {"exit_code": 0, "what": "", "where": "", "remedy": ""}
+        return as_message(error)
+    return None
 
 
 def _last(said: str) -> str:

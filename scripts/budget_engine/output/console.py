@@ -1,4 +1,4 @@
-"""The console: where a task's lines go. Light to import: it is there before anything can fail."""
+"""The console: where a task's lines go, and how it ends. Light to import: it is there before anything can fail."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import os
 import re
 import select
 import shutil
+import signal
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, cast
@@ -51,17 +53,13 @@ class Console:
         self.command = str(sys._xoptions.get("ran_as", "inv" if Path(sys.argv[0]).name == "inv" else "invoke"))
         self.prefix = ""  # of the tasks' names, in an application's own menu
         self.home = Path(__file__).parents[3]  # the folder of .env and of the embedded server's data
-        self._first = ""  # a line that goes before all others
+        self.first = ""  # a line that goes before all others; a fuller one may replace it until then
         self._progress = ""  # the line that the next one is to replace
 
     @property
     def _for_people(self) -> TextIO:
         """Where lines go: a document has stdout for itself."""
         return sys.stdout if self.format == PEOPLE else sys.stderr
-
-    def first(self, line: str) -> None:
-        """Have this line printed before any other; a fuller one may replace it until then."""
-        self._first = line
 
     def progress(self, line: str) -> None:
         """Show on a terminal, and nowhere else, how far something is; the next line takes its place, "" none."""
@@ -73,7 +71,7 @@ class Console:
     def say(self, *lines: str) -> None:
         """Print the lines at once: a pipe would otherwise keep them back until the end."""
         self.progress("")
-        first, self._first = self._first, ""
+        first, self.first = self.first, ""
         if not self.quiet:
             self._print(self._for_people, *([first] if first else []), *lines)
 
@@ -83,7 +81,7 @@ class Console:
 
     def emit_json(self, document: Mapping[str, object]) -> None:
         """Print a JSON document, its texts masked one by one: null, which is no text, may be somebody's password."""
-        whole = json.dumps(_masked(document, self._spelled), indent=2, ensure_ascii=False)
+        whole = json.dumps(masked(document, self._spelled), indent=2, ensure_ascii=False)
         _write(shown(whole, kept="\n"))
 
     def append(self, file: str, document: str) -> None:
@@ -176,13 +174,10 @@ def _make_usable() -> None:
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
             if stream in (sys.__stdout__, sys.__stderr__):  # and not a test's
-                setattr(sys, name, _lasting(stream))
-
-
-def _lasting(stream: io.TextIOWrapper) -> io.TextIOWrapper:
-    buffer = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
-    at_once = stream.line_buffering or stream.write_through
-    return io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=at_once)
+                buffer = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
+                at_once = stream.line_buffering or stream.write_through
+                lasting = io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=at_once)
+                setattr(sys, name, lasting)
 
 
 @atexit.register
@@ -198,11 +193,67 @@ _make_usable()
 CONSOLE = Console()
 
 
-def _masked(value: object, mask: Callable[[str], str]) -> object:
+def masked(value: object, mask: Callable[[str], str]) -> object:
+    """Return a JSON value, its texts masked."""
     if isinstance(value, str):
         return mask(value)
     if isinstance(value, Mapping):
-        return {name: _masked(of, mask) for name, of in value.items()}
+        return {name: masked(of, mask) for name, of in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_masked(each, mask) for each in value]
+        return [masked(each, mask) for each in value]
     return value
+
+
+# ── how a task ends ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turn whatever ends a task, Ctrl-C too, into a message and an exit code."""
+    code = 0
+    cause: BaseException | None = None
+    try:
+        yield
+    except SystemExit as end:  # the doctor's
+        code = int(end.code or 0)
+    except (Exception, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed once more it would end the message
+        ending, cause = as_message(error), error
+        _complain(ending)
+        code = ending.exit_code
+    for lost in CONSOLE.lost[:1]:  # what could not be written
+        _complain(lost)
+        code = code or lost.exit_code
+    CONSOLE.lost.clear()
+    if code:
+        raise SystemExit(code) from cause
+
+
+def _complain(error: errors.RecipeError) -> None:
+    """Print what is wrong, what it concerns, and what helps."""
+    from budget_engine.output import text
+
+    target = "" if error.exit_code == errors.STOPPED.exit_code else CONSOLE.target
+    CONSOLE.aside(*error.before, *text.error(error, target))
+
+
+def as_message(error: BaseException) -> errors.RecipeError:
+    """Return the error that has a message for people; Python's own would be a traceback, unmasked."""
+    match error:
+        case errors.RecipeError():
+            return error
+        case errors.StatementError():  # of a statement that belongs to no step: the survey, say
+            kind = errors.for_sqlstate(error.sqlstate)
+            return kind(what=error.message, where=error.where, remedy=error.remedy)
+        case KeyboardInterrupt():
+            case: errors.Case = (*error.args, errors.STOPPED)[0]
+            return case()
+        case ImportError():
+            return errors.NO_PACKAGE(why=" ".join(str(error).split()), where=f"Python's environment is {sys.prefix}")
+        case OSError():
+            return errors.SYSTEM_REFUSES(why=error.strerror or error, where=str(error.filename or ""))
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    where = "\n".join(f"{frame.filename}, line {frame.lineno}, in {frame.name}" for frame in frames)
+    return errors.UNFORESEEN(why=f"{type(error).__name__}: {error}", where=where)

@@ -35,11 +35,19 @@ class View:
 
 def as_json(task: str, error: RecipeError | None, view: View | None) -> dict[str, object]:
     """Return the JSON document; view: None of a task that saw nothing."""
-    where = [*filter(None, error.where.split("\n"))] if error else []
-    said = error and {"what": error.what, "where": where, "remedy": error.remedy.splitlines()}
     seen = _seen(view) | view.more if view else {}
-    code = error.exit_code if error else 0
-    return {"version": VERSION, "task": task, "recipes": __version__, **seen, "exit_code": code, "error": said}
+    return {"version": VERSION, "task": task, "recipes": __version__, **seen, **ended(error)}
+
+
+def ended(error: RecipeError | None) -> dict[str, object]:
+    """Return how a task ended, as documents have it."""
+    if error is None:
+        return {"exit_code": 0, "error": None}
+    where = [*filter(None, error.where.split("\n"))]
+    return {
+        "exit_code": error.exit_code,
+        "error": {"what": error.what, "where": where, "remedy": error.remedy.splitlines()},
+    }
 
 
 def _seen(view: View) -> dict[str, object]:

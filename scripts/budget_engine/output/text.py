@@ -33,30 +33,29 @@ def line(label: str, *texts: str) -> str:
     return f"{label:<{LABEL - 1}} " + lines(texts).replace("\n", "\n" + " " * LABEL)
 
 
-def target(target: Target, settings: Settings, server: Server | None = None) -> str:
-    """Which database this is about, where its URL came from, and who answers."""
-    if settings.target is None:  # its source names it
-        there = f"the {settings.source}"
-        known = there if server is None else f"{place(server)} on {there}, PostgreSQL {server.version}"
-        return line("target", known)
-    whence = f"({sources(target, settings)})"
-    if server is None:
-        return line("target", f"{target.display} {whence}")
-    via = " through a pooler" if server.pooled else ""
-    answers = f"PostgreSQL {server.version}{via}, role {server.role}"
-    return line("target", f"{target.display}, {place(server)} {whence}, {answers}")
+def opening(target: Target, settings: Settings, found: Survey | None = None, *, exposed: str = "") -> str:
+    """Write what is said before anything else: which database this is about, where its URL came from, who answers.
+
+    And what was ignored or corrected in the settings, and what is unusual about the place.
+    exposed: the host to which a password went out in the open (doctor's finding says more).
+    """
+    whence, notes = f"({sources(target, settings)})", [*settings.notes, *target.notes]
+    says = f"{target.display} {whence}" if settings.target else f"the {settings.source}"  # which names it
+    if found:
+        server, answers = found.server, f"PostgreSQL {found.server.version}"
+        via = " through a pooler" if server.pooled else ""
+        whole = f"{target.display}, {place(server)} {whence}, {answers}{via}, role {server.role}"
+        says = whole if settings.target else f"{place(server)} on {says}, {answers}"
+        notes += behind(server, found.checks)
+    if exposed:
+        notes.append(f"no TLS on the way to {exposed}: others can read password and data there (sslmode=require)")
+    return "\n".join([line("target", says), *(line("note", note) for note in notes)])
 
 
 def place(server: Server, host: str = "") -> str:
     """Name the database, its host, and the schemas in which our tables exist, or the one where they would."""
     where = f" on {host}" if host else ""
     return f"database {server.database}{where}, schema {', '.join(server.homes) or server.schema or 'none'}"
-
-
-def opening(target_: Target, settings: Settings, found: Survey) -> str:
-    """Write what is said before anything else: the target, and what is unusual about the way there."""
-    later = [line("note", note) for note in behind(found.server, found.checks)]
-    return "\n".join([target(target_, settings, found.server), *notes(target_, settings), *later])
 
 
 def behind(server: Server, checks: Iterable[Check]) -> list[str]:
@@ -78,16 +77,6 @@ STARTED = "the embedded server was started and keeps running; invoke db.psql ope
 def sources(target: Target, settings: Settings) -> str:
     """Where the URL came from, and what else says where it leads."""
     return ", ".join([settings.source, *target.sources])
-
-
-def notes(target: Target, settings: Settings) -> list[str]:
-    """Say what was ignored or corrected in the settings."""
-    return [line("note", note) for note in (*settings.notes, *target.notes)]
-
-
-def without_tls(host: str) -> str:
-    """Say that a password went out in the open (doctor's finding says more)."""
-    return line("note", f"no TLS on the way to {host}: others can read password and data there (sslmode=require)")
 
 
 def row_security(checks: Iterable[Check]) -> str:
@@ -214,11 +203,9 @@ def locks(actions: Iterable[Action], sizes: Mapping[str, Size]) -> list[str]:
             of_table[how] = max(lock, of_table.get(how, lock), key=STRENGTH.index)
     rows = []
     for table, of_table in strongest.items():
-        once = [table, _size(sizes.get(table))]
-        for how, lock in of_table.items():
-            name, size = once
+        for number, (how, lock) in enumerate(of_table.items()):
+            name, size = ("", "") if number else (table, _size(sizes.get(table)))
             rows.append((name, f"{lock.value} {how}", size))
-            once = ["", ""]
     first, second = (max([len(row[column]) for row in rows], default=0) + 2 for column in (0, 1))
     aligned = [f"{name:<{first}}{lock:<{second}}{size}".rstrip() for name, lock, size in rows]
     return [line("locks", *aligned)] if rows else []
@@ -250,11 +237,10 @@ def bystanders(seen: Sequence[Bystander], settings: Settings) -> list[str]:
 
 def consequences(plan: Plan, kept: Sequence[str], unseen: Sequence[str]) -> list[str]:
     """Say what a plan keeps, what fails once, what rows may refuse."""
-    notes = [f"setup ends with exit 5 where rows refuse {what}" for what in unseen]
-    if plan.reshaped:
-        tables = " and ".join(plan.reshaped)
-        notes.insert(0, f"prepared SELECT * of {tables} that are open now fail once afterwards (0A000)")
-    return [*(line("keeps", values) for values in kept), *(line("note", note) for note in notes)]
+    told = [line("keeps", values) for values in kept]
+    if tables := " and ".join(plan.reshaped):
+        told.append(line("note", f"prepared SELECT * of {tables} that are open now fail once afterwards (0A000)"))
+    return told + [line("note", f"setup ends with exit 5 where rows refuse {what}") for what in unseen]
 
 
 def counted(plan: Plan) -> str:

@@ -18,6 +18,7 @@ import time
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,6 +202,16 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> No
         assert process.poll() is None, ended(process)
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def at_once(test: Callable[..., None], cases: Mapping[str, tuple[Any, ...]]) -> None:
+    """Run a test's cases side by side, each in a thread of its own: the time that one waits is the others'."""
+    with ThreadPoolExecutor(len(cases)) as crowd:
+        running = {name: crowd.submit(test, *values) for name, values in cases.items()}
+    failed = {name: error for name, case in running.items() if (error := case.exception())}
+    if failed:
+        first, *_ = failed.values()
+        raise AssertionError(f"{len(failed)} of {len(cases)} failed: {'; '.join(failed)}") from first
 
 
 def assert_done(db: Db, done: Run | None = None) -> Run:

@@ -18,6 +18,7 @@ import time
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,6 +167,13 @@ class Db:
         assert done.code == 0, done
         return re.sub(r"^-- (Dumped|Started|Completed).*\n", "", done.out, flags=re.M)
 
+    def fingerprint(self) -> str:
+        """Say which version of which row is where in the catalogs: every change of the schema changes it."""
+        catalogs = "class attribute attrdef constraint index proc trigger policy description namespace type rewrite"
+        rows = (f"SELECT '{name}', ctid, xmin::text FROM pg_{name}" for name in [*catalogs.split(), "depend"])
+        each = f"({' UNION ALL '.join(rows)}) AS rows"
+        return str(self.value(f"SELECT md5(string_agg(rows::text, '' ORDER BY rows::text)) FROM {each}"))
+
 
 def as_text(row: tuple[Any, ...]) -> tuple[str | None, ...]:
     """Write a row as the simple query protocol does."""
@@ -201,6 +209,19 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> No
         assert process.poll() is None, ended(process)
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def at_once(test: Callable[..., None], cases: Mapping[str, tuple[Any, ...]]) -> None:
+    """Run a test's cases side by side, each in a thread of its own: the time that one waits is the others'.
+
+    What reads the survey in this process (Db.checks) is not for them: it answers Ctrl-C, as only the main thread may.
+    """
+    with ThreadPoolExecutor(len(cases)) as crowd:
+        running = {name: crowd.submit(test, *values) for name, values in cases.items()}
+    failed = {name: error for name, case in running.items() if (error := case.exception())}
+    if failed:
+        first, *_ = failed.values()
+        raise AssertionError(f"{len(failed)} of {len(cases)} failed: {'; '.join(failed)}") from first
 
 
 def assert_done(db: Db, done: Run | None = None) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +22,11 @@ MIGRATOR = "supabase_postgres"
 ADMIN = "00000000-0000-4000-8000-00000000000a"
 PLAYER = "00000000-0000-4000-8000-00000000000b"
 
-# Roles belong to the server, not to the database: another test may be creating them at this moment.
+# Roles belong to the server, not to the database: another test has created them already, or does so at this moment.
+_GRANTING = threading.Lock()
 _ROLES = "\n".join(
     f"""DO $$ BEGIN CREATE ROLE {role} {rights};
-EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL; END $$;"""
+EXCEPTION WHEN duplicate_object THEN NULL; END $$;"""
     for role, rights in (
         ("anon", "NOLOGIN NOINHERIT"),
         ("authenticated", "NOLOGIN NOINHERIT"),
@@ -82,11 +84,10 @@ INSERT INTO public.profiles (id, role) VALUES ('{ADMIN}', 'admin'), ('{PLAYER}',
 def install(db: Db, *, default_privileges: bool = True) -> None:
     """Make the database a Supabase one; newer projects come without default privileges."""
     with db.connect() as connection:
-        connection.execute(_ROLES)
         # Two that grant the same membership at once: the later one fails on the catalog row of the earlier one.
-        connection.execute("SELECT pg_advisory_lock(1)")
-        connection.execute(_MEMBERS)
-        connection.execute("SELECT pg_advisory_unlock(1)")
+        with _GRANTING:
+            connection.execute(_ROLES)
+            connection.execute(_MEMBERS)
         connection.execute(_AUTH.format(database=db.name))
         if default_privileges:
             connection.execute(_DEFAULT_PRIVILEGES)

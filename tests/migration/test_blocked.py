@@ -12,7 +12,6 @@ import pytest
 import states
 from budget_engine.postgres.embedded import Cluster
 from conftest import Db, assert_done
-from verification import fingerprint
 
 
 def filled(table: str, columns: int = 1600) -> str:
@@ -106,12 +105,12 @@ def test_what_keeps_a_statement_from_working_is_seen_first_and_cleared_by_the_co
 ) -> None:
     state, titles = BLOCKED[name]
     db.execute(state)
-    before, rows = fingerprint(db), states.contents(db)
+    before, rows = db.fingerprint(), states.contents(db)
     assert {check.title for check in db.checks() if check.conflict} == titles
     for task in (LOOKS[list(BLOCKED).index(name) % len(LOOKS)], "setup"):
         done = db.invoke(*task.split())
         assert done.code == 6, (task, done)
-    assert (fingerprint(db), states.contents(db)) == (before, rows)
+    assert (db.fingerprint(), states.contents(db)) == (before, rows)
     commands = tmp_path / "commands.sql"
     commands.write_text(db.invoke("verify", "--remedies").out)
     assert set(re.findall(r"ALTER TABLE public.(\w+) SET SCHEMA", commands.read_text())) == MOVED.get(name, set())

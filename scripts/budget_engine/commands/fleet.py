@@ -156,7 +156,7 @@ class _Worker:
 
     def __init__(self, task: str, timeout_s: float | None) -> None:
         self._task, self._timeout_s = task, timeout_s
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[str] | None = _started()
 
     def work(self, member: Member) -> Ended:
         """Have the task run on this target; stop it where it takes longer than it may."""

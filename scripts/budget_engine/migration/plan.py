@@ -268,7 +268,7 @@ def _sent(statement: Statement, checks: Sequence[Check], *, concurrent: bool) ->
     found = next((check.found for check in checks if check.found), None)
     if index is None or found is None:
         return (statement.text,)
-    home = found.removesuffix(index[2]) if found.endswith(f".{index[2]}") else ""
+    home = found.removesuffix(index[2])
     drop = [f"DROP INDEX CONCURRENTLY IF EXISTS {home}{index[1]}"] if any(check.unfinished for check in checks) else []
     return (*drop, re.sub(rf"\bON {index[2]}\b", lambda _: f"ON {found}", statement.text, count=1))
 

@@ -193,7 +193,7 @@ WITH RECURSIVE checks AS MATERIALIZED (
   SELECT 'table', table_name, '', 'table', 0, format('ALTER %s %s', sort, relid::regclass),
          (SELECT CASE WHEN bool_or(r = 0) THEN 'PUBLIC' ELSE string_agg(r::regrole::text, ', ') END
           FROM (SELECT owner UNION SELECT grantee FROM aclexplode(nspacl) WHERE privilege_type = 'USAGE') AS reaching (r)),
-         jsonb_build_object('alterable', alterable, 'table', relid::regclass, 'namesakes', (
+         jsonb_build_object('alterable', alterable, 'namesakes', (
            SELECT string_agg(pg_class.oid::regclass::text, ', ') FROM pg_class WHERE relname = table_name AND pg_class.oid <> relid
              AND relnamespace::regnamespace::text IN (SELECT quote_ident(s) FROM json_array_elements_text(current_setting('budget_engine.path')::json) AS s)))
   FROM tables JOIN pg_namespace ON pg_namespace.oid = home WHERE relid IS NOT NULL

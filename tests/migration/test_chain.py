@@ -136,8 +136,8 @@ def test_the_verification_is_sent_without_comments() -> None:
     ],
 )
 def test_what_the_body_of_a_table_declares(body: str, kind: Kind, name: str, expected: str, declared: bool) -> None:
-    flat = f"CREATE TABLE IF NOT EXISTS t ({body})"
-    statement = chain.Statement("a_step", flat, 1, concurrent=False, flat=flat)
+    text = f"CREATE TABLE IF NOT EXISTS t ({body})"
+    statement = chain.Statement("a_step", text, 1, concurrent=False)
     check = Check("a_step", kind, "t", name, expected, None, "a_step", required=True, found=None)
     assert statement.new_table == "t"
     assert statement.declares(check) == declared

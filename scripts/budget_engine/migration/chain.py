@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -24,6 +24,7 @@ _TOKEN = re.compile(
     r"""--[^\n]*|/\*.*?\*/|'(?:[^']|'')*'|"(?:[^"]|"")*"|(?P<tag>\$\w*\$).*?(?P=tag)|^\\(?P<meta>[^\n]*)|[^-/'"$\\;]+|.""",
     re.S | re.M,
 )
+_COMMENT = re.compile(r"""--[^\n]*|/\*.*?\*/|(?P<quoted>'(?:[^']|'')*'|"(?:[^"]|"")*")""", re.S)
 _FRAME = re.compile(r"BEGIN|COMMIT|SET LOCAL .*", re.S)
 
 
@@ -35,7 +36,11 @@ class Statement:
     text: str
     line: int
     concurrent: bool
-    flat: str = field(repr=False)  # without comments, white space folded
+
+    @cached_property
+    def flat(self) -> str:
+        """Its text without comments, white space folded."""
+        return " ".join(_without_comments(self.text).split())
 
     @cached_property
     def new_table(self) -> str | None:
@@ -159,7 +164,6 @@ def _read(path: Path) -> Step:
 
 def _statements(step: str, text: str, folder: Path) -> Iterator[Statement]:
     words: list[str] = []
-    flat: list[str] = []
     start, concurrent = 0, False
     for token in _TOKEN.finditer(text):
         if token["meta"] is not None:
@@ -168,24 +172,19 @@ def _statements(step: str, text: str, folder: Path) -> Iterator[Statement]:
                 others = _statements(label(Path(included[1]).stem), text_of(folder / included[1]), folder)
                 yield from (other for other in others if not other.concurrent)
         elif token[0] == ";":
-            whole = "".join(words).strip()
-            folded = " ".join("".join(flat).split())
-            concurrent = concurrent or folded == "COMMIT"
-            if folded and not _FRAME.fullmatch(folded):
-                yield Statement(step, whole, text.count("\n", 0, start) + 1, concurrent, folded)
-            words, flat = [], []
-        else:
-            is_comment = token[0].startswith(("--", "/*"))
-            if not words and (is_comment or token[0].isspace()):
-                continue
+            statement = Statement(step, "".join(words).strip(), text.count("\n", 0, start) + 1, concurrent)
+            concurrent = concurrent or statement.flat == "COMMIT"
+            if statement.flat and not _FRAME.fullmatch(statement.flat):
+                yield statement
+            words = []
+        elif words or not (token[0].isspace() or token[0].startswith(("--", "/*"))):
             start = start if words else token.start() + len(token[0]) - len(token[0].lstrip())
             words.append(token[0])
-            flat.append(" " if is_comment else _without_comments(token[0]) if token["tag"] else token[0])
 
 
 def _without_comments(sql: str) -> str:
     """Leave out comments, and the white space before and behind each line: what travels need not be read."""
-    kept = re.sub(r"--[^\n]*|('(?:[^']|'')*')", lambda found: found[1] or "", sql)
+    kept = _COMMENT.sub(lambda found: found["quoted"] or " ", sql)
     return "\n".join(line for line in (line.strip() for line in kept.splitlines()) if line)
 
 

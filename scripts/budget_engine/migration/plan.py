@@ -70,7 +70,6 @@ class StepPlan:
     concurrent: tuple[Action, ...]
     conflicts: tuple[Check, ...]
     reasons: tuple[Check, ...]
-    elsewhere: tuple[Check, ...]  # its own, which another step fixes
     told: tuple[Check, ...] = ()
 
     @property
@@ -141,7 +140,7 @@ class Plan:
     def fixed_elsewhere(self) -> tuple[Check, ...]:
         """Checks of these steps that only a step outside of them fixes."""
         inside = {step.label for step in self.steps}
-        return tuple(check for step in self.steps for check in step.elsewhere if check.fixed_by not in inside)
+        return tuple(check for check in self.checks if check.step in inside and check.fixed_by not in {None, *inside})
 
     @property
     def to_do(self) -> bool:
@@ -225,8 +224,6 @@ def _plan_step(step: Step, checks: Sequence[Check], due: _Due, new_tables: set[s
     actions = [_action(st, due[st], new_tables, checks) for st in step.statements if due.get(st)]
     fixed = [check for check in open_ if check.fixed_by == label]
     reasons = tuple(dict.fromkeys([*(check for action in actions for check in action.checks), *fixed]))
-    here = {check.key for check in reasons}
-    elsewhere = tuple(check for check in open_ if check.fixed_by and check.key not in here)
     if label in blocked:
         actions = []
     inside = {action.statement: action for action in actions if not action.concurrent}
@@ -241,9 +238,9 @@ def _plan_step(step: Step, checks: Sequence[Check], due: _Due, new_tables: set[s
         state = State.CONFLICT
     elif actions or any(check.required for check in reasons):
         state = State.PARTIAL if begun else State.PENDING
-    elif any(check.required for check in elsewhere) and not begun:
+    elif not begun and any(check.required and check.fixed_by for check in open_):  # by another step
         state = State.NOT_NEEDED
-    return StepPlan(step, state, transaction, concurrent, conflicts, reasons, elsewhere, told)
+    return StepPlan(step, state, transaction, concurrent, conflicts, reasons, told)
 
 
 def _action(statement: Statement, checks: Sequence[Check], new_tables: set[str], every: Sequence[Check]) -> Action:
@@ -271,7 +268,7 @@ def _sent(statement: Statement, checks: Sequence[Check], *, concurrent: bool) ->
     found = next((check.found for check in checks if check.found), None)
     if index is None or found is None:
         return (statement.text,)
-    home = found.removesuffix(index[2]) if found.endswith(f".{index[2]}") else ""
+    home = found.removesuffix(index[2])
     drop = [f"DROP INDEX CONCURRENTLY IF EXISTS {home}{index[1]}"] if any(check.unfinished for check in checks) else []
     return (*drop, re.sub(rf"\bON {index[2]}\b", lambda _: f"ON {found}", statement.text, count=1))
 

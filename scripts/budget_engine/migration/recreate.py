@@ -14,7 +14,7 @@ from budget_engine.migration import plan
 from budget_engine.migration.chain import Chain, Step
 from budget_engine.migration.checks import Check, Kind, Lock, as_if_missing
 from budget_engine.migration.survey import Survey
-from budget_engine.postgres.connection import Connection, Row, understood
+from budget_engine.postgres.connection import Connection, understood
 from budget_engine.spelling import literal
 
 ARCHIVE = "core_archive"  # the schema that the file moves them to, or this with a number
@@ -85,27 +85,21 @@ def read(connection: Connection, chain: Chain, found: Survey, *, with_dependants
         raise errors.DEPENDANTS(where=keys)
     if lacking := _lines(row[6] for row in rows):
         raise errors.RIGHT(role=found.server.role, where=lacking)
-    return _moves(connection, rows)
+    # Which of them hold rows: where row-level security hides some from us, an error is better than an empty table.
+    readable = [name for _, name, kind, *_ in rows if kind in _TABLES]
+    looks = [f"SELECT FROM ONLY {name} LIMIT 1" for name in readable]
+    looked = connection.ask(looks, "set_config('row_security', 'off', true)") if looks else []
+    empty = {name for name, row in zip(readable, looked, strict=True) if not row}
+    empty |= {name for _, name, kind, *_ in rows if kind == _VIEW}
+    return tuple(
+        Move(str(table), str(name), str(kind), anew == "t", None if name in empty else int(estimate or 0))
+        for table, name, kind, anew, estimate, *_ in rows
+    )
 
 
 def _lines(texts: Iterable[str | None]) -> list[str]:
     """Return the lines of these texts, each once."""
     return list(dict.fromkeys(line for text in texts for line in (text or "").split("\n") if line))
-
-
-def _moves(connection: Connection, rows: Sequence[Row]) -> tuple[Move, ...]:
-    """Look which of these tables hold rows."""
-    # Where row-level security hides rows from us, an error is better than a table that looks empty.
-    looks = [f"SELECT EXISTS (SELECT FROM ONLY {name})" for _, name, kind, *_ in rows if kind in _TABLES]
-    filled = iter(connection.ask(looks, "set_config('row_security', 'off', true)") if looks else [])
-
-    def holds(kind: str | None) -> bool:
-        return next(filled) == [("t",)] if kind in _TABLES else kind != _VIEW
-
-    return tuple(
-        Move(str(table), str(name), str(kind), anew == "t", int(estimate or 0) if holds(kind) else None)
-        for table, name, kind, anew, estimate, *_ in rows
-    )
 
 
 def wanted(steps: Sequence[Step], chain: Chain, checks: Sequence[Check], moves: Sequence[Move]) -> list[Step]:

@@ -86,9 +86,9 @@ SELECT CASE WHEN $1 IS NULL THEN concat_ws(' ', count(actual), count(*) FILTER (
        END
 FROM ({{verification}}) AS checks"""
 _ONE_PLAN = "set_config('plan_cache_mode', 'force_generic_plan', true)"
-_BROKEN_IF_SEEN = """\
+_BROKEN_IF_SEEN = f"""\
   IF seen IS NOT NULL THEN
-    RAISE EXCEPTION USING ERRCODE = 'TB003', MESSAGE = {message}, DETAIL = seen;
+    RAISE EXCEPTION USING ERRCODE = 'TB003', MESSAGE = {literal(errors.BROKEN_STEP.says)}, DETAIL = seen;
   END IF;"""
 
 # All of them or none: who waits for one table while holding another holds up everybody who wants that one. So the queue
@@ -247,7 +247,10 @@ class Script:
                 message += (Sent(step, Part.FRAME, sql) for sql in begun)
                 guard = self._guard(first=first, last=planned is steps[-1], rehearsed=rehearsed)
                 message.append(Sent(step, Part.GUARD, guard))
-            message += self._work(planned)
+            if locks := self._locks(planned.transaction):
+                message.append(Sent(step, Part.LOCKS, locks))
+            message += (Sent(step, Part.MIGRATION, sql, action) for action in planned.transaction for sql in action.sql)
+            message.append(Sent(step, Part.VERIFICATION, self._verification(planned)))
             if rehearsed:
                 end = [(Part.DEFERRED, "SET CONSTRAINTS ALL IMMEDIATE"), (Part.CLOCK, _TOOK), (Part.FRAME, goes_on)]
             else:
@@ -260,14 +263,6 @@ class Script:
             verified = [*BEGIN_READ_ONLY, f"SELECT {self.settings}", PIN, f"SELECT {_ONE_PLAN}", _verified(), "COMMIT"]
             ending = [*((Part.OUTCOME, sql) for sql in verified), *ending]
         return [*message, *(Sent(steps[-1].step, *part) for part in ending)]
-
-    def _work(self, planned: StepPlan) -> list[Sent]:
-        """Write what a step's transaction is about: its locks, its statements, its verification."""
-        step = planned.step
-        locks = self._locks(planned.transaction)
-        actions = [Sent(step, Part.MIGRATION, sql, action) for action in planned.transaction for sql in action.sql]
-        verification = Sent(step, Part.VERIFICATION, self._verification(planned))
-        return [*([Sent(step, Part.LOCKS, locks)] if locks else []), *actions, verification]
 
     @property
     def keeps_turn(self) -> bool:
@@ -324,8 +319,7 @@ class Script:
             _keys(own - now),
             literal([check.table for check in checks if check.kind is Kind.TABLE]),
         )
-        broken = _BROKEN_IF_SEEN.format(message=literal(errors.BROKEN_STEP.says))
-        return _OURS.format(tag=_tag("verification", seen), does=seen + broken)
+        return _OURS.format(tag=_tag("verification", seen), does=seen + _BROKEN_IF_SEEN)
 
     def as_sql(self) -> str:
         """Write what would be sent as a file for psql."""

@@ -85,8 +85,8 @@ SELECT c.position,
               THEN 'CREATE on schema ' || home.nspname
             WHEN NOT pg_has_role(relation.relowner, 'USAGE')
               THEN format('ownership of table %s (it belongs to %s)', relation.relname, relation.relowner::regrole)
-            WHEN blocked.of_others IS NOT NULL
-              THEN blocked.of_others
+            WHEN told[5] IS NOT NULL
+              THEN told[5]
             WHEN c.kind = 'function' AND NOT has_schema_privilege(relation.relowner, home.oid, 'CREATE')
                  AND NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
               THEN format('CREATE on schema %s for %s, the owner of %s',
@@ -94,7 +94,7 @@ SELECT c.position,
             WHEN NOT pg_has_role(routine.proowner, 'USAGE')
               THEN format('ownership of function %s (it belongs to %s)',
                           routine.oid::regprocedure, routine.proowner::regrole)
-            WHEN c.kind = 'policy' AND c.expected LIKE '%(admin)%' AND NOT has_schema_privilege(auth.oid, 'USAGE')
+            WHEN c.kind = 'policy' AND c.expected LIKE '%(admin)%' AND NOT has_schema_privilege('auth', 'USAGE')
               THEN 'USAGE on schema auth'
             ELSE led_to.lacking END AS lacking,
        c.actual LIKE '% INVALID' AND {being_built} AS being_built, blocked.how, blocked.says
@@ -109,7 +109,6 @@ WHERE fixed_by IS NOT NULL
 LEFT JOIN pg_class AS relation ON relation.oid = c.found::regclass
 LEFT JOIN pg_namespace AS home ON home.oid = coalesce(relation.relnamespace, (
   SELECT oid FROM pg_namespace WHERE nspname = current_setting('budget_engine.path')::json ->> 0))
-LEFT JOIN pg_namespace AS auth ON auth.nspname = 'auth'
 LEFT JOIN pg_proc AS routine ON c.kind = 'function' AND proname = c.name AND pronargs = 0 AND pronamespace = home.oid
 LEFT JOIN LATERAL (  -- a foreign key: the table that it leads to
   SELECT target.relpersistence = 'u' AND relation.relpersistence IS DISTINCT FROM 'u'
@@ -159,17 +158,13 @@ LEFT JOIN LATERAL (  -- a column that is added, or a default: to the tables that
 ) AS added (told) ON true
 LEFT JOIN pg_class AS hiding (oid, name, home)
        ON c.kind = 'table' AND c.found IS NULL AND hiding.name = c."table" AND hiding.home = pg_my_temp_schema()
-LEFT JOIN LATERAL (
-  SELECT CASE WHEN c.is_added AND told[2] IS NOT NULL THEN 'full' ELSE nullif(concat_ws(' ',
-           CASE WHEN led_to.unlogged THEN 'unlogged' END, CASE WHEN hiding.name IS NOT NULL THEN 'hidden' END,
-           CASE WHEN c.is_added AND told[1] IS NOT NULL THEN 'typed' END,
-           CASE WHEN c.is_added AND told[3] IS NOT NULL THEN 'child' END,
-           CASE WHEN c.is_added AND told[4] IS NOT NULL THEN 'identity' END), '') END,
-         coalesce(told[2], concat_ws(', ', CASE WHEN led_to.unlogged THEN led_to.name || ' is UNLOGGED' END,
-                                     'hidden by temporary table ' || hiding.name,
-                                     told[1], told[3], told[4])),
-         told[5]
-) AS blocked (how, says, of_others) ON true"""
+LEFT JOIN LATERAL (  -- of a table that is full nothing else matters
+  SELECT string_agg(how, ' '), string_agg(says, ', ')
+  FROM (VALUES ('unlogged', CASE WHEN led_to.unlogged THEN led_to.name || ' is UNLOGGED' END),
+               ('hidden', 'hidden by temporary table ' || hiding.name),
+               ('typed', told[1]), ('full', told[2]), ('child', told[3]), ('identity', told[4])) AS around (how, says)
+  WHERE says IS NOT NULL AND c.kind <> 'default' AND (how = 'full' OR told[2] IS NULL)
+) AS blocked (how, says) ON true"""
 
 
 def statements(chain: Chain) -> list[str]:

@@ -116,10 +116,6 @@ LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
 ORDER BY a.xact_start, l.pid"""
 
 
-_LOCKED = """
-EXISTS (SELECT FROM pg_locks WHERE relation = c.oid AND mode = 'AccessExclusiveLock' AND pid <> pg_backend_pid()
-          AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"""
-
 # Of a schema that is closed to us, to_regclass() raises.
 _NAMED = """(CASE WHEN has_schema_privilege(to_regnamespace(quote_ident((parse_ident(found))[1])), 'USAGE')
                   THEN to_regclass(found) END)"""
@@ -127,7 +123,10 @@ _NAMED = """(CASE WHEN has_schema_privilege(to_regnamespace(quote_ident((parse_i
 _SIZES = f"""
 SELECT name, format('%I.%I', n.nspname, c.relname),
        nullif(greatest(c.reltuples::bigint, s.n_live_tup, 0), CASE WHEN c.relpages = 0 THEN -1 ELSE 0 END),
-       CASE WHEN NOT {_LOCKED} THEN pg_total_relation_size(c.oid) END
+       CASE WHEN NOT EXISTS (
+         SELECT FROM pg_locks WHERE relation = c.oid AND mode = 'AccessExclusiveLock' AND pid <> pg_backend_pid()
+           AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))
+       THEN pg_total_relation_size(c.oid) END
 FROM (VALUES {{values}}) AS these (name, found)
 JOIN pg_class AS c ON c.oid = {_NAMED}
 JOIN pg_namespace AS n ON n.oid = c.relnamespace

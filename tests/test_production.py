@@ -44,6 +44,7 @@ def test_the_fix_gives_up_after_one_lock_timeout(db: Db) -> None:
         done = db.invoke("fix", env={"LOCK_TIMEOUT": "300ms", "LOCK_WAIT": "0"})
         assert done.code == 7, done
     assert db.dump(data=True) == before
+    assert db.value("SELECT to_regnamespace('budget_engine') IS NULL")  # what was not done is no history
 
 
 def test_the_trigger_lends_its_rights_to_no_other_trigger(db: Db) -> None:

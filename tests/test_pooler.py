@@ -10,20 +10,7 @@ import pooler as poolers
 import pytest
 from budget_engine.migration import chain
 from budget_engine.postgres.embedded import Cluster
-from conftest import (
-    BUILDING,
-    WAITING,
-    Db,
-    Run,
-    assert_done,
-    assert_fails,
-    at_once,
-    database,
-    ended,
-    holding,
-    role_with,
-    until,
-)
+from conftest import BUILDING, WAITING, Db, Run, assert_done, assert_fails, at_once, ended, holding, role_with, until
 from pooler import Pooler
 from states import BIGINT, ORPHANS, SLOT_ROWS, by_hand, contents, lost, with_uuid
 
@@ -167,12 +154,8 @@ def test_limit_of_the_role_through_the_pooler(finished: Db) -> None:
     """On the server itself it is lifted: see test_locks.py."""
     finished.execute(BUILD_PENDING)
 
-    def ends_the_build(setting: str, code: int, pooled: bool) -> None:
-        with (
-            database(finished.cluster, finished.name) as db,
-            role_with(db, {setting: "500ms"}) as role,
-            Pooler(db.cluster, roles=(role,)) as pooler,
-        ):
+    def ends_the_build(db: Db, setting: str, code: int, pooled: bool) -> None:
+        with role_with(db, {setting: "500ms"}) as role, Pooler(db.cluster, roles=(role,)) as pooler:
             with holding(db, WRITER):
                 done = through(pooler, db, "setup", role=role, LOCK_WAIT="0")
             assert_fails(done, code, "the direct URL", "idx_slots_type")
@@ -184,7 +167,7 @@ def test_limit_of_the_role_through_the_pooler(finished: Db) -> None:
             again = through(pooler, db, "setup", role=role) if pooled else db.invoke("setup", role=role)
             assert again.code == 0, again
 
-    at_once(ends_the_build, LIMITS)
+    at_once(finished, ends_the_build, LIMITS)
 
 
 # ── the pooler goes, or has no room ────────────────────────────────────────────────────────────────────────────────
@@ -220,12 +203,12 @@ def test_session_ends_in_the_middle(finished: Db, pooler: Pooler, missing: str, 
 def test_one_connection_is_enough(db: Db) -> None:
     db.execute(by_hand())
 
-    def is_enough(settings: dict[str, str]) -> None:
-        with database(db.cluster, db.name) as own, Pooler(db.cluster, settings=settings) as pooler:
-            done = through(pooler, own, "setup", CONNECT_TIMEOUT="1s")
+    def is_enough(db: Db, setting: str, value: str) -> None:
+        with Pooler(db.cluster, settings={setting: value}) as pooler:
+            done = through(pooler, db, "setup", CONNECT_TIMEOUT="1s")
             assert done.code == 0, done
 
-    at_once(is_enough, {"to the server": ({"default_pool_size": "2"},), "to the pooler": ({"max_client_conn": "1"},)})
+    at_once(db, is_enough, {"to the server": ("default_pool_size", "2"), "to the pooler": ("max_client_conn", "1")})
 
 
 def test_who_holds_the_lock_also_takes_the_last_server_connection(finished: Db) -> None:

@@ -211,13 +211,18 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> No
         time.sleep(0.01)
 
 
-def at_once(test: Callable[..., None], cases: Mapping[str, tuple[Any, ...]]) -> None:
-    """Run a test's cases side by side, each in a thread of its own: the time that one waits is the others'.
+def at_once(db: Db, test: Callable[..., None], cases: Mapping[str, tuple[Any, ...]]) -> None:
+    """Run a test's cases side by side, each on a clone of the database: the time that one waits is the others'.
 
     What reads the survey in this process (Db.checks) is not for them: it answers Ctrl-C, as only the main thread may.
     """
+
+    def on_clone(*values: object) -> None:
+        with database(db.cluster, db.name) as clone:
+            test(clone, *values)
+
     with ThreadPoolExecutor(len(cases)) as crowd:
-        running = {name: crowd.submit(test, *values) for name, values in cases.items()}
+        running = {name: crowd.submit(on_clone, *values) for name, values in cases.items()}
     failed = {name: error for name, case in running.items() if (error := case.exception())}
     if failed:
         first, *_ = failed.values()

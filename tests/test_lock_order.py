@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import psycopg
 import pytest
 import supabase
-from conftest import PACKAGED_TOO, Db, assert_fails, at_once, database, ended, holding, until
+from conftest import PACKAGED_TOO, Db, assert_fails, at_once, ended, holding, until
 from states import CORE, CORE_ROWS, by_hand, with_uuid
 
 # A writer who waits longer than this was held up: far less than the LOCK_TIMEOUT, far more than a moment (100 ms).
@@ -49,23 +49,22 @@ ON_SUPABASE = {"prompt_snapshots", "templates"}
 
 @PACKAGED_TOO
 def test_a_step_that_waits_for_one_table_holds_up_nobody_on_another(db: Db) -> None:
-    def holds_up_nobody(state: str, kept: str, write: str) -> None:
-        with database(db.cluster, db.name) as own:
-            if kept in ON_SUPABASE:
-                supabase.install(own)
-            own.execute(state)
-            waits = f"SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = '{kept}'::regclass"
-            with holding(own, f"LOCK TABLE {kept} IN ROW EXCLUSIVE MODE") as holder, own.connect() as writer:
-                writer.execute(f"SET lock_timeout = '{LONGEST_WAIT}'")
-                process = own.start("setup", LOCK_TIMEOUT=LOCK_TIMEOUT, LOCK_WAIT="0")
-                until(lambda: own.value(waits), process)
-                while process.poll() is None:
-                    writer.execute(write)  # 55P03 if it is held up
-                    time.sleep(0.005)
-                assert_fails(ended(process), 7, f"pid {holder.info.backend_pid} ")
-            assert own.invoke("setup").code == 0
+    def holds_up_nobody(db: Db, state: str, kept: str, write: str) -> None:
+        if kept in ON_SUPABASE:
+            supabase.install(db)
+        db.execute(state)
+        waits = f"SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = '{kept}'::regclass"
+        with holding(db, f"LOCK TABLE {kept} IN ROW EXCLUSIVE MODE") as holder, db.connect() as writer:
+            writer.execute(f"SET lock_timeout = '{LONGEST_WAIT}'")
+            process = db.start("setup", LOCK_TIMEOUT=LOCK_TIMEOUT, LOCK_WAIT="0")
+            until(lambda: db.value(waits), process)
+            while process.poll() is None:
+                writer.execute(write)  # 55P03 if it is held up
+                time.sleep(0.005)
+            assert_fails(ended(process), 7, f"pid {holder.info.backend_pid} ")
+        assert db.invoke("setup").code == 0
 
-    at_once(holds_up_nobody, SEVERAL_TABLES)
+    at_once(db, holds_up_nobody, SEVERAL_TABLES)
 
 
 @contextmanager

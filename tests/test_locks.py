@@ -32,7 +32,6 @@ from conftest import (
     assert_fails,
     at_once,
     clean_environment,
-    database,
     ended,
     holding,
     private_server,
@@ -129,17 +128,16 @@ CONFLICTS = {
 def test_conflicting_lock_is_given_up_and_its_holder_named(finished: Db) -> None:
     finished.execute("DO 'BEGIN CREATE ROLE the_holder LOGIN SUPERUSER; EXCEPTION WHEN duplicate_object THEN END'")
 
-    def is_given_up(missing: str, lock: str, label: str) -> None:
-        with database(finished.cluster, finished.name) as db:
-            db.execute(missing)
-            before = db.fingerprint()
-            with holding(db, lock, "the_holder") as holder:
-                done = db.invoke("setup", env=SOON)
-                assert_fails(done, 7, str(holder.info.backend_pid), "the_holder", "the other one", label)
-            assert db.fingerprint() == before
-            assert db.invoke("setup").code == 0
+    def is_given_up(db: Db, missing: str, lock: str, label: str) -> None:
+        db.execute(missing)
+        before = db.fingerprint()
+        with holding(db, lock, "the_holder") as holder:
+            done = db.invoke("setup", env=SOON)
+            assert_fails(done, 7, str(holder.info.backend_pid), "the_holder", "the other one", label)
+        assert db.fingerprint() == before
+        assert db.invoke("setup").code == 0
 
-    at_once(is_given_up, CONFLICTS)
+    at_once(finished, is_given_up, CONFLICTS)
 
 
 def test_who_holds_access_exclusive_is_named(finished: Db) -> None:
@@ -380,24 +378,22 @@ PREPARED = {
 
 def test_prepared_transaction_is_named(cluster: Cluster) -> None:
     with private_server(max_prepared_transactions="5") as server:
-        made = template(server)
 
-        def is_named(missing: str, lock: str, in_plan: bool) -> None:
-            with database(server, made) as db:
-                db.execute(missing)
-                with db.connect() as connection:
-                    for statement in ("BEGIN", lock, f"PREPARE TRANSACTION '{db.name}'"):
-                        connection.execute(statement.encode())
-                who = rf"prepared transaction '{db.name}' \(role postgres\)"
-                now = rf"now      {who} has waited \d+ s for .* and holds"
-                assert not in_plan or re.search(now, db.invoke("plan").out)
-                done = db.invoke("setup", env={"LOCK_TIMEOUT": "500ms", "LOCK_WAIT": "1s"})
-                assert_fails(done, 7)
-                assert [bool(re.search(who, text)) for text in (done.out, done.err)] == [True] * 2, done
-                db.execute(f"ROLLBACK PREPARED '{db.name}'")
-                assert db.invoke("setup").code == 0
+        def is_named(db: Db, missing: str, lock: str, in_plan: bool) -> None:
+            db.execute(missing)
+            with db.connect() as connection:
+                for statement in ("BEGIN", lock, f"PREPARE TRANSACTION '{db.name}'"):
+                    connection.execute(statement.encode())
+            who = rf"prepared transaction '{db.name}' \(role postgres\)"
+            now = rf"now      {who} has waited \d+ s for .* and holds"
+            assert not in_plan or re.search(now, db.invoke("plan").out)
+            done = db.invoke("setup", env={"LOCK_TIMEOUT": "500ms", "LOCK_WAIT": "1s"})
+            assert_fails(done, 7)
+            assert [bool(re.search(who, text)) for text in (done.out, done.err)] == [True] * 2, done
+            db.execute(f"ROLLBACK PREPARED '{db.name}'")
+            assert db.invoke("setup").code == 0
 
-        at_once(is_named, PREPARED)
+        at_once(Db(server, template(server)), is_named, PREPARED)
 
 
 @contextmanager

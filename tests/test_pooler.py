@@ -10,7 +10,7 @@ import pooler as poolers
 import pytest
 from budget_engine.migration import chain
 from budget_engine.postgres.embedded import Cluster
-from conftest import BUILDING, WAITING, Db, Run, assert_done, assert_fails, ended, holding, role_with, until
+from conftest import BUILDING, WAITING, Db, Run, assert_done, assert_fails, at_once, ended, holding, role_with, until
 from pooler import Pooler
 from states import BIGINT, ORPHANS, SLOT_ROWS, by_hand, contents, lost, with_uuid
 
@@ -146,27 +146,28 @@ def test_who_holds_a_lock_is_named(finished: Db, pooler: Pooler) -> None:
     assert through(pooler, finished, "setup").code == 0
 
 
-# What ends the concurrent part, the exit code, how the next run comes.
-LIMITS = [("statement_timeout", 1, "direct"), ("lock_timeout", 7, "lifted")]
+# What ends the concurrent part, the exit code, whether the next run comes through the pooler again.
+LIMITS = {"statement_timeout": ("statement_timeout", 1, False), "lock_timeout": ("lock_timeout", 7, True)}
 
 
-@pytest.mark.parametrize(("setting", "code", "finish"), LIMITS)
-def test_limit_of_the_role_through_the_pooler(finished: Db, setting: str, code: int, finish: str) -> None:
+def test_limit_of_the_role_through_the_pooler(finished: Db) -> None:
     """On the server itself it is lifted: see test_locks.py."""
-    db = finished
-    db.execute(BUILD_PENDING)
-    with role_with(db, {setting: "500ms"}) as role, Pooler(db.cluster, roles=(role,)) as pooler:
-        with holding(db, WRITER):
-            done = through(pooler, db, "setup", role=role, LOCK_WAIT="0")
-        assert_fails(done, code, "the direct URL", "idx_slots_type")
-        assert db.value("SELECT indisvalid FROM pg_index WHERE indexrelid = 'idx_slots_type'::regclass") is False
-        if finish == "lifted":
-            db.execute(f"ALTER ROLE {role} RESET {setting}")
-            pooler.stop()  # sessions that are open keep what they were born with
-            pooler.start()
-        assert_done(
-            db, db.invoke("setup", role=role) if finish == "direct" else through(pooler, db, "setup", role=role)
-        )
+    finished.execute(BUILD_PENDING)
+
+    def ends_the_build(db: Db, setting: str, code: int, pooled: bool) -> None:
+        with role_with(db, {setting: "500ms"}) as role, Pooler(db.cluster, roles=(role,)) as pooler:
+            with holding(db, WRITER):
+                done = through(pooler, db, "setup", role=role, LOCK_WAIT="0")
+            assert_fails(done, code, "the direct URL", "idx_slots_type")
+            assert db.rows("SELECT FROM pg_index WHERE indexrelid = 'idx_slots_type'::regclass AND NOT indisvalid")
+            if pooled:
+                db.execute(f"ALTER ROLE {role} RESET {setting}")
+                pooler.stop()  # sessions that are open keep what they were born with
+                pooler.start()
+            again = through(pooler, db, "setup", role=role) if pooled else db.invoke("setup", role=role)
+            assert again.code == 0, again
+
+    at_once(finished, ends_the_build, LIMITS)
 
 
 # ── the pooler goes, or has no room ────────────────────────────────────────────────────────────────────────────────
@@ -199,11 +200,15 @@ def test_session_ends_in_the_middle(finished: Db, pooler: Pooler, missing: str, 
     assert lost(before, contents(db), {}) == []
 
 
-@pytest.mark.parametrize("settings", [{"default_pool_size": "2"}, {"max_client_conn": "1"}], ids=" ".join)
-def test_one_connection_is_enough(db: Db, settings: dict[str, str]) -> None:
+def test_one_connection_is_enough(db: Db) -> None:
     db.execute(by_hand())
-    with Pooler(db.cluster, settings=settings) as pooler:
-        assert_done(db, through(pooler, db, "setup", CONNECT_TIMEOUT="1s"))
+
+    def is_enough(db: Db, setting: str, value: str) -> None:
+        with Pooler(db.cluster, settings={setting: value}) as pooler:
+            done = through(pooler, db, "setup", CONNECT_TIMEOUT="1s")
+            assert done.code == 0, done
+
+    at_once(db, is_enough, {"to the server": ("default_pool_size", "2"), "to the pooler": ("max_client_conn", "1")})
 
 
 def test_who_holds_the_lock_also_takes_the_last_server_connection(finished: Db) -> None:

@@ -72,7 +72,9 @@ CTRL_C: dict[str, tuple[Watcher, Callable[[Proxy], bool], int, float, str]] = {
 def test_ctrl_c_ends_a_run_whose_server_is_silent(db: Db) -> None:
     """Nothing arrives after the login, on any connection, and no request to cancel."""
 
-    def ends(client_says: Watcher, when: Callable[[Proxy], bool], presses: int, within_s: float, says: str) -> None:
+    def ends(
+        db: Db, client_says: Watcher, when: Callable[[Proxy], bool], presses: int, within_s: float, says: str
+    ) -> None:
         with Proxy(socket_of(db.cluster.sockets), client_says=client_says) as proxy:
             process = db.start("setup", DATABASE_URL=proxy.url(db.name))
             until(lambda: when(proxy), process)
@@ -86,7 +88,7 @@ def test_ctrl_c_ends_a_run_whose_server_is_silent(db: Db) -> None:
         assert_fails(done, 130, says)
         assert took_s < within_s
 
-    at_once(ends, CTRL_C)
+    at_once(db, ends, CTRL_C)
 
 
 def test_silence_is_a_connection_lost(db: Db) -> None:

@@ -45,8 +45,9 @@ os.environ.pop(embedded.DATA_VARIABLE, None)
 MIGRATIONS = ROOT / "db" / "migrations"
 # What a run in the schema public has for itself, and others wait for.
 THE_TURN = f"SELECT pg_advisory_xact_lock({turn.RUN}, 'public'::regnamespace::oid::int4)"
-# Our sessions; how many of them wait for a lock, and how many do so in a build.
+# Our sessions; how many there are, how many of them wait for a lock, and how many do so in a build.
 OURS = "application_name = 'budget-engine-recipes' AND datname = current_database()"
+RUNNING = f"SELECT count(*) FROM pg_stat_activity WHERE {OURS}"
 WAITING = f"SELECT count(*) FROM pg_stat_activity WHERE {OURS} AND wait_event_type = 'Lock'"
 BUILDING = f"{WAITING} AND query LIKE 'CREATE INDEX CONCURRENTLY%'"
 # Somebody's event trigger, which acts in our sessions when a DDL command is done; and what takes it away.
@@ -197,6 +198,14 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> No
     deadline = time.monotonic() + 30
     while not condition():
         assert process.poll() is None, ended(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def quiet(db: Db) -> None:
+    """Wait for our sessions to end: a server process goes on with what it was sent when its client is gone."""
+    deadline = time.monotonic() + 30
+    while db.value(RUNNING):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

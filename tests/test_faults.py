@@ -27,6 +27,7 @@ from conftest import (
     database,
     ended,
     holding,
+    quiet,
     until,
 )
 from proxy import COMMITTED, Message, Proxy, containing, cut, on_nth, socket_of
@@ -65,24 +66,16 @@ def trapped(db: Db, trap: str, run: Callable[[], Run]) -> Run:
     """Run with the trap, and take it away once the server is done, too."""
     db.execute(trap)
     done = run()
-    wait_for_the_server(db)
+    quiet(db)
     db.execute(UNTRAP)
     return done
-
-
-def wait_for_the_server(db: Db) -> None:
-    """Wait for our sessions to end: the server may go on for a while with what it was sent."""
-    deadline = time.monotonic() + 30
-    while db.value(f"SELECT count(*) FROM pg_stat_activity WHERE {OURS}"):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def assert_whole_steps_then_finished(db: Db, stages: list[str], done: Run) -> int:
     """No step is there in part; its line in the history comes with it; one more run finishes. Return how many."""
     assert "Traceback" not in done.err, done
-    assert_one_message(done)
-    wait_for_the_server(db)
+    assert done.err.count("error  ") == (done.code != 0), done
+    quiet(db)
     reached = stages.index(db.dump())
     assert db.transactions() == LABELS[:reached]
     again = db.invoke("setup")
@@ -90,10 +83,6 @@ def assert_whole_steps_then_finished(db: Db, stages: list[str], done: Run) -> in
     assert db.dump() == stages[-1]
     assert db.transactions() == LABELS
     return reached
-
-
-def assert_one_message(done: Run) -> None:
-    assert done.err.count("error  ") == (done.code != 0), done
 
 
 def of_the_work(wanted: Callable[[Message], bool]) -> Callable[[Message], bool]:
@@ -157,7 +146,7 @@ def test_backend_is_terminated_while_it_builds_concurrently(finished: Db) -> Non
         until(lambda: db.rows(builder), process)
         done = ended(process)
     assert done.code == 4, done
-    assert_one_message(done)
+    assert done.err.count("error  ") == (done.code != 0), done
     assert db.value("SELECT indisvalid FROM pg_index WHERE indexrelid = 'idx_slots_type'::regclass") is False
     assert_done(db)
     assert sorted(db.dump().splitlines()) == sorted(whole.splitlines())

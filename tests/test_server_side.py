@@ -104,8 +104,7 @@ def restart(server: embedded.Cluster, how: signal.Signals) -> None:
 FAST, IMMEDIATE = signal.SIGINT, signal.SIGQUIT
 
 
-@pytest.mark.parametrize("how", [FAST, IMMEDIATE])
-@pytest.mark.parametrize("commit", [1, 3])
+@pytest.mark.parametrize(("commit", "how"), [(1, IMMEDIATE), (3, FAST)])
 def test_restart_between_two_steps(small: Db, commit: int, how: signal.Signals) -> None:
     """The first COMMIT is the survey's."""
     small.execute(with_uuid())
@@ -119,13 +118,12 @@ def test_restart_between_two_steps(small: Db, commit: int, how: signal.Signals) 
 
 # What is pending, and what keeps it waiting.
 CONCURRENT = {
-    "CREATE INDEX": (BUILD_PENDING, WRITER),
-    "VALIDATE": (VALIDATION_PENDING, "LOCK TABLE prompt_snapshots IN SHARE UPDATE EXCLUSIVE MODE"),
+    "CREATE INDEX": (BUILD_PENDING, WRITER, IMMEDIATE),
+    "VALIDATE": (VALIDATION_PENDING, "LOCK TABLE prompt_snapshots IN SHARE UPDATE EXCLUSIVE MODE", FAST),
 }
 
 
-@pytest.mark.parametrize("how", [FAST, IMMEDIATE])
-@pytest.mark.parametrize(("pending", "lock"), CONCURRENT.values(), ids=CONCURRENT)
+@pytest.mark.parametrize(("pending", "lock", "how"), CONCURRENT.values(), ids=CONCURRENT)
 def test_restart_in_concurrent_work(small: Db, pending: str, lock: str, how: signal.Signals) -> None:
     before = finished_but_for(small, pending)
     with holding(small, lock):

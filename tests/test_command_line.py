@@ -187,10 +187,6 @@ def refuse_password(client: socket.socket) -> None:
     client.sendall(b"E" + (len(fields) + 4).to_bytes(4, "big") + fields)
 
 
-def with_password(url: str) -> str:
-    return re.sub("//([^@]*)@", rf"//\1:{PASSWORD}@", url).replace(" ", "%20")
-
-
 def test_server_that_is_too_old(db: Db) -> None:
     def pretend(message: Message) -> Message:
         if b"server_version\x00" not in message.raw or message.kind != "S":
@@ -199,7 +195,8 @@ def test_server_that_is_too_old(db: Db) -> None:
         return Message("S", b"S" + (len(body) + 4).to_bytes(4, "big") + body)
 
     with Proxy(socket_of(db.cluster.sockets), server_says=pretend) as proxy:
-        done = db.invoke("setup", env={"DATABASE_URL": with_password(proxy.url(db.name))})
+        url = proxy.url(db.name).replace("@", f":{PASSWORD.replace(' ', '%20')}@")
+        done = db.invoke("setup", env={"DATABASE_URL": url})
     assert_refused(done, 4, "13.22", "PostgreSQL 14")
     assert set(proxy.conversations[0].kinds) <= {"SSLRequest", "Startup", "X"}
 

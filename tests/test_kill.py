@@ -224,11 +224,14 @@ def strike(db: Db, point: Point) -> None:
             processes.append(db.start("setup", DATABASE_URL=proxy.url(db.name)))
             beside = [db.start("setup")] if point.beside else []
             if point.after_s is not None:
-                until_connected(proxy, processes[0])
+                until(lambda: proxy.conversations and proxy.conversations[0].from_client, processes[0])
                 time.sleep(point.after_s)
                 act()
-            elif not ends_within(processes[0], LONGEST_S):
-                act()  # it is held up, and does not come to that message
+            else:
+                with suppress(subprocess.TimeoutExpired):
+                    processes[0].wait(LONGEST_S)
+                if processes[0].returncode is None:
+                    act()  # it is held up, and does not come to that message
             fate = FAULTS[point.fault]
         embedded.start(db.cluster)
         judge(ended(processes[0]), fate.codes)
@@ -240,16 +243,6 @@ def judge(done: Run, codes: Sequence[int]) -> None:
     print(f"  exit {done.code}: {done.err.splitlines()[:1]}")
     assert done.code in codes, done
     assert "Traceback" not in done.err, done
-
-
-def ends_within(process: subprocess.Popen[str], seconds: float) -> bool:
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
-    return process.returncode is not None
-
-
-def until_connected(proxy: Proxy, process: subprocess.Popen[str]) -> None:
-    until(lambda: proxy.conversations and proxy.conversations[0].from_client, process)
 
 
 def transaction(db: Db, sql: str) -> AbstractContextManager[Any]:

@@ -233,29 +233,25 @@ OPENSSL = shutil.which("openssl")
 PSQL = shutil.which("psql")
 
 
-def certify(folder: Path) -> None:
-    """Make a CA (ca.crt), another one (other.crt), and the first one's certificate for localhost."""
-
-    def openssl(*words: str) -> None:
-        subprocess.run([str(OPENSSL), *words], cwd=folder, check=True, capture_output=True)
-
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    for name in ("ca", "other"):
-        openssl("req", "-x509", *key, "-keyout", f"{name}.key", "-out", f"{name}.crt", "-subj", f"/CN={name}")
-    openssl("req", *key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=localhost")
-    (folder / "names").write_text("subjectAltName = DNS:localhost\n")
-    signer = ["-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial"]
-    openssl("x509", "-req", "-in", "server.csr", *signer, "-extfile", "names", "-out", "server.crt")
-    for file in folder.iterdir():
-        file.chmod(0o644)
-
-
 @pytest.fixture(scope="module")
 def certificates() -> Iterator[Path]:
+    """A CA (ca.crt), another one (other.crt), and the first one's certificate for localhost."""
     with tempfile.TemporaryDirectory(prefix="budget-engine-certificates-") as name:
         folder = Path(name)
         folder.chmod(0o755)  # PgBouncer runs as another user
-        certify(folder)
+
+        def openssl(*words: str) -> None:
+            subprocess.run([str(OPENSSL), *words], cwd=folder, check=True, capture_output=True)
+
+        key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        for ca in ("ca", "other"):
+            openssl("req", "-x509", *key, "-keyout", f"{ca}.key", "-out", f"{ca}.crt", "-subj", f"/CN={ca}")
+        openssl("req", *key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=localhost")
+        (folder / "names").write_text("subjectAltName = DNS:localhost\n")
+        signer = ["-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial"]
+        openssl("x509", "-req", "-in", "server.csr", *signer, "-extfile", "names", "-out", "server.crt")
+        for file in folder.iterdir():
+            file.chmod(0o644)
         yield folder
 
 

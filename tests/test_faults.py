@@ -9,7 +9,6 @@ import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 from budget_engine.migration import chain
@@ -180,9 +179,9 @@ def assert_interrupted(db: Db, stages: list[str], done: Run) -> None:
     assert_whole_steps_then_finished(db, stages, done)
 
 
-@pytest.mark.parametrize("wanted", [of_kind("R"), REPORTED], ids=["login", "survey"])
-def test_ctrl_c(db: Db, stages: list[str], wanted: Callable[[Message], bool]) -> None:
-    assert_interrupted(db, stages, signalled(db, signal.SIGINT, wanted))
+def test_ctrl_c_at_the_report_of_the_survey(db: Db, stages: list[str]) -> None:
+    """Earlier than that: test_silence, test_messages."""
+    assert_interrupted(db, stages, signalled(db, signal.SIGINT, REPORTED))
 
 
 @pytest.mark.parametrize("command", [1, 40, 78])
@@ -198,25 +197,6 @@ def test_ctrl_c_while_waiting_for_another_run(db: Db, stages: list[str]) -> None
         process.send_signal(signal.SIGINT)
         done = ended(process)
     assert_interrupted(db, stages, done)
-
-
-# Python imports a module of this name at its start: it strikes when the driver is about to be loaded.
-SITECUSTOMIZE = """
-import os, signal, sys
-
-class Strike:
-    def find_spec(self, name, path=None, target=None):
-        if name == "psycopg":
-            sys.meta_path.remove(self)
-            os.kill(os.getpid(), signal.SIGINT)
-
-sys.meta_path.insert(0, Strike())
-"""
-
-
-def test_ctrl_c_while_the_modules_load(db: Db, stages: list[str], tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    assert_interrupted(db, stages, db.invoke("setup", env={"PYTHONPATH": str(tmp_path)}))
 
 
 @pytest.mark.parametrize("command", random.Random(SEED[::-1]).sample(range(1, 1 + COMMANDS), 2))

@@ -176,8 +176,9 @@ def test_file_further_up_that_cannot_be_read_may_hold_the_url(app: Path, *, belo
     assert load(home_of(app), {}).notes == ()
     (app / ".env").unlink()
     put(home_of(app))
-    (app / ".env").write_bytes(f"DATABASE_URL={APP}".encode("utf-16"))
-    assert str(app / ".env") in refused(home_of(app)).what
+    (app / ".env").write_bytes(f"DATABASE_URL={APP}".encode("utf-16"))  # what ">" of Windows PowerShell writes
+    error = refused(home_of(app))
+    assert (error.case, error.where) == (errors.ENV_ENCODING, str(app / ".env"))
     (app / ".env").write_text(f'DATABASE_URL="{APP}\n')
     assert str(app / ".env") in refused(home_of(app)).what
 

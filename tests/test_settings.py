@@ -160,29 +160,6 @@ def test_what_quotes_do_to_a_password(tmp_path: Path, written: str, password: st
     assert target_of(load(write_env(tmp_path, line), {})).conninfo["password"] == password
 
 
-def refuse(path: Path, **_: object) -> str:  # root may read a file of mode 0 all the same
-    raise PermissionError(13, "Permission denied", str(path))
-
-
-def test_env_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / ".env"
-
-    def refused() -> SettingsError:
-        with pytest.raises(SettingsError) as caught:
-            load(tmp_path, {})
-        assert caught.value.remedy
-        return caught.value
-
-    write_env(tmp_path, URL.encode("utf-16"))  # what ">" of Windows PowerShell writes
-    assert "UTF-8" in str(refused())
-    assert refused().where == str(file)
-    file.unlink()
-    file.mkdir()
-    assert str(file) in refused().where
-    monkeypatch.setattr(Path, "read_text", refuse)
-    assert refused().where == f"{file}: Permission denied"
-
-
 # Durations
 
 DURATIONS: dict[str, dict[str, float]] = {

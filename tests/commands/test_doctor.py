@@ -77,7 +77,6 @@ def test_healthy_database_before_and_after_setup(db: Db) -> None:
 # What stands, what is added to the URL; exit code, topic.
 HINDRANCES = {
     "another feature's table": (states.ANOTHER_FEATURE, "", 6, "checks"),
-    "older core": (states.CORE_WITH_UUID_TURNS, "", 6, "checks"),
     "no schema": ("", "&schema=nowhere", 1, "schema"),
     "read-only": ("ALTER DATABASE {0} SET default_transaction_read_only = on", "", 8, "writes"),
     "no such database": ("", "&dbname=no_such_database", 4, "login"),
@@ -127,12 +126,6 @@ def role(cluster: Cluster) -> Iterator[str]:
         connection.execute(f"CREATE ROLE {name} LOGIN")
         yield name
         connection.execute(f"DROP ROLE {name}")
-
-
-def test_role_without_rights(role: str, db: Db) -> None:
-    db.execute(states.NOT_TO_ALL)
-    assert amiss(db.invoke("doctor", role=role), 8) == {"rights": PROBLEM}
-    assert db.invoke("setup", role=role).code == 8
 
 
 OWNED = states.by_hand() + states.OWN

@@ -50,6 +50,8 @@ OURS = "application_name = 'budget-engine-recipes' AND datname = current_databas
 RUNNING = f"SELECT count(*) FROM pg_stat_activity WHERE {OURS}"
 WAITING = f"SELECT count(*) FROM pg_stat_activity WHERE {OURS} AND wait_event_type = 'Lock'"
 BUILDING = f"{WAITING} AND query LIKE 'CREATE INDEX CONCURRENTLY%'"
+# Those that gave back the turn of others' which they could not have, and ask again later.
+BETWEEN_TRIES = f"SELECT pid FROM pg_stat_activity WHERE {OURS} AND query LIKE '%pg_advisory_unlock%'"
 # Somebody's event trigger, which acts in our sessions when a DDL command is done; and what takes it away.
 TRAP = """
 CREATE SCHEMA trap;

@@ -13,8 +13,8 @@ import pytest
 from budget_engine.migration import chain
 from budget_engine.postgres.embedded import Cluster
 from conftest import (
+    BETWEEN_TRIES,
     MIGRATIONS,
-    OURS,
     SEED,
     THE_TURN,
     TRAP,
@@ -185,8 +185,7 @@ def test_ctrl_c_in_a_command(db: Db, stages: list[str], command: int) -> None:
 def test_ctrl_c_while_waiting_for_another_run(db: Db, stages: list[str]) -> None:
     with holding(db, THE_TURN):
         process = db.start("setup")
-        given_up = f"SELECT FROM pg_stat_activity WHERE {OURS} AND query LIKE '%pg_advisory_unlock%'"
-        until(lambda: db.rows(given_up), process)
+        until(lambda: db.rows(BETWEEN_TRIES), process)
         process.send_signal(signal.SIGINT)
         done = ended(process)
     assert_interrupted(db, stages, done)

@@ -18,6 +18,7 @@ import warm
 from budget_engine.migration import chain, survey, turn
 from budget_engine.postgres.embedded import Cluster
 from conftest import (
+    BETWEEN_TRIES,
     BUILDING,
     FINISHED_PACKAGED_TOO,
     MIGRATIONS,
@@ -276,7 +277,7 @@ def test_run_beside_another_gives_up_after_lock_wait(db: Db) -> None:
 def test_run_beside_another_goes_on_when_that_one_is_done(db: Db) -> None:
     with holding(db, THE_TURN) as other:
         process = db.start("setup")
-        until(lambda: db.rows(f"SELECT FROM pg_stat_activity WHERE {OURS} AND query LIKE 'ROLLBACK%'"), process)
+        until(lambda: db.rows(BETWEEN_TRIES), process)
         assert db.value(WAITING) == 0  # who waits has no snapshot that a concurrent build would wait for
         other.rollback()
         assert_done(db, ended(process))

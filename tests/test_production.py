@@ -36,6 +36,17 @@ def test_the_fix_holds_one_table_only_together_with_the_other(db: Db, turn_id: s
     assert db.value("SELECT count(*) FROM prompt_snapshots WHERE linearized_prompt_text = 'meanwhile'") == 1
 
 
+def test_the_fix_gives_up_after_one_lock_timeout(db: Db) -> None:
+    db.execute(with_uuid())
+    before = db.dump(data=True)
+    with db.connect(autocommit=False) as writer:
+        writer.execute("LOCK TABLE turns IN ROW EXCLUSIVE MODE")
+        done = db.invoke("fix", env={"LOCK_TIMEOUT": "300ms", "LOCK_WAIT": "0"})
+        assert done.code == 7, done
+    assert db.dump(data=True) == before
+    assert db.value("SELECT to_regnamespace('budget_engine') IS NULL")  # what was not done is no history
+
+
 def test_the_trigger_lends_its_rights_to_no_other_trigger(db: Db) -> None:
     assert db.invoke("setup").code == 0
     db.execute(

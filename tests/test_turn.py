@@ -14,7 +14,7 @@ import pytest
 from budget_engine.migration import chain, runner, survey, turn
 from budget_engine.postgres.connection import Connection
 from budget_engine.settings import load
-from conftest import BUILDING, OURS, WAITING, Db, Run, ended, holding, until
+from conftest import BETWEEN_TRIES, BUILDING, WAITING, Db, Run, ended, holding, until
 from states import BIGINT, CORE, CORE_WITH_UUID_TURNS, snapshots
 
 SCHEMAS = [f"tenant_{number:02}" for number in range(24)]
@@ -169,11 +169,10 @@ def test_who_waits_for_whom(db: Db, state: str, theirs: str, ours: str, waits: b
 def test_who_waits_between_two_tries_leaves_the_turn_to_others(db: Db) -> None:
     """That of the schema which it could have, too."""
     db.execute("CREATE SCHEMA app")
-    idle = f"SELECT pid FROM pg_stat_activity WHERE {OURS} AND state = 'idle' AND query LIKE '%pg_advisory_unlock%'"
-    left = f"SELECT bool_and(pid NOT IN (SELECT pid FROM pg_locks WHERE locktype = 'advisory')) FROM ({idle}) AS idle"
+    without = "bool_and(pid NOT IN (SELECT pid FROM pg_locks WHERE locktype = 'advisory'))"
     with having(db, "public", turn.RUN) as other:
         process = db.start("setup", **at(db, "app, public"))
-        until(lambda: db.value(left), process)
+        until(lambda: db.value(f"SELECT {without} FROM ({BETWEEN_TRIES}) AS ours"), process)
         other.rollback()
         assert_all([ended(process)])
 

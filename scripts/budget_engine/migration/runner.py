@@ -138,7 +138,7 @@ _IS_OURS = """(SELECT relkind = 'r' AND ARRAY[relowner, nspowner] <@ ARRAY(
                SELECT oid FROM pg_roles WHERE rolsuper OR rolname = current_user)
              FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
              WHERE nspname = 'budget_engine' AND relname = 'history')"""
-# Before the first step, in a transaction of its own: a new schema has what was prepared planned again at its commit.
+# Once in a message, and before anything is locked: who makes it at the same moment is waited for until that step's end.
 _MADE = f"""\
       IF {_IS_OURS} IS NULL THEN
         DECLARE
@@ -244,14 +244,13 @@ class Script:
         pins = pinned(self.found.server)
         begun = [*BEGIN, f"SELECT {self.settings}, {pins}, {_STARTED}"]
         goes_on = f"SELECT pg_catalog.set_config('lock_timeout', '{_MOMENT_MS}ms', true), {pins}, {_STARTED}"
-        made = _OURS.format(tag="history", does=_NOTED.format(does=_MADE))
-        message = [] if rehearsed else [Sent(steps[0].step, Part.FRAME, sql) for sql in (*begun, made, "COMMIT")]
+        message: list[Sent] = []
         for planned in steps:
             first, step = planned is steps[0], planned.step
             if first or not rehearsed:
                 message += (Sent(step, Part.FRAME, sql) for sql in begun)
-                keeps = self.keeps_turn and not rehearsed
-                message.append(Sent(step, Part.GUARD, self._guard(first=first, last=planned is steps[-1], keeps=keeps)))
+                guard = self._guard(first=first, last=planned is steps[-1], rehearsed=rehearsed)
+                message.append(Sent(step, Part.GUARD, guard))
             message += self._work(planned)
             if rehearsed:
                 end = [(Part.DEFERRED, "SET CONSTRAINTS ALL IMMEDIATE"), (Part.CLOCK, _TOOK), (Part.FRAME, goes_on)]
@@ -288,12 +287,14 @@ class Script:
     def _release(self) -> str:
         return f"  PERFORM {self.found.turn.released(turn.RUN)};"
 
-    def _guard(self, *, first: bool, last: bool, keeps: bool) -> str:
-        """Write what takes the turn; keeps: the first step for the session, which has it until the last one's end."""
+    def _guard(self, *, first: bool, last: bool, rehearsed: bool) -> str:
+        """Write what takes the turn: in the first step for the session, where that has it until the last one's end."""
+        keeps = self.keeps_turn and not rehearsed
         does = _BUSY_IF.format(condition=f"NOT {self.found.turn.taken(turn.RUN, session=first and keeps)}")
         if last and keeps:
             does += f"\n{self._release}"
         if first:
+            does += "" if rehearsed else _NOTED.format(does=_MADE)
             checks = self.found.checks
             there = sum(check.actual is not None for check in checks), sum(check.is_there for check in checks)
             seen = f"{there[0]} {there[1]} {len(checks)}"

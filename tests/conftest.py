@@ -46,8 +46,9 @@ os.environ.pop(embedded.DATA_VARIABLE, None)
 MIGRATIONS = ROOT / "db" / "migrations"
 # What a run in the schema public has for itself, and others wait for.
 THE_TURN = f"SELECT pg_advisory_xact_lock({turn.RUN}, 'public'::regnamespace::oid::int4)"
-# Our sessions; how many of them wait for a lock, and how many do so in a build.
+# Our sessions; how many there are, how many of them wait for a lock, and how many do so in a build.
 OURS = "application_name = 'budget-engine-recipes' AND datname = current_database()"
+RUNNING = f"SELECT count(*) FROM pg_stat_activity WHERE {OURS}"
 WAITING = f"SELECT count(*) FROM pg_stat_activity WHERE {OURS} AND wait_event_type = 'Lock'"
 BUILDING = f"{WAITING} AND query LIKE 'CREATE INDEX CONCURRENTLY%'"
 # Those that gave back the turn of others' which they could not have, and ask again later.
@@ -227,6 +228,14 @@ def at_once(db: Db, test: Callable[..., None], cases: Mapping[str, tuple[Any, ..
     if failed:
         first, *_ = failed.values()
         raise AssertionError(f"{len(failed)} of {len(cases)} failed: {'; '.join(failed)}") from first
+
+
+def quiet(db: Db) -> None:
+    """Wait for our sessions to end: a server process goes on with what it was sent when its client is gone."""
+    deadline = time.monotonic() + 30
+    while db.value(RUNNING):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def assert_done(db: Db, done: Run | None = None) -> Run:

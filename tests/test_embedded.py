@@ -465,14 +465,11 @@ if ROOT_CASE:
 # ── machines on which it cannot be ─────────────────────────────────────────────────────────────────────────────────
 
 
-def test_missing_package_asks_for_a_url(folder: Path) -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1])\nfrom pathlib import Path\n"
-    code += "from budget_engine.postgres import embedded\n"
-    code += "try: embedded.locate(Path.cwd())\nexcept embedded.errors.UnreachableError as error: print(error.remedy)"
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code, PROJECT / "scripts"], capture_output=True, text=True, check=True
-    )
-    assert "DATABASE_URL" in done.stdout
+def test_missing_package_asks_for_a_url(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "PACKAGE", "not_installed")
+    with pytest.raises(UnreachableError) as caught:
+        embedded.locate(folder)
+    assert "DATABASE_URL" in caught.value.remedy
 
 
 def test_folder_that_cannot_be_made_is_a_message(folder: Path) -> None:
@@ -482,16 +479,15 @@ def test_folder_that_cannot_be_made_is_a_message(folder: Path) -> None:
     assert embedded.DATA_VARIABLE in caught.value.remedy
 
 
-def test_data_is_not_kept_where_others_may_replace_it(folder: Path) -> None:
+def test_data_is_not_kept_where_others_may_replace_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor are those of a server used that lies there."""
     shared, checkout = folder / "shared", folder / "checkout"
     checkout.mkdir()
     shared.mkdir()
     shared.chmod(0o777)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BUDGET_ENGINE_POSTGRES", str(shared / "data"))
-        with pytest.raises(UnreachableError, match="replace") as caught:
-            locate(checkout)
-        assert str(shared) in caught.value.where
-        shared.chmod(0o1777)
+    monkeypatch.setenv(embedded.DATA_VARIABLE, str(shared / "data"))
+    with pytest.raises(UnreachableError, match="replace") as caught:
         locate(checkout)
+    assert str(shared) in caught.value.where
+    shared.chmod(0o1777)
+    locate(checkout)

@@ -92,6 +92,8 @@ def test_names_are_what_they_are(cluster: embedded.Cluster, tmp_path: Path, enco
     with of_encoding(cluster, encoding, with_uuid(), HANGING) as db:
         before, was = run(db, THERE.encode()), run(db, TURN_ID.encode())
         for words in WORDS:
+            if "--format" in words and encoding != "SQL_ASCII":  # what it prints is text by then, whatever it was
+                continue
             done = asked(db, words, tmp_path)
             assert done.code in (0, 6), done
             assert "\ufffd" not in done.out + done.err
@@ -101,9 +103,8 @@ def test_names_are_what_they_are(cluster: embedded.Cluster, tmp_path: Path, enco
         assert asked(db, "rehearse", tmp_path).code == 0
         said = asked(db, "setup", tmp_path).out
         assert db.differing() == {}
-        piped(
-            db, tmp_path, "\n".join(re.findall("^ +((?:BEGIN|ALTER|DO|COMMENT|COMMIT).*;)$", said, re.M)), *on_terminals
-        )
+        undo = re.findall("^ +((?:BEGIN|ALTER|DO|COMMENT|COMMIT).*;)$", said, re.M)
+        piped(db, tmp_path, "\n".join(undo), *on_terminals)
         assert run(db, TURN_ID.encode()) == was
         piped(db, tmp_path, asked(db, "plan --sql", tmp_path).out, *on_terminals)
         assert db.differing() == {}
@@ -153,12 +154,10 @@ def test_roles_of_other_encodings(cluster: embedded.Cluster, finished: Db, tmp_p
         run(db, theirs("ALTER ROLE %I SET session_replication_role = replica").encode())
         own = {"DATABASE_URL": db.url_as(quote(f"{db.name[-6:]}ü\u2028", safe=""))}
         assert asked(db, "setup", tmp_path, own).code == 0
-        piped(
-            db, tmp_path, "\n".join(re.findall(" (DO .*ALTER ROLE.*;)$", asked(db, "doctor", tmp_path, own).out, re.M))
-        )
-        assert db.rows(
-            "SELECT count(*) FROM pg_db_role_setting WHERE setconfig = '{session_replication_role=origin}'"
-        ) == [(1,)]
+        said = asked(db, "doctor", tmp_path, own).out
+        piped(db, tmp_path, "\n".join(re.findall(" (DO .*ALTER ROLE.*;)$", said, re.M)))
+        put_right = "SELECT count(*) FROM pg_db_role_setting WHERE setconfig = '{session_replication_role=origin}'"
+        assert db.value(put_right) == 1
         finished.execute(theirs("GRANT INSERT ON turns TO %I"))
         said = asked(finished, "status", tmp_path).out
         assert ("-- left out: a name in it is of another encoding" in said, 'TO U&"' in said) == (True, True), said
@@ -170,11 +169,7 @@ def test_bytes_are_what_they_were() -> None:
     """In whichever way they are read; and the SQL of a statement that no PL/pgSQL can say."""
     every = bytes(range(1, 256)) + "ä\u2028".encode()
     assert [to_bytes(text_of(every, in_bytes=how)) for how in (True, False)] == [every, every]
-    assert (
-        readable(text_of(b"\xc3\xa4\xff", in_bytes=True))
-        == readable(text_of(b"\xc3\xa4\xff", in_bytes=False))
-        == "ä\\xff"
-    )
+    assert [readable(text_of(b"\xc3\xa4\xff", in_bytes=how)) for how in (True, False)] == ["ä\\xff"] * 2
     assert respelled(text_of(b'ALTER TABLE "$run$\xff" DROP "\n";', in_bytes=True)) == (
         'DO $run_$ BEGIN EXECUTE E\'ALTER TABLE "$run$\\xff" DROP U&"\\\\000a"\'; END $run_$;'
     )

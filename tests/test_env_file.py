@@ -176,8 +176,9 @@ def test_file_further_up_that_cannot_be_read_may_hold_the_url(app: Path, *, belo
     assert load(home_of(app), {}).notes == ()
     (app / ".env").unlink()
     put(home_of(app))
-    (app / ".env").write_bytes(f"DATABASE_URL={APP}".encode("utf-16"))
-    assert str(app / ".env") in refused(home_of(app)).what
+    (app / ".env").write_bytes(f"DATABASE_URL={APP}".encode("utf-16"))  # what ">" of Windows PowerShell writes
+    error = refused(home_of(app))
+    assert (error.case, error.where) == (errors.ENV_ENCODING, str(app / ".env"))
     (app / ".env").write_text(f'DATABASE_URL="{APP}\n')
     assert str(app / ".env") in refused(home_of(app)).what
 
@@ -328,12 +329,11 @@ def test_submodule_made_by_git(vendored: Path, db: Db) -> None:
     assert db.differing() == {}
     assert not (home_of(vendored) / ".postgres").exists()
     tree = home_of(vendored.parent / "tree")
-    tasks = ("setup", "verify", "status", "plan", "doctor", "db.url")
-    for task in ("setup", "verify", "doctor", "db.url"):
+    for task in ("setup", "doctor"):
         refused = recipe(tree, task)
         assert refused.code == 3, refused
         assert f"ENV_FILE={file}" in refused.out + refused.err, refused
-    done = recipe(tree, *tasks, ENV_FILE=str(file))
+    done = recipe(tree, "setup", "verify", "status", "plan", "doctor", "db.url", ENV_FILE=str(file))
     assert done.code == 0, done
     assert not (tree / ".postgres").exists()
 
@@ -400,22 +400,14 @@ def test_urls_of_other_tools_in_the_environment_are_a_note(tmp_path: Path) -> No
 
 # As frameworks' and services' documentation has them.
 EXAMPLES = """
-rails RAILS_ENV=development SECRET_KEY_BASE=x DATABASE_URL={} CACHE_DATABASE_URL={} REDIS_URL=redis://h:6379/1
-django-environ DEBUG=on SECRET_KEY=x DATABASE_URL={} SQLITE_URL=sqlite:///db.sqlite3 CACHE_URL=memcache://h:1
 prisma #prisma DATABASE_URL="{}" DIRECT_URL="{}" SHADOW_DATABASE_URL="{}"
 supabase NEXT_PUBLIC_SUPABASE_URL=https://x.supabase.co NEXT_PUBLIC_SUPABASE_ANON_KEY=x
  POSTGRES_HOST=db.x.supabase.co DATABASE_URL={} DIRECT_URL={} POSTGRES_PASSWORD=x
-vercel POSTGRES_URL={} POSTGRES_PRISMA_URL={} POSTGRES_URL_NON_POOLING={} DATABASE_URL={}
-neon DATABASE_URL={} DATABASE_URL_UNPOOLED={} PGHOST_UNPOOLED=h POSTGRES_DATABASE=x
 compose COMPOSE_PROJECT_NAME=x POSTGRES_USER=u POSTGRES_PASSWORD=x POSTGRES_DB=x
  DATABASE_URL=postgresql://${{POSTGRES_USER}}:${{POSTGRES_PASSWORD}}@db:5432/${{POSTGRES_DB}}
-nextauth NEXTAUTH_URL=http://localhost:3000 NEXTAUTH_SECRET=x DATABASE_URL={} EMAIL_SERVER=smtp://u:p@h
-fastapi DOMAIN=localhost POSTGRES_SERVER=h POSTGRES_PORT=5432 POSTGRES_DB=x DATABASE_URL="{}"
 celery DATABASE_URL={} TEST_DATABASE_URL={} CELERY_RESULT_BACKEND=db+{} CELERY_BROKER_URL=amqp://h
 phoenix export_DATABASE_URL={} export_POOL_SIZE=10 export_PHX_HOST=x export_SECRET_KEY_BASE=x
-heroku DATABASE_URL={} HEROKU_POSTGRESQL_JADE_URL={} DATABASE_CONNECTION_POOL_URL={} PORT=5000
 hasura HASURA_GRAPHQL_DATABASE_URL={} PG_DATABASE_URL={} DATABASE_URL={}
-dbmate DATABASE_URL={} DBMATE_MIGRATIONS_DIR=db DBMATE_SCHEMA_FILE=x TEST_DATABASE_URL={}
 """
 WITHOUT = """
 laravel APP_NAME=Laravel APP_URL=http://localhost DB_CONNECTION=mysql DB_HOST=127.0.0.1 DB_PORT=3306 DB_DATABASE=laravel

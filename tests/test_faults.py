@@ -8,8 +8,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 
 import pytest
 from budget_engine.migration import chain
@@ -17,7 +15,6 @@ from budget_engine.postgres.embedded import Cluster
 from conftest import (
     BETWEEN_TRIES,
     MIGRATIONS,
-    OURS,
     SEED,
     THE_TURN,
     TRAP,
@@ -28,6 +25,7 @@ from conftest import (
     database,
     ended,
     holding,
+    quiet,
     until,
 )
 from proxy import COMMITTED, Message, Proxy, containing, cut, on_nth, socket_of
@@ -66,24 +64,16 @@ def trapped(db: Db, trap: str, run: Callable[[], Run]) -> Run:
     """Run with the trap, and take it away once the server is done, too."""
     db.execute(trap)
     done = run()
-    wait_for_the_server(db)
+    quiet(db)
     db.execute(UNTRAP)
     return done
-
-
-def wait_for_the_server(db: Db) -> None:
-    """Wait for our sessions to end: the server may go on for a while with what it was sent."""
-    deadline = time.monotonic() + 30
-    while db.value(f"SELECT count(*) FROM pg_stat_activity WHERE {OURS}"):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def assert_whole_steps_then_finished(db: Db, stages: list[str], done: Run) -> int:
     """No step is there in part; its line in the history comes with it; one more run finishes. Return how many."""
     assert "Traceback" not in done.err, done
-    assert_one_message(done)
-    wait_for_the_server(db)
+    assert done.err.count("error  ") == (done.code != 0), done
+    quiet(db)
     reached = stages.index(db.dump())
     assert db.transactions() == LABELS[:reached]
     again = db.invoke("setup")
@@ -91,10 +81,6 @@ def assert_whole_steps_then_finished(db: Db, stages: list[str], done: Run) -> in
     assert db.dump() == stages[-1]
     assert db.transactions() == LABELS
     return reached
-
-
-def assert_one_message(done: Run) -> None:
-    assert done.err.count("error  ") == (done.code != 0), done
 
 
 def of_the_work(wanted: Callable[[Message], bool]) -> Callable[[Message], bool]:
@@ -157,34 +143,27 @@ def test_backend_is_terminated_while_it_builds_concurrently(finished: Db) -> Non
         process = db.start("setup")
         until(lambda: db.rows(builder), process)
         done = ended(process)
-    assert done.code == 4, done
-    assert_one_message(done)
+    assert (done.code, done.err.count("error  ")) == (4, 1), done
     assert db.value("SELECT indisvalid FROM pg_index WHERE indexrelid = 'idx_slots_type'::regclass") is False
     assert_done(db)
     assert sorted(db.dump().splitlines()) == sorted(whole.splitlines())
 
 
-# ── the client ends ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the client ends (killed: test_kill) ────────────────────────────────────────────────────────────────────────────
 
 
-def signalled(db: Db, number: signal.Signals, wanted: Callable[[Message], bool]) -> Run:
-    """Run setup, and signal it when the first such message of the server is on its way to it."""
+def interrupted(db: Db, wanted: Callable[[Message], bool]) -> Run:
+    """Run setup, and press Ctrl-C when the first such message of the server is on its way to it."""
     processes: list[subprocess.Popen[str]] = []
 
     def strike() -> None:
         while not processes:
             time.sleep(0.001)
-        processes[0].send_signal(number)
+        processes[0].send_signal(signal.SIGINT)
 
     with Proxy(socket_of(db.cluster.sockets), server_says=on_nth(wanted, 1, strike)) as proxy:
         processes.append(db.start("setup", DATABASE_URL=proxy.url(db.name)))
         return ended(processes[0])
-
-
-def signalled_in(db: Db, number: signal.Signals, command: int) -> Run:
-    """Run setup, and signal it while the server is in this command (counted from 1)."""
-    run = partial(signalled, db, number, containing("^N.*sprung"))
-    return trapped(db, on_command(command, CALL), run)
 
 
 def assert_interrupted(db: Db, stages: list[str], done: Run) -> None:
@@ -192,14 +171,15 @@ def assert_interrupted(db: Db, stages: list[str], done: Run) -> None:
     assert_whole_steps_then_finished(db, stages, done)
 
 
-@pytest.mark.parametrize("wanted", [of_kind("R"), REPORTED], ids=["login", "survey"])
-def test_ctrl_c(db: Db, stages: list[str], wanted: Callable[[Message], bool]) -> None:
-    assert_interrupted(db, stages, signalled(db, signal.SIGINT, wanted))
+def test_ctrl_c_at_the_report_of_the_survey(db: Db, stages: list[str]) -> None:
+    """Earlier than that: test_silence, test_messages."""
+    assert_interrupted(db, stages, interrupted(db, REPORTED))
 
 
 @pytest.mark.parametrize("command", [1, 40, 78])
 def test_ctrl_c_in_a_command(db: Db, stages: list[str], command: int) -> None:
-    assert_interrupted(db, stages, signalled_in(db, signal.SIGINT, command))
+    done = trapped(db, on_command(command, CALL), lambda: interrupted(db, containing("^N.*sprung")))
+    assert_interrupted(db, stages, done)
 
 
 def test_ctrl_c_while_waiting_for_another_run(db: Db, stages: list[str]) -> None:
@@ -209,33 +189,6 @@ def test_ctrl_c_while_waiting_for_another_run(db: Db, stages: list[str]) -> None
         process.send_signal(signal.SIGINT)
         done = ended(process)
     assert_interrupted(db, stages, done)
-
-
-# Python imports a module of this name at its start: it strikes when the driver is about to be loaded.
-SITECUSTOMIZE = """
-import os, signal, sys
-
-class Strike:
-    def find_spec(self, name, path=None, target=None):
-        if name == "psycopg":
-            sys.meta_path.remove(self)
-            os.kill(os.getpid(), signal.SIGINT)
-
-sys.meta_path.insert(0, Strike())
-"""
-
-
-def test_ctrl_c_while_the_modules_load(db: Db, stages: list[str], tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    assert_interrupted(db, stages, db.invoke("setup", env={"PYTHONPATH": str(tmp_path)}))
-
-
-@pytest.mark.parametrize("command", random.Random(SEED[::-1]).sample(range(1, 1 + COMMANDS), 2))
-def test_client_is_killed(db: Db, stages: list[str], command: int) -> None:
-    print(f"FAULT_SEED={SEED}, command {command}")
-    done = signalled_in(db, signal.SIGKILL, command)
-    assert done.code == -signal.SIGKILL
-    assert_whole_steps_then_finished(db, stages, Run(0, done.out, done.err))
 
 
 # ── a step fails ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -14,27 +14,28 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import psycopg
 import pytest
 from budget_engine.migration import chain, plan
 from budget_engine.postgres import embedded
 from conftest import (
     BUILDING,
-    OURS,
+    RUNNING,
     SEED,
     WAITING,
     Db,
     Run,
     assert_done,
+    database,
     ended,
     holding,
     postmaster,
     private_server,
+    quiet,
     until,
 )
 from proxy import Message, Proxy, on_nth, socket_of
@@ -44,7 +45,6 @@ LABELS = [step.label for step in chain.load().steps]
 POINTS_OF_ONE_WALK = 3
 POINTS = int(os.environ.get("FAULT_POINTS", 4 * POINTS_OF_ONE_WALK))
 LONGEST_S = 1.5  # for which a message is waited for
-RUNNING = f"SELECT count(*) FROM pg_stat_activity WHERE {OURS}"
 
 # Rows enough for a build to take its moment; indexes missing and INVALID; parent_id to be validated. What the
 # transactions have to do is all there, too.
@@ -94,11 +94,14 @@ def pending(db: Db) -> dict[str, set[str]]:
 
 @dataclass(frozen=True)
 class Before:
-    """How an old database was before anything happened to it."""
+    """How an old database was before anything happened to it; for how long an undisturbed run on it is connected."""
 
+    template: Db
     contents: Contents
     things: set[tuple[Any, ...]]
     pending: dict[str, set[str]]
+    seconds: float
+    messages: int  # exchanged in that time
 
     @property
     def labels(self) -> list[str]:
@@ -118,44 +121,18 @@ class Before:
         return done
 
 
-@dataclass(frozen=True)
-class Mortal:
-    """A server that may be stopped, with the old databases to clone, and what an undisturbed run on each is like."""
-
-    cluster: embedded.Cluster
-    before: dict[str, Before]
-    seconds: dict[str, float]
-    messages: dict[str, int]
-
-
 @pytest.fixture(scope="module")
-def mortal() -> Iterator[Mortal]:
-    with private_server() as cluster:
-        this = Mortal(cluster, {}, {}, {})
+def mortal() -> Iterator[dict[str, Before]]:
+    """The old databases, to be cloned, on a server that may be stopped."""
+    with private_server() as cluster, ExitStack() as stack:
+        made = {}
         for name, state in OLD.items():
-            admin(cluster, f"CREATE DATABASE {name} TEMPLATE template0")
-            template = Db(cluster, name)
-            template.execute(state)
-            this.before[name] = Before(contents(template), set(template.rows(THINGS)), pending(template))
-            with clone(cluster, name) as db:
-                this.seconds[name], this.messages[name] = undisturbed(db)
-        yield this
-
-
-def admin(cluster: embedded.Cluster, sql: str) -> None:
-    with psycopg.connect(cluster.url, autocommit=True) as connection:
-        connection.execute(sql.encode())
-
-
-@contextmanager
-def clone(cluster: embedded.Cluster, template: str) -> Iterator[Db]:
-    """A copy of an old database, OIDs and all."""
-    admin(cluster, f"CREATE DATABASE walk TEMPLATE {template}")
-    try:
-        yield Db(cluster, "walk")
-    finally:
-        embedded.start(cluster)  # a failure may have left it down
-        admin(cluster, "DROP DATABASE walk WITH (FORCE)")
+            old = stack.enter_context(database(cluster))
+            old.execute(state)
+            was = contents(old), set(old.rows(THINGS)), pending(old)
+            with database(cluster, old.name) as db:
+                made[name] = Before(old, *was, *undisturbed(db))
+        yield made
 
 
 def counts(message: Message) -> bool:
@@ -199,13 +176,13 @@ class Point:
     at_once: bool  # nobody waits for what the server does yet before the next point
 
 
-def draw_point(draw: random.Random, seconds: float, messages: int) -> Point:
+def draw_point(draw: random.Random, before: Before) -> Point:
     timed = draw.random() < 0.6
     share = draw.random() ** 1.5  # of an undisturbed run; the early ones more often, for later runs find less to do
     return Point(
         fault=draw.choice(list(FAULTS)),
-        after_s=1.2 * seconds * share if timed else None,
-        message=None if timed else 1 + int(messages * share),
+        after_s=1.2 * before.seconds * share if timed else None,
+        message=None if timed else 1 + int(before.messages * share),
         meanwhile=draw.choice([*HOLDS_UP, *[None] * len(HOLDS_UP)]),
         beside=draw.random() < 0.3,
         at_once=draw.random() < 0.3,
@@ -214,20 +191,22 @@ def draw_point(draw: random.Random, seconds: float, messages: int) -> Point:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("walk", range(-(-POINTS // POINTS_OF_ONE_WALK)))
-def test_random_walk(mortal: Mortal, walk: int) -> None:
+def test_random_walk(mortal: dict[str, Before], walk: int) -> None:
     draw = random.Random(f"{SEED} {walk}")
     state = draw.choice(list(OLD))
-    before = mortal.before[state]
+    before = mortal[state]
     print(f"FAULT_SEED={SEED} FAULT_POINTS={POINTS}, walk {walk}, turn_id {state}")
-    with clone(mortal.cluster, state) as db:
+    with database(before.template.cluster, before.template.name) as db:
         for _ in range(POINTS_OF_ONE_WALK):
-            point = draw_point(draw, mortal.seconds[state], mortal.messages[state])
+            point = draw_point(draw, before)
             print(point)
             strike(db, point)
             if not point.at_once:
                 quiet(db)
                 print(f"  done: {before.compare(db)}")
-        finish(db, before)
+        assert_done(db)
+        assert set(db.rows(INVALID)) <= {("idx_prompt_snapshots_turn_id_uuid",)}
+        assert before.compare(db) == before.labels
 
 
 def strike(db: Db, point: Point) -> None:
@@ -245,11 +224,14 @@ def strike(db: Db, point: Point) -> None:
             processes.append(db.start("setup", DATABASE_URL=proxy.url(db.name)))
             beside = [db.start("setup")] if point.beside else []
             if point.after_s is not None:
-                until_connected(proxy, processes[0])
+                until(lambda: proxy.conversations and proxy.conversations[0].from_client, processes[0])
                 time.sleep(point.after_s)
                 act()
-            elif not ends_within(processes[0], LONGEST_S):
-                act()  # it is held up, and does not come to that message
+            else:
+                with suppress(subprocess.TimeoutExpired):
+                    processes[0].wait(LONGEST_S)
+                if processes[0].returncode is None:
+                    act()  # it is held up, and does not come to that message
             fate = FAULTS[point.fault]
         embedded.start(db.cluster)
         judge(ended(processes[0]), fate.codes)
@@ -263,34 +245,9 @@ def judge(done: Run, codes: Sequence[int]) -> None:
     assert "Traceback" not in done.err, done
 
 
-def ends_within(process: subprocess.Popen[str], seconds: float) -> bool:
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
-    return process.returncode is not None
-
-
-def until_connected(proxy: Proxy, process: subprocess.Popen[str]) -> None:
-    until(lambda: proxy.conversations and proxy.conversations[0].from_client, process)
-
-
 def transaction(db: Db, sql: str) -> AbstractContextManager[Any]:
     """Another session's transaction, which did this, keeps its snapshot, and stays open."""
     return holding(db, f"SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; {sql}; SELECT 1")
-
-
-def quiet(db: Db) -> None:
-    """Wait for the orphans: a server process goes on with its statement when its client is gone."""
-    deadline = time.monotonic() + 30
-    while db.value(RUNNING):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def finish(db: Db, before: Before) -> None:
-    """One more run, undisturbed, and everything is done."""
-    assert_done(db)
-    assert set(db.rows(INVALID)) <= {("idx_prompt_snapshots_turn_id_uuid",)}
-    assert before.compare(db) == before.labels
 
 
 @dataclass(frozen=True)
@@ -343,13 +300,18 @@ AND pid IN (SELECT pid FROM pg_locks WHERE relation = to_regclass('turns'))"""
 UNUSABLE = "SELECT indexrelid::int FROM pg_index WHERE NOT indisvalid"
 
 
-@pytest.mark.parametrize("missing", [["idx_slots_type"], ["idx_games_owner", "idx_games_world"]], ids=["one", "two"])
-@pytest.mark.parametrize("held", HOLDS_UP[::2], ids=["old snapshot", "writer"])
-def test_orphan_that_builds_is_waited_for(finished: Db, missing: list[str], held: str) -> None:
+HELD = {
+    "SELECT 1": ["idx_slots_type"],
+    "LOCK TABLE games IN ROW EXCLUSIVE MODE": ["idx_games_owner", "idx_games_world"],
+}
+
+
+@pytest.mark.parametrize(("held", "missing"), HELD.items(), ids=["old snapshot", "writer"])
+def test_orphan_that_builds_is_waited_for(finished: Db, held: str, missing: list[str]) -> None:
     """The client is killed, its server process builds on: nobody drops what it builds, or builds beside it."""
     db = finished
     db.execute("DROP INDEX " + ", ".join(missing))
-    with transaction(db, held.replace("slots", "slots, games")):
+    with transaction(db, held):
         process = db.start("setup")
         until(lambda: db.rows(BUILDERS), process)
         [(orphan,)] = db.rows(BUILDERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
@@ -14,13 +15,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+from unittest.mock import patch
 
 import pooler as poolers
 import psycopg
 import pytest
+from budget_engine.errors import RecipeError
 from budget_engine.migration.chain import ROOT
+from budget_engine.output import text as words
 from budget_engine.postgres import embedded
+from budget_engine.postgres.connection import UNPIN, Connection
 from budget_engine.postgres.embedded import Cluster
+from budget_engine.settings import completed, load
 from conftest import Db, Run, clean_environment, private_server, run
 from pooler import Pooler
 from proxy import Proxy, socket_of
@@ -32,20 +38,6 @@ QUERY = """SELECT current_user, current_database(), current_setting('cluster_nam
 regexp_replace(current_setting('search_path'), ', pg_temp$', ''), current_setting('extra_float_digits'),
 current_setting('application_name')"""
 
-# The connection that every task opens, in a process of its own: libpq reads the environment of the process.
-PROBE = f"""
-import os, sys
-sys.path.insert(0, {str(ROOT / "scripts")!r})
-from budget_engine.migration.chain import ROOT
-from budget_engine.output.console import reported
-from budget_engine.postgres.connection import UNPIN, Connection
-from budget_engine.settings import completed, load
-with reported():
-    given = load(ROOT, os.environ)
-    with Connection(completed(given.target, given.source), given) as connection:
-        print(*connection.ask([UNPIN, {QUERY!r}])[1][0], sep="|")
-"""
-
 
 @dataclass(frozen=True)
 class Place:
@@ -54,17 +46,28 @@ class Place:
     The second is of the embedded server's version, and so is the psql: what libpq understands grows with its version.
     """
 
-    first: Cluster
     second: Cluster
     names: dict[str, str]  # what stands for $NAME in the cases
 
-    def ask(self, url: str, variables: dict[str, str], home: Path) -> tuple[Run, Run]:
-        """Let psql, and then the recipes, say where they came to."""
-        fill = {name: Template(value).substitute(self.names) for name, value in variables.items()}
-        environment = clean_environment() | {"HOME": str(home), "PGAPPNAME": "mine"} | fill
-        url = Template(url).substitute(self.names)
-        by_psql = run([str(self.second.binaries / "psql"), url, "-XAtwc", QUERY], environment)
-        return by_psql, run([sys.executable, "-c", PROBE], environment | {"DATABASE_URL": url})
+    @property
+    def psql(self) -> Path:
+        return self.second.binaries / "psql"
+
+
+def ask(psql: object, url: str, variables: dict[str, str], names: dict[str, str], home: Path) -> tuple[Run, Run]:
+    """Let psql, and then the connection that every task opens, say where they came to."""
+    fill = {name: Template(value).substitute(names) for name, value in variables.items()}
+    environment = clean_environment() | {"HOME": str(home), "PGAPPNAME": "mine"} | fill
+    url = Template(url).substitute(names)
+    by_psql = run([str(psql), url, "-XAtwc", QUERY], environment)
+    with patch.dict(os.environ, environment, clear=True):  # libpq reads it, too
+        try:
+            given = load(ROOT, environment | {"DATABASE_URL": url})
+            assert given.target
+            with Connection(completed(given.target, given.source), given) as connection:
+                return by_psql, Run(0, "|".join(map(str, connection.ask([UNPIN, QUERY])[1][0])) + "\n", "")
+        except RecipeError as error:
+            return by_psql, Run(error.exit_code, "", "\n".join(words.error(error)))
 
 
 def closed_port() -> int:
@@ -96,7 +99,8 @@ def place(cluster: Cluster) -> Iterator[Place]:
             for name, server in (("P1", first), ("P2", second))
         }
         sockets = {"S1": str(first.sockets), "S2": str(second.sockets)}
-        yield Place(first, second, {**ports, **sockets, "CLOSED": str(closed_port()), "PW": PASSWORD})
+        sockets["S1_CODE"] = sockets["S1"].replace("/", "%2F")
+        yield Place(second, {**ports, **sockets, "CLOSED": str(closed_port()), "PW": PASSWORD})
 
 
 @pytest.fixture
@@ -156,8 +160,7 @@ CASES = {
 
 @pytest.mark.parametrize(("url", "variables"), CASES.values(), ids=CASES)
 def test_recipes_come_to_where_psql_comes(place: Place, home: Path, url: str, variables: dict[str, str]) -> None:
-    place.names["S1_CODE"] = place.names["S1"].replace("/", "%2F")
-    by_psql, by_recipe = place.ask(url, variables, home)
+    by_psql, by_recipe = ask(place.psql, url, variables, place.names, home)
     assert by_psql.code == 0, by_psql
     assert (by_recipe.code, by_recipe.out) == (0, by_psql.out), by_recipe
 
@@ -176,7 +179,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("url", "variables"), REFUSED.values(), ids=REFUSED)
 def test_recipes_are_refused_where_psql_is(place: Place, home: Path, url: str, variables: dict[str, str]) -> None:
-    by_psql, by_recipe = place.ask(url, variables, home)
+    by_psql, by_recipe = ask(place.psql, url, variables, place.names, home)
     assert by_psql.code == 2, by_psql
     code, says = (3, "postgresql:///?service=other names") if "service" in url else (4, "cannot use postgresql://")
     assert by_recipe.code == code, by_recipe
@@ -230,29 +233,25 @@ OPENSSL = shutil.which("openssl")
 PSQL = shutil.which("psql")
 
 
-def certify(folder: Path) -> None:
-    """Make a CA (ca.crt), another one (other.crt), and the first one's certificate for localhost."""
-
-    def openssl(*words: str) -> None:
-        subprocess.run([str(OPENSSL), *words], cwd=folder, check=True, capture_output=True)
-
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    for name in ("ca", "other"):
-        openssl("req", "-x509", *key, "-keyout", f"{name}.key", "-out", f"{name}.crt", "-subj", f"/CN={name}")
-    openssl("req", *key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=localhost")
-    (folder / "names").write_text("subjectAltName = DNS:localhost\n")
-    signer = ["-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial"]
-    openssl("x509", "-req", "-in", "server.csr", *signer, "-extfile", "names", "-out", "server.crt")
-    for file in folder.iterdir():
-        file.chmod(0o644)
-
-
 @pytest.fixture(scope="module")
 def certificates() -> Iterator[Path]:
+    """A CA (ca.crt), another one (other.crt), and the first one's certificate for localhost."""
     with tempfile.TemporaryDirectory(prefix="budget-engine-certificates-") as name:
         folder = Path(name)
         folder.chmod(0o755)  # PgBouncer runs as another user
-        certify(folder)
+
+        def openssl(*words: str) -> None:
+            subprocess.run([str(OPENSSL), *words], cwd=folder, check=True, capture_output=True)
+
+        key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        for ca in ("ca", "other"):
+            openssl("req", "-x509", *key, "-keyout", f"{ca}.key", "-out", f"{ca}.crt", "-subj", f"/CN={ca}")
+        openssl("req", *key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=localhost")
+        (folder / "names").write_text("subjectAltName = DNS:localhost\n")
+        signer = ["-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial"]
+        openssl("x509", "-req", "-in", "server.csr", *signer, "-extfile", "names", "-out", "server.crt")
+        for file in folder.iterdir():
+            file.chmod(0o644)
         yield folder
 
 
@@ -310,16 +309,8 @@ def test_recipes_speak_tls_where_psql_does(pooler: Pooler, certificates: Path, t
     (certificates / "services").write_text(f"{service}sslrootcert={certificates}/ca.crt\n")
     (certificates / "home" / ".postgresql").mkdir(parents=True, exist_ok=True)
     shutil.copy(certificates / "ca.crt", certificates / "home" / ".postgresql" / "root.crt")
-    filled = {name: Template(value).substitute(names) for name, value in variables.items()}
-    environment = clean_environment() | {"HOME": str(tmp_path)} | filled
-    url = Template(url).substitute(names)
-
     before = len(logins(pooler))
-    by_psql = run([str(PSQL), url, "-XAtwc", QUERY], environment)
-    between = len(logins(pooler))
-    by_recipe = run([sys.executable, "-m", "invoke", "verify"], environment | {"DATABASE_URL": url})
-    psql_spoke, recipe_spoke = logins(pooler)[before:between], logins(pooler)[between:]
-
+    by_psql, by_recipe = ask(PSQL, url, variables, names, tmp_path)
     login = [] if expected is None else [("game", "ada", expected)]
-    assert (by_psql.code, psql_spoke) == (0 if login else 2, login), by_psql
-    assert (by_recipe.code, set(recipe_spoke)) == (5 if login else 4, set(login)), by_recipe  # a watcher may log in too
+    assert logins(pooler)[before:] == 2 * login, (by_psql, by_recipe)
+    assert (by_psql.code, by_recipe.code) == ((0, 0) if login else (2, 4)), (by_psql, by_recipe)

@@ -15,7 +15,8 @@ def _words(text: str) -> list[str]:
     return text.split(",")
 
 
-def _arguments() -> argparse.Namespace:
+def main() -> None:
+    """Run one of the three benchmarks."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     add = parser.add_argument
     add("--load", action="store_true", help="the steps on tables of millions of rows, with readers and writers beside")
@@ -30,17 +31,11 @@ def _arguments() -> argparse.Namespace:
     add("--slots", type=int, default=2_000_000, help="rows of slots, at most twice as many as of the others")
     add("--baseline", type=float, default=30, help="seconds of traffic without a step, to compare with")
     add("--out", type=Path, default=CHARTS, help="the folder for the charts")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Run one of the three benchmarks."""
-    given = _arguments()
+    given = parser.parse_args()
     report = Report(given.out)
     if given.load:
-        load.run(
-            [load.Size(rows, min(given.slots, 2 * rows), given.baseline) for rows in map(int, given.sizes)], report
-        )
+        sizes = [load.Size(rows, min(given.slots, 2 * rows), given.baseline) for rows in map(int, given.sizes)]
+        load.run(sizes, report)
     elif given.fleet:
         fleet.run(given.fleet, report)
     else:

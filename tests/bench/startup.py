@@ -51,15 +51,12 @@ def run(rounds: int, only: Sequence[str] | None, report: Report) -> None:
     """Measure the tools (only: of the others, those whose names contain one of these), print tables, draw charts."""
     with private_server(binaries=packaged(), durable=True) as cluster, tempfile.TemporaryDirectory() as workshop:
         report.begin(cluster)
+        wanted = ("",) if only is None else (FLOOR, OURS, *only)
         everything = all_tools(cluster.binaries / "psql", Path(workshop))
-        tools = [tool for tool in everything if only is None or _wanted(tool, only)]
+        tools = [tool for tool in everything if any(word in tool.name for word in wanted)]
         figures = _measure(cluster, [tool for tool in tools if tool.command], rounds)
     _print(figures, tools, rounds, report)
     _draw(figures, [tool.name for tool in tools if tool.command], report)
-
-
-def _wanted(tool: Tool, only: Sequence[str]) -> bool:
-    return tool.name in (FLOOR, OURS) or any(word in tool.name for word in only)
 
 
 # ── measuring ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -91,28 +88,23 @@ def _timed(tool: Tool, db: Db, delay_s: float) -> tuple[float, int | None]:
 
 def _run(tool: Tool, url: str) -> float:
     began = time.monotonic()
-    done = _process(_words(tool, url), url)
+    done = _process(tool, url)
     taken = time.monotonic() - began
     if done.returncode:
         sys.exit(f"{tool.name} failed:\n{done}")
     return taken
 
 
-def _process(words: list[str], url: str) -> subprocess.CompletedProcess[str]:
-    """Run a whole process; the tests' own commands fork from one that has imported Invoke."""
-    environment = clean_environment() | {"DATABASE_URL": url}
+def _process(tool: Tool, url: str, *within: str) -> subprocess.CompletedProcess[str]:
+    """Run a whole process, within a command; the tests' own commands fork from one that has imported Invoke."""
+    assert tool.command is not None
+    words, environment = [*within, *tool.command(url)], clean_environment() | {"DATABASE_URL": url}
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def _peak(tool: Tool, db: Db) -> int:
     """Peak memory of a run, in bytes."""
-    words = [sys.executable, "-ISc", _PEAK, *_words(tool, db.url)]
-    return int(_process(words, db.url).stdout) * _MAXRSS_UNIT
-
-
-def _words(tool: Tool, url: str) -> list[str]:
-    assert tool.command is not None
-    return tool.command(url)
+    return int(_process(tool, db.url, sys.executable, "-ISc", _PEAK).stdout) * _MAXRSS_UNIT
 
 
 # ── telling ────────────────────────────────────────────────────────────────────────────────────────────────────────

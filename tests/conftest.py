@@ -166,6 +166,23 @@ class Db:
         assert done.code == 0, done
         return re.sub(r"^-- (Dumped|Started|Completed).*\n", "", done.out, flags=re.M)
 
+    def fingerprint(self) -> str:
+        """Say which version of which row is where, in the catalogs and in the tables: equal where nothing was changed.
+
+        In a third of the time that pg_dump takes; what was done and undone again differs.
+        """
+        catalogs = (
+            "class attribute attrdef constraint index proc trigger policy description namespace type rewrite depend"
+            " default_acl event_trigger publication publication_rel statistic_ext enum"
+        )
+        rows = " UNION ALL ".join(f"SELECT '{name}', (ctid, xmin)::text FROM pg_{name}" for name in catalogs.split())
+        of_tables = """
+            SELECT coalesce(string_agg(format(' UNION ALL SELECT %L, %s::text FROM ONLY %s', oid,
+              CASE relkind WHEN 'S' THEN '(last_value, is_called)' ELSE '(ctid, xmin)' END, oid::regclass), ''), '')
+            FROM pg_class WHERE relkind IN ('r', 'S') AND oid >= 16384"""
+        every = f"{rows}{self.value(of_tables)}"
+        return str(self.value(f"SELECT md5(string_agg(rows::text, '' ORDER BY rows::text)) FROM ({every}) AS rows"))
+
 
 def as_text(row: tuple[Any, ...]) -> tuple[str | None, ...]:
     """Write a row as the simple query protocol does."""
@@ -319,6 +336,13 @@ def cluster() -> Iterator[embedded.Cluster]:
     """The server of this test process."""
     with private_server() as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def role(cluster: embedded.Cluster) -> str:
+    """A role that may log in, and nothing else; what a test gives it goes with the test's database."""
+    _administer(cluster, "CREATE ROLE somebody LOGIN")
+    return "somebody"
 
 
 @pytest.fixture(scope="session")

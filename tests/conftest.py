@@ -5,10 +5,12 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import io
 import os
 import platform
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -17,11 +19,12 @@ import tempfile
 import time
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import quote
 
 import psutil  # type: ignore[import-untyped]
@@ -32,9 +35,12 @@ from budget_engine.errors import RecipeError
 from budget_engine.migration import chain, survey, turn
 from budget_engine.migration.chain import ROOT
 from budget_engine.migration.checks import Check
+from budget_engine.output.console import CONSOLE, Console
 from budget_engine.postgres import embedded
 from budget_engine.postgres.connection import Connection
 from budget_engine.settings import Settings, parse_target
+from invoke.collection import Collection
+from invoke.program import Program
 from versions import MAJOR, PACKAGED, concern, locate, packaged
 
 # A suite that a script runs in the background is started with Ctrl-C ignored; all that it starts would inherit that.
@@ -116,8 +122,14 @@ class Db:
 
     def invoke(self, *words: str, role: str = "postgres", env: Mapping[str, str] | None = None) -> Run:
         """Run `invoke WORDS…` on this database, as users do: a process of its own (see warm)."""
-        environment = clean_environment() | {"DATABASE_URL": self.url_as(role)} | self.environment | dict(env or {})
-        return Run(*warm.run(words, environment, timeout=120))
+        return Run(*warm.run(words, self._environment(role, env), timeout=120))
+
+    def call(self, *words: str, role: str = "postgres", env: Mapping[str, str] | None = None) -> Run:
+        """Run it in this process, in two thirds of the time, where a test is about nothing that a process has alone."""
+        return call(menu(), words, self._environment(role, env))
+
+    def _environment(self, role: str, env: Mapping[str, str] | None) -> dict[str, str]:
+        return clean_environment() | {"DATABASE_URL": self.url_as(role)} | self.environment | dict(env or {})
 
     def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
         """Start `invoke WORDS…` on this database, to be watched, signalled and waited for (see until, ended)."""
@@ -203,6 +215,26 @@ def run(command: list[str], environment: Mapping[str, str], timeout: float = 120
         command, cwd=cwd, env=environment, capture_output=True, errors="replace", timeout=timeout, check=False
     )
     return Run(done.returncode, done.stdout, done.stderr)
+
+
+@functools.cache
+def menu(folder: Path = ROOT) -> Collection:
+    """Load the tasks of a project."""
+    return runpy.run_path(str(folder / "tasks.py"))["namespace"]  # type: ignore[no-any-return]
+
+
+def call(tasks: Collection, words: Sequence[str], environment: Mapping[str, str]) -> Run:
+    """Run tasks as Invoke does, in this process, whose console is as in a new one."""
+    vars(CONSOLE).update(vars(Console()))
+    code = 0
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), patch.dict(os.environ, environment, clear=True):
+        try:
+            Program(namespace=tasks).run(["invoke", *words])
+        except SystemExit as end:
+            code = int(end.code or 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # an error's message is protected from Ctrl-C
+    return Run(code, out.getvalue(), err.getvalue())
 
 
 def ended(process: subprocess.Popen[str]) -> Run:

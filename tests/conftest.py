@@ -254,7 +254,7 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> No
 
 def assert_done(db: Db, done: Run | None = None) -> Run:
     """A run ended well (one more setup, where none is given), and every required check passes."""
-    done = done or db.invoke("setup")
+    done = done or db.call("setup")
     assert done.code == 0, done
     assert db.differing() == {}
     return done

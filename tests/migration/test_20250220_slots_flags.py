@@ -78,9 +78,9 @@ def test_what_operators_chose_survives_every_later_run(db: Db) -> None:
             f"UPDATE slots SET must_keep = {must_keep}, min_chars = {'NULL' if min_chars is None else min_chars}"
             f" WHERE (type, name) = ('{kind}', '{name}')"
         )
-    assert db.invoke("setup").code == 0
+    assert db.call("setup").code == 0
     db.execute("DROP FUNCTION set_critical_slot_defaults CASCADE")
-    assert db.invoke("slots-flags").code == 0
+    assert db.call("slots-flags").code == 0
     db.execute("ALTER TABLE slots DISABLE TRIGGER trigger_slots_critical_defaults")
     db.migrate(STEM, STEM)
     assert differing(db, "slots_flags") == []
@@ -282,7 +282,7 @@ GRABS = {
 @pytest.mark.parametrize("grab", GRABS.values(), ids=GRABS)
 def test_the_owners_code_gets_no_rights_of_ours(db: Db, role: str, grab: str, by: str) -> None:
     db.execute(SLOTS_TEMPLATES + SLOT_ROWS + SEEN + grab + owned_by(role))
-    done = db.psql("-f", str(MIGRATIONS / f"{STEM}.sql")) if by == "psql" else db.invoke("setup")
+    done = db.psql("-f", str(MIGRATIONS / f"{STEM}.sql")) if by == "psql" else db.call("setup")
     assert set(db.rows("SELECT who FROM seen")) <= {(role,)}, done
 
 
@@ -301,7 +301,7 @@ def test_a_function_of_another_owner_does_not_become_ours(db: Db, role: str, her
     before = db.dump()
     done = db.psql("-v", "VERBOSITY=verbose", "-f", str(MIGRATIONS / f"{STEM}.sql"))
     assert (done.code, "ERROR:  TB002: " in done.err) == (3, True), done
-    assert db.invoke("slots-flags").code == 6
+    assert db.call("slots-flags").code == 6
     assert db.dump() == before
 
 
@@ -362,9 +362,9 @@ def test_a_column_that_stood_is_left_alone_and_a_new_one_filled(db: Db, change: 
 
 def test_a_schema_renamed_afterwards(db: Db) -> None:
     db.execute("CREATE SCHEMA app; SET search_path = app;" + by_hand())
-    assert db.invoke("setup", env={"DATABASE_URL": f"{db.url}&schema=app"}).code == 0
+    assert db.call("setup", env={"DATABASE_URL": f"{db.url}&schema=app"}).code == 0
     db.execute("ALTER SCHEMA app RENAME TO game; SET search_path = game; DELETE FROM slots;" + insert(CRITICAL))
-    done = db.invoke("setup", env={"DATABASE_URL": f"{db.url}&schema=game"})
+    done = db.call("setup", env={"DATABASE_URL": f"{db.url}&schema=game"})
     assert (done.code, "nothing to do" in done.out) == (0, True), done
     db.execute(f"ALTER DATABASE {db.name} SET search_path = game")
     assert flags(db) == CRITICAL

@@ -555,7 +555,7 @@ def test_a_backslash_comes_back(db: Db, tmp_path: Path) -> None:
     before = db.dump()
     for printed, pasted in (("off", "on"), ("on", "off")):
         db.execute(f"ALTER DATABASE {db.name} SET standard_conforming_strings = {printed}")
-        text = db.invoke("verify", "--remedies").out
+        text = db.call("verify", "--remedies").out
         db.execute(f"ALTER DATABASE {db.name} SET standard_conforming_strings = {pasted}")
         run(db, tmp_path, text + restored(text))
         db.execute(f"ALTER DATABASE {db.name} RESET standard_conforming_strings")

@@ -27,7 +27,7 @@ from budget_engine.migration.checks import Check, Kind
 from budget_engine.postgres.embedded import Cluster
 from conftest import SEED, Db, as_text, database, template
 from states import COLUMNS
-from verification import VERIFY, fingerprint, verified
+from verification import VERIFY, verified
 from versions import MAJOR
 
 CHAIN = chain.load()
@@ -675,11 +675,11 @@ def test_setup_refuses_a_conflict_and_changes_nothing(ready: Db, monkeypatch: py
     for batch in batches(one_of_each.values()):
         with database(ready.cluster, ready.name) as copied:
             copied.execute(";\n".join(broken.sql for broken in batch))
-            before = fingerprint(copied)
+            before = copied.fingerprint()
             monkeypatch.setenv("DATABASE_URL", copied.url)
             with pytest.raises(errors.RecipeError) as ended:
                 setup.run(None)
-            assert (ended.value.exit_code, fingerprint(copied) == before) == (6, True), batch
+            assert (ended.value.exit_code, copied.fingerprint() == before) == (6, True), batch
             told = "\n".join(ended.value.before)
             assert [broken.check.title for broken in batch if broken.check.title not in told] == [], told
 

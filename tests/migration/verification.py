@@ -47,10 +47,3 @@ def verified(db: Db, role: str = "postgres", path: str = "") -> list[Check]:
 def differing(db: Db, step: str = "", **how: str) -> list[Check]:
     """Return the required checks that do not pass, perhaps those of one step."""
     return [c for c in verified(db, **how) if c.required and not c.passed and step in ("", c.step)]
-
-
-def fingerprint(db: Db) -> str:
-    """Say which version of which row is where in the catalogs: every change of the schema changes it."""
-    catalogs = "class attribute attrdef constraint index proc trigger policy description namespace type rewrite depend"
-    rows = " UNION ALL ".join(f"SELECT '{name}', ctid, xmin::text FROM pg_{name}" for name in catalogs.split())
-    return str(db.value(f"SELECT md5(string_agg(rows::text, '' ORDER BY rows::text)) FROM ({rows}) AS rows"))

@@ -724,10 +724,10 @@ def test_a_reader_is_given_way_to(db: Db, table: str) -> None:
     with db.connect(autocommit=False) as reader, db.connect() as another:
         reader.execute("SET application_name = 'the reader'")
         reader.execute(f"LOCK TABLE {table} IN ACCESS SHARE MODE")
-        process = db.start(*TASK, LOCK_TIMEOUT="1s", LOCK_WAIT="0")
+        process = db.start(*TASK, LOCK_TIMEOUT="400ms", LOCK_WAIT="0")
         while process.poll() is None:
             for name in (*CORE_TABLES, *DEPENDANTS):
-                another.execute(f"SET lock_timeout = '{1900 if name == table else 200}ms'")
+                another.execute(f"SET lock_timeout = '{1300 if name == table else 200}ms'")
                 another.execute(f"SELECT FROM {name} LIMIT 1")
             time.sleep(0.01)
         done = ended(process)

@@ -61,18 +61,7 @@ def _addable(check: Check) -> bool:
     )
 
 
-TABLES = (
-    "worlds",
-    "rulesets",
-    "entry_points",
-    "prompt_segments",
-    "games",
-    "turns",
-    "slots",
-    "templates",
-    "prompt_snapshots",
-    "turn_metrics",
-)
+TABLES = [statement.new_table for statement in STATEMENTS if statement.new_table]
 some = st.sets(st.integers(0, 200), max_size=8)
 # What a database may have: of each table nothing, or all of it but what is missing, or has another form.
 chosen = st.tuples(st.sets(st.sampled_from(TABLES)), some, some)

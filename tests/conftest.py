@@ -260,6 +260,12 @@ def assert_done(db: Db, done: Run | None = None) -> Run:
     return done
 
 
+def succeeded(done: Run) -> Run:
+    """A run ended well."""
+    assert done.code == 0, done
+    return done
+
+
 def assert_fails(done: Run, code: int, *words: str) -> None:
     """A run ended so, with one message that has these words, and no traceback."""
     assert done.code == code, done

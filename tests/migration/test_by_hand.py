@@ -8,7 +8,7 @@ from itertools import cycle
 import pytest
 import supabase
 from budget_engine.postgres import embedded
-from conftest import MIGRATIONS, Db, Run, database
+from conftest import MIGRATIONS, Db, Run, database, succeeded
 from states import ANOTHER_FEATURE, CORE, CORE_WITH_UUID_TURNS, HANGING, HEAD, by_hand, snapshots, with_uuid
 from verification import VERIFY, differing, verified
 
@@ -50,8 +50,7 @@ def run_files(db: Db, *stems: str, role: str = "postgres") -> None:
 
 def verdicts(db: Db, role: str) -> set[str]:
     """Return what db/verify.sql prints at the ends of its lines."""
-    done = db.psql("-f", str(VERIFY), role=role)
-    assert done.code == 0, done
+    done = succeeded(db.psql("-f", str(VERIFY), role=role))
     return {line.rpartition("|")[2].partition(",")[0] for line in done.out.splitlines()}
 
 

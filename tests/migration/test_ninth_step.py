@@ -15,7 +15,7 @@ import pytest
 from budget_engine.migration import chain, survey
 from budget_engine.postgres.connection import Connection
 from budget_engine.settings import Settings, parse_target
-from conftest import Db, Run, call, clean_environment, database, menu, run
+from conftest import Db, Run, call, clean_environment, database, menu, run, succeeded
 from proxy import Proxy, containing, cut, on_nth, socket_of
 
 STEP = "20260101_slot_owners"
@@ -185,8 +185,7 @@ def test_from_nothing_by_setup_and_by_hand_with_psql_it_is_the_same_schema(proje
     assert (by_psql.code, "slot_owners needs the table slots" in by_psql.err) == (3, True)
     assert project.db.fingerprint() == nothing
     for step in [*chain.load().steps, *chain.load(project.folder / "db").steps[-1:] * 2]:
-        done = project.psql(f"migrations/{step.stem}.sql")
-        assert done.code == 0, done
+        done = succeeded(project.psql(f"migrations/{step.stem}.sql"))
     assert project.db.dump() == set_up
     verified = project.psql("verify.sql")
     assert {line.rpartition("|")[2] for line in verified.out.splitlines()} == {"ok"}
@@ -255,7 +254,7 @@ def test_a_run_that_was_cut_off_is_finished_by_the_next(of_eight: Project, after
 def test_each_half_of_it_is_completed(of_eight: Project) -> None:
     """Also where somebody has done some of it by hand."""
     project = of_eight
-    assert project.psql(f"migrations/{STEP}.sql").code == 0
+    succeeded(project.psql(f"migrations/{STEP}.sql"))
     for broken in (
         "ALTER TABLE slots DROP owner_id, DROP review CASCADE; DROP TRIGGER trigger_slots_reopen_review ON slots",
         "DROP TABLE slot_owners CASCADE; ALTER TABLE slots DROP owner_id; DROP FUNCTION reopen_review() CASCADE;"

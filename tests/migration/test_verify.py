@@ -664,14 +664,6 @@ def test_setup_refuses_a_conflict_and_changes_nothing(ready: Db, monkeypatch: py
             assert [broken.check.title for broken in batch if broken.check.title not in told] == [], told
 
 
-def test_on_an_empty_database_everything_is_missing_and_fixed_by_a_step(db: Db) -> None:
-    found = verified(db)
-    assert {(check.actual, check.required, check.found) for check in found} == {(None, True, None)}
-    assert {check.fixed_by for check in found} <= {step.label for step in CHAIN.steps}
-    assert {check.step for check in found} == {step.label for step in CHAIN.steps}
-    assert len(found) > 150
-
-
 def test_the_engine_sends_the_query_that_psql_runs(db: Db) -> None:
     """Of a database in which all kinds of checks pass, differ and are missing."""
     supabase.install(db)

@@ -141,10 +141,14 @@ class Db:
         program = str(self.cluster.binaries / "psql")
         return run([program, self.url_as(role), "-XqAt", "-v", "ON_ERROR_STOP=1", *arguments], clean_environment())
 
+    def by_psql(self, *stems: str, before: str = "", role: str = "postgres") -> Run:
+        """Run migrations by hand, one after the other, errors with their SQLSTATE; before: SQL for that session."""
+        files = [word for stem in stems for word in ("-f", str(MIGRATIONS / f"{stem}.sql"))]
+        return self.psql("-v", "VERBOSITY=verbose", "-c", before, *files, role=role)
+
     def migrate(self, *stems: str, role: str = "postgres") -> None:
-        """Run migrations by hand, with psql; a failure fails the test."""
-        done = self.psql(*(word for stem in stems for word in ("-f", str(MIGRATIONS / f"{stem}.sql"))), role=role)
-        assert done.code == 0, done
+        """Run migrations by hand; a failure fails the test."""
+        succeeded(self.by_psql(*stems, role=role))
 
     def checks(self) -> list[Check]:
         """Return every check of db/verify.sql, as the survey reads them."""

@@ -15,7 +15,7 @@ import pytest
 import supabase
 from budget_engine.migration import chain
 from budget_engine.postgres import embedded
-from conftest import MIGRATIONS, Db, Run, assert_done, database, ended, succeeded, until
+from conftest import MIGRATIONS, Db, assert_done, database, ended, succeeded, until
 from proxy import Proxy, socket_of
 from states import (
     BIGINTS,
@@ -40,7 +40,6 @@ CORE_TABLES = ("worlds", "rulesets", "entry_points", "prompt_segments", "games",
 DEPENDANTS = ("prompt_snapshots", "turn_metrics")
 ASKING = ("prereqs", "--recreate")
 TASK = (*ASKING, "--yes")
-ALONG = ("--with-dependants",)
 
 
 ENTRY = """
@@ -124,12 +123,6 @@ DROP INDEX idx_turns_game_idx; ALTER TABLE games DROP state; ALTER TABLE worlds 
 ALTER TABLE entry_points ALTER title DROP NOT NULL, DROP CONSTRAINT entry_points_slug_key,
   DROP CONSTRAINT entry_points_world_id_fkey;
 ALTER TABLE prompt_segments RENAME TO s; CREATE VIEW prompt_segments AS TABLE s"""
-
-
-def by_psql(db: Db, *before: str) -> Run:
-    """Run the file by hand."""
-    statements = [word for statement in before for word in ("-c", statement)]
-    return db.psql(*statements, "-v", "VERBOSITY=verbose", "-f", str(MIGRATIONS / f"{STEM}.sql"))
 
 
 SKIPPED = r".*NOTICE:  .*already exists, skipping\nLOCATION: .*\n"
@@ -236,7 +229,7 @@ def test_what_gives_way_moves_whole_and_what_comes_is_empty(db: Db, name: str) -
         if name in ALSO_BY_PSQL:  # it is what the task makes, and what need not move is as it was
             bystanders = standing(other, list({*DEPENDANTS, "slots", "templates"} - {*others}))
             before = seen(other, bystanders)
-            assert by_psql(other).code == 0
+            assert other.by_psql(STEM).code == 0
             assert seen(other, bystanders) == before
             other.migrate(*AFTERWARDS[: 3 if "turn_metrics" in others else 2])
             assert dated(other.dump(data=True)) == dated(db.dump(data=True))
@@ -250,7 +243,7 @@ def test_run_again_it_does_nothing_and_locks_nothing(db: Db) -> None:
     tables = f"{', '.join(CORE_TABLES)}, prompt_snapshots"
     with db.connect(autocommit=False) as holder:
         holder.execute(f"LOCK TABLE {tables} IN ROW EXCLUSIVE MODE")  # IF NOT EXISTS asks for its lock first
-        done = by_psql(db, "SET lock_timeout = '1ms'")
+        done = db.by_psql(STEM, before="SET lock_timeout = '1ms'")
         assert (done.code, re.sub(SKIPPED, "", done.err)) == (0, "")
         holder.execute(f"LOCK TABLE {tables} IN EXCLUSIVE MODE")
         succeeded(db.call(*ASKING, env={"LOCK_TIMEOUT": "1ms"}))
@@ -275,7 +268,7 @@ def test_where_it_is_not_needed_the_task_is_prereqs(db: Db, state: str) -> None:
         assert db.dump(data=True) == other.dump(data=True)
     assert archives(db) == {}
     before = db.dump(data=True)
-    assert by_psql(db).code == 0
+    assert db.by_psql(STEM).code == 0
     assert db.dump(data=True) == before
 
 
@@ -432,7 +425,7 @@ def test_new_tables_have_the_old_owner_and_exactly_the_old_grants(db: Db) -> Non
 def test_a_schema_that_was_closed_leads_to_a_closed_one(db: Db) -> None:
     db.execute(f"CREATE SCHEMA app; GRANT USAGE ON SCHEMA app TO app; SET search_path = app; {UUID_TURNS};"
                "GRANT SELECT ON ALL TABLES IN SCHEMA app TO app, reader")  # fmt: skip
-    succeeded(by_psql(db, "SET search_path = app"))
+    succeeded(db.by_psql(STEM, before="SET search_path = app"))
     usage = "SELECT has_schema_privilege('{}', 'core_archive', 'USAGE')"
     assert (db.value(usage.format("app")), db.value(usage.format("reader"))) == (True, False)
 
@@ -477,7 +470,7 @@ def test_tables_of_others_are_listed_and_refused(db: Db) -> None:
     """Also one of the chain's own that nothing makes anew; --dry says what would move."""
     db.execute(UUID_TURNS + OTHERS + "ALTER TABLE slots ADD game uuid CONSTRAINT slot_of_game REFERENCES games (id)")
     before = db.fingerprint()
-    task, dry, file = db.call(*TASK), db.call("--dry", *ASKING), by_psql(db)
+    task, dry, file = db.call(*TASK), db.call("--dry", *ASKING), db.by_psql(STEM)
     assert (task.code, dry.code, file.code) == (6, 6, 3), task
     assert "TB002" in file.err
     for done in (task, dry, file):
@@ -499,7 +492,10 @@ def test_tables_of_others_move_along_where_they_are_told_to(db: Db, by: str) -> 
     old = standing(db, [*CORE_TABLES, *DEPENDANTS, *MOVING_OTHERS])
     assert len(old) == len([*CORE_TABLES, *DEPENDANTS, *MOVING_OTHERS])
     before = seen(db, old)
-    done = succeeded(by_psql(db, "SET budget_engine.with_dependants = on") if by == "psql" else db.call(*TASK, *ALONG))
+    if by == "psql":
+        done = succeeded(db.by_psql(STEM, before="SET budget_engine.with_dependants = on"))
+    else:
+        done = succeeded(db.call(*TASK, "--with-dependants"))
     assert seen(db, old) == before
     assert places(db, old) == {"core_archive"}
     assert '"My App"."My Notes" moved to core_archive' in done.out + done.err
@@ -558,7 +554,7 @@ def test_ended_anywhere_it_leaves_everything_as_it_was(db: Db) -> None:
     endings = ("RAISE EXCEPTION 'sprung'", "PERFORM pg_terminate_backend(pg_backend_pid())")
     for number, command in enumerate((1, 2, 5, 9, 12, 16, 25, 40, 46, 60)):
         db.execute(TRAP.format(command, endings[number % 2]))
-        assert by_psql(db).code != 0
+        assert db.by_psql(STEM).code != 0
         db.execute(UNTRAP)
         assert (db.fingerprint() == before) == (command < 60), command
     assert places(db, standing(db, ["core_archive.turns"])) == {"core_archive"}
@@ -601,7 +597,7 @@ def test_a_view_is_not_read(db: Db) -> None:
 
 def test_what_is_no_table_is_refused(db: Db) -> None:
     db.execute(CORE_WITH_UUID_TURNS + "DROP TABLE turns; CREATE TABLE other (id int); CREATE INDEX turns ON other (id)")
-    assert (db.call(*TASK).code, by_psql(db).code) == (6, 3)
+    assert (db.call(*TASK).code, db.by_psql(STEM).code) == (6, 3)
 
 
 # ── the question ───────────────────────────────────────────────────────────────────────────────────────────────────

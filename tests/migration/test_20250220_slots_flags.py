@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 from budget_engine.postgres.embedded import Cluster
-from conftest import MIGRATIONS, Db, database
+from conftest import Db, database
 from states import CRITICAL, PLAIN, SLOT_ROWS, SLOTS_TEMPLATES, Flags, by_hand
 from verification import differing
 
@@ -188,7 +188,7 @@ SWALLOWED = {
 def test_what_swallows_the_defaults_is_an_error(db: Db, role: str, change: str) -> None:
     db.execute(SLOTS_TEMPLATES + SLOT_ROWS + owned_by(role) + change)
     before = db.dump(data=True)
-    done = db.psql("-v", "VERBOSITY=verbose", "-f", str(MIGRATIONS / f"{STEM}.sql"))
+    done = db.by_psql(STEM)
     assert (done.code, "ERROR:  TB003: " in done.err) == (3, True), done
     assert db.dump(data=True) == before
 
@@ -282,7 +282,7 @@ GRABS = {
 @pytest.mark.parametrize("grab", GRABS.values(), ids=GRABS)
 def test_the_owners_code_gets_no_rights_of_ours(db: Db, role: str, grab: str, by: str) -> None:
     db.execute(SLOTS_TEMPLATES + SLOT_ROWS + SEEN + grab + owned_by(role))
-    done = db.psql("-f", str(MIGRATIONS / f"{STEM}.sql")) if by == "psql" else db.call("setup")
+    done = db.by_psql(STEM) if by == "psql" else db.call("setup")
     assert set(db.rows("SELECT who FROM seen")) <= {(role,)}, done
 
 
@@ -299,7 +299,7 @@ def test_a_function_of_another_owner_does_not_become_ours(db: Db, role: str, her
     functions = ["critical_slot_defaults", "set_critical_slot_defaults"]
     assert conflicts == [name for name in functions if hers in (f"FUNCTION {name}", "TABLE slots")]
     before = db.dump()
-    done = db.psql("-v", "VERBOSITY=verbose", "-f", str(MIGRATIONS / f"{STEM}.sql"))
+    done = db.by_psql(STEM)
     assert (done.code, "ERROR:  TB002: " in done.err) == (3, True), done
     assert db.call("slots-flags").code == 6
     assert db.dump() == before

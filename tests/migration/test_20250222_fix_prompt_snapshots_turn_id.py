@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from conftest import MIGRATIONS, Db, assert_done, succeeded
+from conftest import Db, assert_done, succeeded
 from states import UUIDS, by_hand, snapshot_rows, with_uuid
 
 STEM = "20250222_fix_prompt_snapshots_turn_id"
@@ -132,13 +132,13 @@ def test_the_table_that_the_search_path_names_and_no_other(db: Db, path: str) ->
         SELECT attrelid::regclass::text, attname, atttypid::regtype::text FROM pg_attribute
         WHERE attrelid IN ('public.prompt_snapshots'::regclass, 'backup.prompt_snapshots'::regclass)
           AND attname ~ '^turn_id' ORDER BY 1, 2"""
-    succeeded(db.psql("-c", f"SET search_path = {path}", "-f", str(MIGRATIONS / f"{STEM}.sql")))
+    succeeded(db.by_psql(STEM, before=f"SET search_path = {path}"))
     assert db.rows(query) == [
         ("backup.prompt_snapshots", "turn_id", "uuid"),
         ("prompt_snapshots", "turn_id", "bigint"),
         ("prompt_snapshots", "turn_id_uuid", "uuid"),
     ]
-    succeeded(db.psql("-c", "SET search_path = backup, public", "-f", str(MIGRATIONS / f"{STEM}.sql")))
+    succeeded(db.by_psql(STEM, before="SET search_path = backup, public"))
     assert ("backup.prompt_snapshots", "turn_id", "bigint") in db.rows(query)
     assert db.rows("""
         SELECT conrelid::regclass::text, confrelid::regclass::text FROM pg_constraint

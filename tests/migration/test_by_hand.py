@@ -8,7 +8,7 @@ from itertools import cycle
 import pytest
 import supabase
 from budget_engine.postgres import embedded
-from conftest import MIGRATIONS, Db, Run, database, succeeded
+from conftest import Db, database, succeeded
 from states import ANOTHER_FEATURE, CORE, CORE_WITH_UUID_TURNS, HANGING, HEAD, by_hand, snapshots, with_uuid
 from verification import VERIFY, differing, verified
 
@@ -35,15 +35,9 @@ def furnish(db: Db, server: str) -> str:
     return str(supabase.MIGRATOR)
 
 
-def by_psql(db: Db, *stems: str, role: str = "postgres") -> Run:
-    """Run migrations with psql, one after the other, errors with their SQLSTATE."""
-    files = [word for stem in stems for word in ("-f", str(MIGRATIONS / f"{stem}.sql"))]
-    return db.psql("-v", "VERBOSITY=verbose", *files, role=role)
-
-
 def run_files(db: Db, *stems: str, role: str = "postgres") -> None:
     """Run them; all that they say is that something exists."""
-    done = by_psql(db, *stems, role=role)
+    done = db.by_psql(*stems, role=role)
     said = re.sub(r".*NOTICE:  .*already exists, skipping\nLOCATION: .*\n", "", done.err)
     assert (done.code, done.out, said) == (0, "", "")
 
@@ -74,10 +68,10 @@ def test_each_order_ends_in_the_same_schema(cluster: embedded.Cluster, server: s
 def test_a_file_does_its_own_step_and_can_be_run_again(db: Db, state: str, stem: str) -> None:
     """Whichever comes first, the documented order ends well."""
     db.execute(state)
-    assert by_psql(db, stem).code == 0
+    assert db.by_psql(stem).code == 0
     assert differing(db, stem.partition("_")[2]) == []
     after = db.dump(data=True)
-    again = by_psql(db, stem)
+    again = db.by_psql(stem)
     assert (again.code, again.out) == (0, "")
     assert db.dump(data=True) == after
     db.migrate(*DOCUMENTED)
@@ -120,7 +114,7 @@ WITHOUT_PREREQUISITES = {
 def test_a_missing_prerequisite_is_named_with_its_file(db: Db, state: str, stem: str, table: str, first: str) -> None:
     db.execute(state)
     before = db.fingerprint()
-    done = by_psql(db, stem)
+    done = db.by_psql(stem)
     assert done.code == 3, done
     assert re.search(rf"ERROR:  TB001: .*\b{table}\b.*does not exist", done.err), done
     assert re.search(rf"HINT:  .*db/migrations/{first}\.sql.*\(invoke prereqs\)", done.err), done
@@ -148,7 +142,7 @@ def test_what_cannot_be_changes_nothing(db: Db, name: str, server: str) -> None:
     furnish(db, server)
     db.execute(state)
     before = db.fingerprint()
-    done = by_psql(db, stem)
+    done = db.by_psql(stem)
     assert done.code == 3, done
     assert f"ERROR:  {sqlstate}: " in done.err
     if sqlstate == "TB002":

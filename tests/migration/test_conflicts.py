@@ -111,7 +111,7 @@ def restored(text: str) -> str:
     return "".join(re.sub("^-- ", "", block, flags=re.M) for block in reversed(list(dict.fromkeys(blocks))))
 
 
-ORDER = (
+ORDER = (  # the fix first: where turn_id has given way, prompt_snapshots' index wants it back
     *("core_schema", "fix_prompt_snapshots_turn_id", "slots_templates", "prompt_snapshots"),
     *("slots_flags", "budget_report", "turn_metrics"),
 )

@@ -172,6 +172,13 @@ CORE_WITH_UUID_TURNS = CORE.replace(
     "id bigserial PRIMARY KEY, game_id", "id uuid PRIMARY KEY DEFAULT gen_random_uuid(), game_id"
 )
 
+# What the application's own head has made of its tables; the rows' world_id is known to nobody else.
+HEAD = """
+ALTER TABLE turns RENAME idx TO turn_number;
+ALTER TABLE entry_points DROP ruleset_id;
+ALTER TABLE games DROP CONSTRAINT games_world_id_fkey, ALTER world_id TYPE uuid USING gen_random_uuid();
+"""
+
 ANOTHER_FEATURE = """
 CREATE TABLE prompt_snapshots (
   id uuid PRIMARY KEY DEFAULT gen_random_uuid(), entity_type text NOT NULL, entity_id text NOT NULL,
@@ -235,17 +242,17 @@ INSERT INTO achievements (game_id) SELECT id FROM games;
 
 OLD_METRICS = """
 CREATE TABLE turn_metrics (
-  turn_id bigint {key}, story_id uuid NOT NULL, created_at timestamptz NOT NULL DEFAULT now(),
+  turn_id {turn_id} {key}, story_id uuid NOT NULL, created_at timestamptz NOT NULL DEFAULT now(),
   tokens_before int NOT NULL, tokens_after int NOT NULL, trims_count int NOT NULL DEFAULT 0,
   top_trim_keys text[] DEFAULT '{{}}', model_ms int, rejects jsonb DEFAULT '{{}}', cost_estimate_cents int);
 INSERT INTO turn_metrics (turn_id, story_id, tokens_before, tokens_after, top_trim_keys)
-SELECT id, game_id, 900, 700, '{{world.tone}}' FROM turns WHERE id < 4;
+SELECT id, game_id, 900, 700, '{{world.tone}}' FROM turns ORDER BY id LIMIT 3;
 """
 
 
-def old_metrics(key: str = "PRIMARY KEY REFERENCES turns (id) ON DELETE CASCADE") -> str:
-    """Write turn_metrics as made by hand, with rows."""
-    return OLD_METRICS.format(key=key)
+def old_metrics(key: str = "PRIMARY KEY REFERENCES turns (id) ON DELETE CASCADE", *, turn_id: str = "bigint") -> str:
+    """Write turn_metrics as made by hand, with the first three turns' rows."""
+    return OLD_METRICS.format(turn_id=turn_id, key=key)
 
 
 def altered(change: str) -> str:

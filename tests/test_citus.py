@@ -170,11 +170,11 @@ def test_what_citus_would_not_enforce_is_a_conflict_with_commands_that_work(
         assert {title: conflicts[title] for title in conflicts if conflicts[title] in found[title]} == conflicts, found
         assert found.keys() == conflicts.keys()
         task = TASKS[list(CASES).index(case) % len(TASKS)]
-        done = db.invoke(task)
+        done = db.call(task)
         assert done.code == 6 if conflicts else done.code in (0, 5), done
         told = re.findall("^conflict (.*?) is ", done.out + done.err, re.M)
         assert set(told) == set(conflicts) or task == "doctor", done
-        printed = db.invoke("verify", "--remedies").out
+        printed = db.call("verify", "--remedies").out
         ran = [line for line in printed.splitlines() if line and not line.startswith("--")]
         assert ran == [command.replace("{name}", db.name) for command in commands]
         script = tmp_path / "commands.sql"
@@ -192,5 +192,5 @@ def test_the_commands_are_nobody_elses(db: Db) -> None:
     """A setting of the database, by which its owner would have a superuser run what he likes."""
     planted = '[{"position": 0, "says": "x", "commands": ["DROP TABLE turns;"]}]'
     db.execute(f"ALTER DATABASE {db.name} SET budget_engine.citus = '{planted}'")
-    assert db.invoke("setup").code == 0
-    assert "DROP" not in db.invoke("verify", "--remedies").out
+    assert db.call("setup").code == 0
+    assert "DROP" not in db.call("verify", "--remedies").out

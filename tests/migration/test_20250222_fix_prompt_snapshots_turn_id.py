@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from conftest import MIGRATIONS, Db
+from conftest import Db, assert_done, succeeded
 from states import UUIDS, by_hand, snapshot_rows, with_uuid
 
 STEM = "20250222_fix_prompt_snapshots_turn_id"
@@ -32,14 +32,18 @@ def held(db: Db, column: str) -> list[tuple[uuid.UUID, uuid.UUID | None]]:
     return db.rows(f"SELECT id, {column} FROM prompt_snapshots ORDER BY id")
 
 
-def undo(db: Db, folder: Path, column: str = "turn_id_uuid") -> None:
-    """Run with psql what the comment of the kept column says to run."""
-    comment = db.value(f"""
+def undoing(db: Db, column: str = "turn_id_uuid") -> str:
+    """Return what the comment of the kept column says to run."""
+    comment: str = db.value(f"""
         SELECT col_description(attrelid, attnum) FROM pg_attribute
         WHERE attrelid = to_regclass('prompt_snapshots') AND attname = '{column}'""")
-    file = folder / "undo.sql"
-    file.write_text(comment[comment.index("BEGIN;") :])
-    done = db.psql("-f", str(file))
+    return comment[comment.index("BEGIN;") :]
+
+
+def undo(db: Db, folder: Path, text: str) -> None:
+    """Run it with psql."""
+    (folder / "undo.sql").write_text(text)
+    done = db.psql("-f", str(folder / "undo.sql"))
     assert (done.code, done.err) == (0, "")
 
 
@@ -53,57 +57,38 @@ def old(request: pytest.FixtureRequest, db: Db) -> Db:
     return db
 
 
-def test_every_value_is_kept(old: Db) -> None:
-    before = held(old, "turn_id")
-    assert {type(value) for _, value in before} <= {uuid.UUID, type(None)}
-    old.migrate(STEM)
-    assert held(old, "turn_id_uuid") == before
-    assert {value for _, value in held(old, "turn_id")} == {None}
-    assert old.failing(LABEL) == []
-
-
-def test_the_undo_of_the_comment_gives_back_what_was(old: Db, tmp_path: Path) -> None:
-    before = old.dump(data=True)
-    for taken in ("turn_id_bigint", "turn_id_bigint"):  # and again
+def test_every_value_is_kept_and_the_undo_of_the_comment_gives_back_what_was(old: Db, tmp_path: Path) -> None:
+    """New rows need not fill the kept column."""
+    before, values = old.dump(data=True), held(old, "turn_id")
+    assert {type(value) for _, value in values} <= {uuid.UUID, type(None)}
+    for _ in range(2):
         old.migrate(STEM)
-        assert old.dump(data=True) != before
-        undo(old, tmp_path)
-        old.execute(f"ALTER TABLE prompt_snapshots DROP {taken}")
+        assert held(old, "turn_id_uuid") == values
+        assert {value for _, value in held(old, "turn_id")} == {None}
+        assert old.failing(LABEL) == []
+        undo(old, tmp_path, undoing(old))
+        old.execute("ALTER TABLE prompt_snapshots DROP turn_id_bigint")
         assert old.dump(data=True) == before
-
-
-def test_the_undo_is_printed_too(old: Db, tmp_path: Path) -> None:
-    before = held(old, "turn_id")
-    done = old.invoke("fix")
-    assert done.code == 0, done
-    printed = re.search(r"to undo it:\n(.*?COMMIT;)$", done.out, re.S | re.M)
-    assert printed is not None, done
-    (tmp_path / "undo.sql").write_text(textwrap.dedent(printed[1]))
-    undone = old.psql("-f", str(tmp_path / "undo.sql"))
-    assert (undone.code, undone.err) == (0, "")
-    assert held(old, "turn_id") == before
-
-
-def test_after_an_undo_setup_fixes_again_and_keeps_both(old: Db, tmp_path: Path) -> None:
-    before = held(old, "turn_id")
-    assert old.invoke("setup").code == 0
-    old.execute("UPDATE prompt_snapshots SET turn_id = 2")
-    undo(old, tmp_path)
-    assert held(old, "turn_id") == before
-    assert "prompt_snapshots.turn_id" in old.differing()
-    done = old.invoke("setup")
-    assert done.code == 0, done
-    assert old.differing() == {}
-    assert held(old, "turn_id_uuid_2") == before  # one ending for both: what the undo kept is turn_id_bigint
-    assert {value for _, value in held(old, "turn_id_bigint")} == {2}
-    undo(old, tmp_path, "turn_id_uuid_2")
-    assert held(old, "turn_id") == before
-
-
-def test_new_rows_need_not_fill_the_kept_column(old: Db) -> None:
     old.migrate(STEM)
     old.execute("DELETE FROM prompt_snapshots;" + snapshot_rows("i"))
     assert old.rows("SELECT turn_id, turn_id_uuid FROM prompt_snapshots ORDER BY 1") == [(i, None) for i in range(1, 5)]
+
+
+def test_after_an_undo_setup_fixes_again_and_keeps_both(old: Db, tmp_path: Path) -> None:
+    """The undo is printed, too."""
+    before = held(old, "turn_id")
+    done = old.call("fix")
+    printed = re.search(r"to undo it:\n(.*?COMMIT;)$", done.out, re.S | re.M)
+    assert printed is not None, done
+    old.execute("UPDATE prompt_snapshots SET turn_id = 2")
+    undo(old, tmp_path, textwrap.dedent(printed[1]))
+    assert held(old, "turn_id") == before
+    assert "prompt_snapshots.turn_id" in old.differing()
+    assert_done(old, old.call("setup"))
+    assert held(old, "turn_id_uuid_2") == before  # one ending for both: what the undo kept is turn_id_bigint
+    assert {value for _, value in held(old, "turn_id_bigint")} == {2}
+    undo(old, tmp_path, undoing(old, "turn_id_uuid_2"))
+    assert held(old, "turn_id") == before
 
 
 def test_a_name_that_is_taken_is_left_alone(db: Db, tmp_path: Path) -> None:
@@ -113,7 +98,7 @@ def test_a_name_that_is_taken_is_left_alone(db: Db, tmp_path: Path) -> None:
     db.migrate(STEM)
     assert held(db, "turn_id_uuid_2") == values
     assert {value for _, value in held(db, "turn_id_uuid")} == {"mine"}
-    undo(db, tmp_path, "turn_id_uuid_2")
+    undo(db, tmp_path, undoing(db, "turn_id_uuid_2"))
     db.execute("ALTER TABLE prompt_snapshots DROP turn_id_bigint_2")
     assert db.dump(data=True) == before
 
@@ -147,15 +132,13 @@ def test_the_table_that_the_search_path_names_and_no_other(db: Db, path: str) ->
         SELECT attrelid::regclass::text, attname, atttypid::regtype::text FROM pg_attribute
         WHERE attrelid IN ('public.prompt_snapshots'::regclass, 'backup.prompt_snapshots'::regclass)
           AND attname ~ '^turn_id' ORDER BY 1, 2"""
-    done = db.psql("-c", f"SET search_path = {path}", "-f", str(MIGRATIONS / f"{STEM}.sql"))
-    assert done.code == 0, done
+    succeeded(db.by_psql(STEM, before=f"SET search_path = {path}"))
     assert db.rows(query) == [
         ("backup.prompt_snapshots", "turn_id", "uuid"),
         ("prompt_snapshots", "turn_id", "bigint"),
         ("prompt_snapshots", "turn_id_uuid", "uuid"),
     ]
-    done = db.psql("-c", "SET search_path = backup, public", "-f", str(MIGRATIONS / f"{STEM}.sql"))
-    assert done.code == 0, done
+    succeeded(db.by_psql(STEM, before="SET search_path = backup, public"))
     assert ("backup.prompt_snapshots", "turn_id", "bigint") in db.rows(query)
     assert db.rows("""
         SELECT conrelid::regclass::text, confrelid::regclass::text FROM pg_constraint
@@ -168,7 +151,7 @@ def test_the_table_that_the_search_path_names_and_no_other(db: Db, path: str) ->
 def test_grants_on_the_column_are_not_lost(db: Db) -> None:
     """Either the new column has them, or they are in the way."""
     db.execute(with_uuid() + "GRANT SELECT (id, turn_id), UPDATE (turn_id) ON prompt_snapshots TO pg_monitor")
-    done = db.invoke("fix")
+    done = db.call("fix")
     granted = db.value("""
         SELECT has_column_privilege('pg_monitor', 'prompt_snapshots', 'turn_id', 'SELECT')
            AND has_column_privilege('pg_monitor', 'prompt_snapshots', 'turn_id', 'UPDATE')""")
@@ -177,9 +160,9 @@ def test_grants_on_the_column_are_not_lost(db: Db) -> None:
 
 def test_a_bigint_turn_id_is_not_touched(db: Db) -> None:
     db.execute(by_hand())
-    before = db.dump(data=True)
+    before = db.fingerprint()
     db.migrate(STEM, STEM)
-    assert db.dump(data=True) == before
+    assert db.fingerprint() == before
 
 
 def test_rows_written_meanwhile_are_kept_too(db: Db) -> None:

@@ -61,18 +61,7 @@ def _addable(check: Check) -> bool:
     )
 
 
-TABLES = (
-    "worlds",
-    "rulesets",
-    "entry_points",
-    "prompt_segments",
-    "games",
-    "turns",
-    "slots",
-    "templates",
-    "prompt_snapshots",
-    "turn_metrics",
-)
+TABLES = [statement.new_table for statement in STATEMENTS if statement.new_table]
 some = st.sets(st.integers(0, 200), max_size=8)
 # What a database may have: of each table nothing, or all of it but what is missing, or has another form.
 chosen = st.tuples(st.sets(st.sampled_from(TABLES)), some, some)
@@ -334,7 +323,7 @@ def statements(sql: str) -> Iterator[str]:
 def sent_by(db: Db, task: str) -> list[str]:
     """Run a task, and return what it sent on its first connection; another one may watch who is in the way."""
     with Proxy(socket_of(db.cluster.sockets)) as proxy:
-        done = db.invoke(task, env={"DATABASE_URL": proxy.url(db.name), "LOCK_TIMEOUT": "60s"})
+        done = db.call(task, env={"DATABASE_URL": proxy.url(db.name), "LOCK_TIMEOUT": "60s"})
     assert done.code == 0, done
     messages = [message.raw[5:-1].decode() for message in proxy.conversations[0].from_client if message.kind == "Q"]
     return [statement for message in messages for statement in statements(message)]
@@ -351,11 +340,11 @@ STATES = {
 @pytest.mark.parametrize("state", STATES.values(), ids=STATES)
 def test_what_plan_says_and_prints_and_rehearse_and_setup_send_is_one_list(db: Db, state: str) -> None:
     db.execute(state)
-    document = json.loads(db.invoke("plan", "--format", "json", "--quiet").out)
+    document = json.loads(db.call("plan", "--format", "json", "--quiet").out)
     planned = [(action["part"], sql.strip()) for action in document["actions"] for sql in action["sql"]]
     every, inside = [sql for _, sql in planned], [sql for part, sql in planned if part == "transaction"]
     assert inside
-    assert list(statements(db.invoke("plan", "--sql").out)) == every
+    assert list(statements(db.call("plan", "--sql").out)) == every
     assert sent_by(db, "rehearse") == inside
     assert sent_by(db, "setup") == every
     assert db.differing() == {}

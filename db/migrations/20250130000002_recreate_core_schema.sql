@@ -181,17 +181,17 @@ BEGIN
     END IF;
     FOR statement IN
       WITH acl (kind, target, is_old, grantee, privilege, option) AS (
-        SELECT kind, new::regclass, c.oid <> new, entry.grantee, privilege_type, CASE WHEN is_grantable THEN ' WITH GRANT OPTION' END
-        FROM (VALUES ('TABLE', was.oid, was.new), ('SEQUENCE', old_ids, ids)) AS object (kind, old, new) JOIN pg_class AS c ON c.oid IN (old, new)
-        CROSS JOIN LATERAL aclexplode(coalesce(relacl, acldefault(CASE kind WHEN 'TABLE' THEN 'r' ELSE 's' END::"char", relowner))) AS entry
+        SELECT kind, new::regclass, is_old, entry.grantee, privilege_type, CASE WHEN is_grantable THEN ' WITH GRANT OPTION' END
+        FROM (VALUES ('TABLE', was.oid, was.new), ('SEQUENCE', old_ids, ids)) AS object (kind, old, new) CROSS JOIN LATERAL (
+          SELECT oid <> new, relacl, relowner FROM pg_class WHERE oid IN (old, new)
+          UNION ALL SELECT true, NULL, was.relowner WHERE old IS NULL  -- an old uuid had no sequence
+        ) AS its (is_old, acl, owner)
+        CROSS JOIN LATERAL aclexplode(coalesce(acl, acldefault(CASE kind WHEN 'TABLE' THEN 'r' ELSE 's' END::"char", owner))) AS entry
         WHERE new IS NOT NULL
-        UNION ALL  -- who could insert needs the sequence of the ids, and so does its owner; an old uuid had none
+        UNION ALL  -- who could insert needs the sequence of the ids
         SELECT 'SEQUENCE', ids, true, entry.grantee, 'USAGE', NULL
         FROM (SELECT was.relacl UNION ALL SELECT attacl FROM pg_attribute WHERE attrelid = was.oid) AS rights (acl) CROSS JOIN LATERAL aclexplode(acl) AS entry
         WHERE entry.privilege_type = 'INSERT' AND entry.grantee <> was.relowner AND ids IS NOT NULL
-        UNION ALL
-        SELECT 'SEQUENCE', ids, true, entry.grantee, entry.privilege_type, NULL
-        FROM aclexplode(acldefault('s', was.relowner)) AS entry WHERE old_ids IS NULL AND ids IS NOT NULL
         UNION ALL
         SELECT 'TABLE', was.new, true, entry.grantee, format('%s (%I)', privilege_type, attname), CASE WHEN is_grantable THEN ' WITH GRANT OPTION' END
         FROM pg_attribute AS a CROSS JOIN LATERAL aclexplode(attacl) AS entry

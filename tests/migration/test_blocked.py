@@ -63,7 +63,14 @@ BLOCKED = {
         states.with_uuid() + filled("slots", 1599) + filled("prompt_snapshots", 1599),
         {"prompt_snapshots.turn_id", "prompt_snapshots.budget_report"} | SLOTS,
     ),
-    "a child without room": (states.by_hand() + CHILD.format("", "slots") + filled("child"), SLOTS),
+    "children without room, one with another type": (
+        states.by_hand()
+        + CHILD.format("", "slots")
+        + filled("child")
+        + "CREATE TABLE typed (budget_report text) INHERITS (prompt_snapshots);"
+        + filled("typed"),
+        {"prompt_snapshots.budget_report"} | SLOTS,
+    ),
     "children with other types": (
         states.by_hand()
         + """
@@ -89,7 +96,7 @@ CREATE TABLE others (budget_report text); CREATE TABLE shared () INHERITS (promp
 # Where nothing else helps than to move a table, which ones.
 MOVED = {
     "one column left, none for the fix": {"slots", "prompt_snapshots"},
-    "a child without room": {"slots"},
+    "children without room, one with another type": {"slots", "prompt_snapshots"},
     "children with other types": {"prompt_snapshots"},
 }
 LOOKS = ("doctor", "status --check", "plan", "plan --sql", "rehearse")  # they read one plan: each state has one

@@ -189,7 +189,7 @@ def read(connection: Connection, chain: Chain, *, with_recreate: bool = False) -
             raise
         # Printing some definitions takes ACCESS SHARE on their tables: it waits behind ACCESS EXCLUSIVE.
         raise errors.UNREADABLE_CATALOGS(why=error.message, where=error.holders) from error
-    rows = [tuple("t" if value is True else value for value in row.values())[1:] for row in json.loads(noted or "[]")]
+    rows = [tuple(row.values())[1:] for row in json.loads(noted or "[]")]
     checks = list(checks_of(rows, chain, with_recreate=with_recreate))
     for place, lacking, built, blocked, says in (row.values() for row in json.loads(able or "[]")):
         if checks[place].fixed_by is None:  # but by what runs on request
@@ -221,7 +221,8 @@ def checks_of(rows: Rows, chain: Chain, *, with_recreate: bool = False) -> tuple
         step, kind, table, name, expected, actual, fixed_by, required, found, _verdict = row
         known = str(step), Kind(kind), str(table), str(name), str(expected), actual
         fixed_by, asked = (None, fixed_by) if fixed_by == on_request else (fixed_by, None)
-        return Check(*known, fixed_by, required == "t", found, on_request=asked)
+        is_required = required in ("t", True)  # as text, or as JSON has it
+        return Check(*known, fixed_by, is_required, found, on_request=asked)
 
     return tuple(map(check, rows))
 

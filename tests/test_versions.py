@@ -66,14 +66,14 @@ def test_what_the_version_is_nothing_to_is_left_out_where_that_is_asked_for() ->
     tests = [
         "tests/test_patience.py",
         "tests/test_versions.py::test_the_server_is_of_the_chosen_version",
-        "tests/test_others.py::test_a_function_of_hers_under_a_name_of_ours_is_a_conflict",  # of three cases
+        "tests/test_faults.py::test_ctrl_c_in_a_command",  # of three cases
     ]
     words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--of-the-version", "--setup-plan"]
     done = run([*words, *tests], clean_environment())
     assert done.code == 0, done
     left_out = {
         "left out: 5 tests of tests/test_patience.py (they meet no PostgreSQL of the chosen version: --of-the-version)",
-        "left out: 2 tests of tests/test_others.py (of each test's cases a third is drawn, by FAULT_SEED=N)",
+        "left out: 2 tests of tests/test_faults.py (of each test's cases a third is drawn, by FAULT_SEED=N)",
     }
     assert left_out <= set(re.sub("FAULT_SEED=.+", "FAULT_SEED=N)", done.out).splitlines()), done
     assert "7 skipped" in done.out  # of nine

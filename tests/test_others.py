@@ -67,8 +67,8 @@ def test_a_history_of_anothers_is_not_written_and_runs_nothing(db: Db, role: str
     schema = f"DROP SCHEMA IF EXISTS budget_engine CASCADE; CREATE SCHEMA budget_engine AUTHORIZATION {role}"
     for name, history in HISTORIES.items():
         db.execute(f"{lost}; {schema}; SET ROLE {role}; {history}")
-        assert db.invoke("status").code == 0, name
-        done = assert_done(db, db.invoke("setup"))
+        assert db.call("status").code == 0, name
+        done = assert_done(db, db.call("setup"))
         assert "not written into the history: it belongs to another role" in done.out, name
         assert spied_on(db) <= {role}, name
         there = db.value("SELECT to_regclass('budget_engine.history') IS NOT NULL")
@@ -84,7 +84,7 @@ def test_no_row_of_a_view_is_counted(db: Db, role: str) -> None:
           linearized_prompt_text, awf_contract, source, created_at, created_by, game_id, parent_id,
           CASE spy() WHEN '' THEN turn_id END AS turn_id FROM kept""")
     for task in ("plan", "status", "verify", "doctor", "rehearse", "setup"):
-        done = db.invoke(task)
+        done = db.call(task)
         assert done.code == (0 if task == "status" else 6), done
     assert spied_on(db) <= {role}
 
@@ -104,9 +104,9 @@ def test_functions_of_hers_under_names_of_ours_are_conflicts(db: Db, role: str) 
             db.execute(f"DROP FUNCTION {name}")
     db.execute("".join(made.values()))
     before = db.dump()
-    assert db.invoke("setup").code == 6
+    assert db.call("setup").code == 6
     assert db.dump() == before
-    assert db.psql("-c", db.invoke("verify", "--remedies").out).code == 0
+    assert db.psql("-c", db.call("verify", "--remedies").out).code == 0
     assert_done(db)
     owners = db.rows("SELECT proname, proowner::regrole::text FROM pg_proc WHERE pronamespace = 'public'::regnamespace")
     assert len(made) == 3
@@ -116,13 +116,13 @@ def test_functions_of_hers_under_names_of_ours_are_conflicts(db: Db, role: str) 
 def test_a_schema_that_another_makes_between_print_and_paste_gets_nothing(db: Db, role: str, tmp_path: Path) -> None:
     """Who pastes goes on after an error: what follows must not move anything there."""
     db.execute(CORE + ANOTHER_FEATURE)
-    printed = db.invoke("verify", "--remedies").out
+    printed = db.call("verify", "--remedies").out
     db.execute(f"CREATE SCHEMA archive AUTHORIZATION {role}")
     (tmp_path / "printed.sql").write_text(printed)
     done = db.psql("-v", "ON_ERROR_STOP=0", "-f", str(tmp_path / "printed.sql"))
     assert 'schema "archive" already exists' in done.err
     assert db.rows("SELECT schemaname FROM pg_tables WHERE tablename = 'prompt_snapshots'") == [("public",)]
-    (tmp_path / "printed.sql").write_text(db.invoke("verify", "--remedies").out)
+    (tmp_path / "printed.sql").write_text(db.call("verify", "--remedies").out)
     assert db.psql("-f", str(tmp_path / "printed.sql")).code == 0
     assert_done(db)
     assert db.rows("SELECT nspname FROM pg_namespace WHERE nspowner = 'postgres'::regrole AND nspname ~ 'archive'") == [

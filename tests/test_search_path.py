@@ -47,7 +47,7 @@ def found(document: dict[str, Any]) -> dict[str, list[str]]:
 @pytest.mark.parametrize("given", WAYS.values(), ids=WAYS)
 def test_every_way_to_name_a_schema_leads_there(db: Db, given: dict[str, str]) -> None:
     db.execute("CREATE SCHEMA app")
-    done = db.invoke("setup", env=environment(db, given))
+    done = db.call("setup", env=environment(db, given))
     assert done.code == 0, done
     assert tables_by_schema(db) == {"app": TABLES}
     assert done.out.splitlines()[-1].endswith(", schema app")
@@ -67,7 +67,7 @@ def test_every_way_to_name_a_schema_leads_there(db: Db, given: dict[str, str]) -
 )
 def test_two_that_disagree_are_refused(db: Db, given: dict[str, str]) -> None:
     db.execute("CREATE SCHEMA app")
-    done = db.invoke("setup", env=environment(db, given))
+    done = db.call("setup", env=environment(db, given))
     assert done.code == 3, done
     assert "search_path" in done.err
     assert all(name.strip("&") in done.err for name in given)
@@ -76,7 +76,7 @@ def test_two_that_disagree_are_refused(db: Db, given: dict[str, str]) -> None:
 
 def test_url_wins_over_the_environment_with_a_note(db: Db) -> None:
     db.execute("CREATE SCHEMA app; CREATE SCHEMA other")
-    done = db.invoke("setup", env=environment(db, {"&schema": "=app", "PGOPTIONS": "-c search_path=other"}))
+    done = db.call("setup", env=environment(db, {"&schema": "=app", "PGOPTIONS": "-c search_path=other"}))
     assert tables_by_schema(db) == {"app": TABLES}
     assert "note     ignored in PGOPTIONS: search_path (DATABASE_URL names another)" in done.out
 
@@ -87,12 +87,12 @@ def test_tables_of_a_later_schema_are_named_as_such(finished: Db) -> None:
     db.execute('CREATE SCHEMA "App 2"; CREATE TABLE public.other ()')
     behind = {"DATABASE_URL": f"{db.url}&search_path=nowhere,%22App 2%22,public"}
     for task in ("setup", "plan", "verify", "status", "rehearse", "doctor"):
-        done = db.invoke(task, env=behind)
+        done = db.call(task, env=behind)
         assert done.code == 0, done
         [note] = [line for line in done.out.replace("\n  ", " ").splitlines() if line.startswith("note ")]
         assert all(name in note for name in (*TABLES, "public", "App 2"))
     for task in ("plan", "verify", "status"):
-        document = json.loads(db.invoke(task, "--format", "json", env=behind).out)
+        document = json.loads(db.call(task, "--format", "json", env=behind).out)
         assert found(document) == {"public": TABLES}
         [note] = [note for note in document["notes"] if "App 2" in note]
     assert tables_by_schema(db) == {"public": TABLES}
@@ -108,7 +108,7 @@ def test_table_of_a_later_schema_among_those_of_the_first(finished: Db) -> None:
         "public": {},
     }.items():
         env = {"DATABASE_URL": f"{db.url}&search_path={path}"}
-        document = json.loads(db.invoke("verify", "--format", "json", env=env).out)
+        document = json.loads(db.call("verify", "--format", "json", env=env).out)
         homes = found(document)
         homes.pop(document["server"]["schema"], None)
         assert homes == behind

@@ -107,7 +107,7 @@ def left(db: Db, url: str = "") -> tuple[list[str], list[str]]:
 def assert_ready(db: Db, renamed: dict[str, str] | None = None) -> None:
     """Set up; every check passes, nothing is lost, and a second run would have nothing to do."""
     before = contents(db)
-    done = db.invoke("setup")
+    done = db.call("setup")
     assert done.code == 0, done
     assert left(db) == ([], [])
     assert lost(before, contents(db), renamed or {}) == []
@@ -132,7 +132,7 @@ def test_a_real_run_of_the_chain_twice_by_hand_before(db: Db) -> None:
     db.execute(snapshot_rows(BIGINTS) + SLOT_ROWS)
     assert_ready(db)
     before = db.dump(data=True)
-    again = db.invoke("setup")
+    again = db.call("setup")
     assert (again.code, "nothing to do" in again.out) == (0, True), again
     assert db.dump(data=True) == before
 
@@ -141,12 +141,12 @@ def test_a_real_run_of_the_chain_twice_by_hand_before(db: Db) -> None:
 def test_invalid_indexes_are_built_again(db: Db, turn_id: str) -> None:
     db.execute(with_uuid() if turn_id == "uuid" else by_hand())
     if turn_id == "bigint":
-        assert db.invoke("setup").code == 0
+        assert db.call("setup").code == 0
     before = contents(db)
     db.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid::regclass::text LIKE 'idx%'")
     invalid = "SELECT count(*) FROM pg_index WHERE NOT indisvalid AND indexrelid::regclass::text !~ 'turn_id_uuid$'"
     assert db.value(invalid) > 5
-    done = db.invoke("setup")
+    done = db.call("setup")
     assert done.code == 0, done
     assert db.differing() == {}
     assert db.value(invalid) == 0
@@ -160,16 +160,16 @@ def test_an_index_of_a_core_table_that_the_rows_refuse_is_told_and_keeps_nobody(
         db.execute("CREATE UNIQUE INDEX CONCURRENTLY idx_turns_game_idx ON turns (game_id, idx)")
     before = contents(db)
     for _ in range(2):
-        done = db.invoke("setup")
+        done = db.call("setup")
         assert done.code == 0, done
         refused = done.out.partition("\nrefused ")[2].splitlines()[:3]
         assert "ON public.turns (game_id, idx)" in refused[0], done
         assert "duplicated" in refused[2], done
         assert db.differing() == {}
         assert lost(before, contents(db), {}) == []
-    assert "exit 5" not in db.invoke("plan").out
+    assert "exit 5" not in db.call("plan").out
     for task in ("verify", "status"):
-        told = db.invoke(task)
+        told = db.call(task)
         assert (told.code, "turns (game_id, idx)" in told.out) == (0, True), told
     db.execute("UPDATE turns SET idx = id + 100")
     assert_ready(db)
@@ -180,7 +180,7 @@ def test_orphans_are_said_and_kept_and_all_else_is_done(db: Db) -> None:
     db.execute(by_hand("bigint", ORPHANS))
     before = contents(db)
     for _ in range(2):
-        done = db.invoke("setup")
+        done = db.call("setup")
         assert done.code == 5, done
         assert "foreign key prompt_snapshots (turn_id)" in done.err
         assert "999999" in done.out + done.err
@@ -195,7 +195,7 @@ def test_orphans_are_said_and_kept_and_all_else_is_done(db: Db) -> None:
         assert done.out.splitlines()[-1].startswith("left "), done
         helps = done.err.partition("\nhelp ")[2]
         assert helps.strip().startswith("Correct those rows"), done
-    for said in (done, db.invoke("verify"), db.invoke("status", "--check")):
+    for said in (done, db.call("verify"), db.call("status", "--check")):
         assert (said.code, said.err.partition("\nhelp ")[2]) == (5, helps), said
         found = re.search(r"prompt_snapshots: (\d+) rows point to nothing: (SELECT .*)", said.err)
         assert found is not None, said
@@ -239,7 +239,7 @@ def test_tables_in_another_schema(db: Db, state: str, by: str) -> None:
     db.execute("CREATE SCHEMA app; SET search_path = app;" + state)
     env = lead(db, by, "app")
     before = contents(db)
-    done = db.invoke("setup", env=env)
+    done = db.call("setup", env=env)
     assert done.code == 0, done
     assert lost(before, contents(db), APP_KEPT if "turn_id uuid" in state else {}) == []
     assert tables(db) == {"app": TABLES}
@@ -255,7 +255,7 @@ def test_tables_spread_over_the_schemas_of_the_search_path(db: Db, by: str) -> N
     db.execute("CREATE SCHEMA app; SET search_path = app;" + SLOTS_TEMPLATES + SLOT_ROWS)
     env = lead(db, by, "app,public")
     before = contents(db)
-    done = db.invoke("setup", env=env)
+    done = db.call("setup", env=env)
     assert done.code == 0, done
     assert tables(db) == {
         "app": ["slots", "templates", "turn_metrics"],
@@ -290,7 +290,7 @@ def test_a_backup_copy_in_a_second_schema_is_not_touched(db: Db, state: str, bac
     db.execute("CREATE SCHEMA aa_backup; SET search_path = aa_backup;" + backup)  # sorts before public
     lead(db, "database", path)
     before = dump_of(db, "aa_backup")
-    done = db.invoke("setup")
+    done = db.call("setup")
     assert done.code == 0, done
     assert dump_of(db, "aa_backup") == before
     assert db.differing() == {}
@@ -344,7 +344,7 @@ NOT_PERMITTED = {
 def test_a_missing_right_is_named_before_anything_is_changed(db: Db, role: str, state: str, right: str) -> None:
     db.execute(state.replace("{role}", role))
     before, rows = db.fingerprint(), contents(db)
-    done = db.invoke("setup", role=role)
+    done = db.call("setup", role=role)
     assert done.code == 8, done
     assert right in done.err
     assert (db.fingerprint(), contents(db)) == (before, rows)
@@ -353,7 +353,7 @@ def test_a_missing_right_is_named_before_anything_is_changed(db: Db, role: str, 
 @pytest.mark.parametrize("state", [with_uuid(), ""], ids=["uuid", "empty"])
 def test_an_ordinary_owner_suffices_and_the_history_is_done_without(db: Db, role: str, state: str) -> None:
     db.execute((state + OWN).replace("{role}", role))
-    done = db.invoke("setup", role=role)
+    done = db.call("setup", role=role)
     assert done.code == 0, done
     assert db.differing() == {}
     assert db.rows("SELECT FROM pg_namespace WHERE nspname = 'budget_engine'") == []
@@ -363,12 +363,12 @@ def test_an_ordinary_owner_suffices_and_the_history_is_done_without(db: Db, role
 def test_a_database_that_takes_no_writes(db: Db) -> None:
     db.execute(by_hand() + f"; ALTER DATABASE {db.name} SET default_transaction_read_only = on")
     before = db.dump(data=True)
-    done = db.invoke("setup")
+    done = db.call("setup")
     assert (done.code, "default_transaction_read_only" in done.err) == (8, True), done
     assert db.dump(data=True) == before
 
 
 def test_a_finished_database_that_takes_no_writes_needs_none(finished: Db) -> None:
     finished.execute(f"ALTER DATABASE {finished.name} SET default_transaction_read_only = on")
-    done = finished.invoke("setup")
+    done = finished.call("setup")
     assert (done.code, "nothing to do" in done.out) == (0, True), done

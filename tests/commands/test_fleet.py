@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -181,6 +182,15 @@ def test_nothing_is_left_half_way(tenants: list[Db], tmp_path: Path) -> None:
         assert [has_metrics(db) for db in tenants] == [False] * len(tenants)
     assert tenants[0].invoke("fleet", "--targets", file, "--jobs", "2").code == 0
     assert [has_metrics(db) for db in tenants] == [True] * len(tenants)
+
+
+def test_ctrl_c_while_the_workers_start(tenants: list[Db], tmp_path: Path) -> None:
+    process = tenants[0].start("fleet", "--targets", listed(tmp_path, *named(*tenants)), "--jobs", "2")
+    assert process.stdout
+    assert process.stdout.readline().startswith("fleet ")
+    time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    assert_fails(ended(process), 130)
 
 
 def test_ctrl_c_finds_a_worker_that_is_being_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

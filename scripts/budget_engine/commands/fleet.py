@@ -205,16 +205,20 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 def _started() -> subprocess.Popen[str]:
-    """Start a worker in a session of its own: Ctrl-C reaches it through us, once."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "budget_engine.commands.worker", str(CONSOLE.home), CONSOLE.command, CONSOLE.prefix],
-        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent), "PYTHONIOENCODING": "utf-8"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        start_new_session=True,
-    )
+    """Start a worker in a session of its own: Ctrl-C reaches it through us, once, and not while Python starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "budget_engine.commands.worker", str(CONSOLE.home), CONSOLE.command, CONSOLE.prefix],
+            env=os.environ | {"PYTHONPATH": str(PACKAGE.parent), "PYTHONIOENCODING": "utf-8"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -223,7 +223,7 @@ WITH path (schema, position) AS (
                    WHERE expected.kind <> 'foreign key' AND relname = expected.our_name AND relnamespace = tables.home
                      AND (indrelid = tables.relation IS NOT TRUE OR expected.addable)),
                   (SELECT format('missing, and its name %s is taken by %s', conname, pg_get_constraintdef(oid)) FROM pg_constraint
-                   WHERE expected.kind = 'foreign key' AND conname = expected.our_name AND conrelid = tables.relation)) AS actual
+                   WHERE expected.kind = 'foreign key' AND conname = expected.our_name AND conrelid = tables.relation AND conparentid = 0)) AS actual
   FROM expected JOIN tables USING (table_name) LEFT JOIN actual ON actual.kind = expected.kind AND actual.table_name = expected.table_name
    AND actual.name = CASE expected.kind WHEN 'key'
        THEN (SELECT string_agg(part, ', ' ORDER BY part COLLATE "C") FROM string_to_table(expected.name, ', ') AS part) ELSE expected.name END

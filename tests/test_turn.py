@@ -167,14 +167,15 @@ def test_who_waits_for_whom(db: Db, state: str, theirs: str, ours: str, waits: b
 
 
 def test_who_waits_between_two_tries_leaves_the_turn_to_others(db: Db) -> None:
-    """That of the schema which it could have, too."""
-    db.execute("CREATE SCHEMA app")
+    """That of the schema which it could have, too, whatever it is called; what it could not have is not given back."""
+    db.execute("CREATE SCHEMA app$guard$")
     without = "bool_and(pid NOT IN (SELECT pid FROM pg_locks WHERE locktype = 'advisory'))"
     with having(db, "public", turn.RUN) as other:
-        process = db.start("setup", **at(db, "app, public"))
+        process = db.start("setup", **at(db, "app$guard$, public"))
         until(lambda: db.value(f"SELECT {without} FROM ({BETWEEN_TRIES}) AS ours"), process)
         other.rollback()
         assert_all([ended(process)])
+    assert "you don't own a lock" not in db.cluster.log.read_text()
 
 
 def prepared(db: Db) -> None:

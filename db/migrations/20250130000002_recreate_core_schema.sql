@@ -202,7 +202,7 @@ BEGIN
       FROM acl WHERE (is_old OR NOT EXISTS (SELECT FROM pg_policy WHERE polrelid = was.new AND grantee = ANY (polroles))) AND EXISTS (
         SELECT FROM pg_class WHERE oid IN (was.oid, was.new, old_ids, ids) AND relacl IS NOT NULL  -- else nothing was granted
         UNION ALL SELECT FROM pg_attribute WHERE attrelid = was.oid AND attacl IS NOT NULL)
-      GROUP BY kind, target, is_old, grantee, option ORDER BY is_old
+      GROUP BY kind, target, is_old, grantee, option ORDER BY is_old, option NULLS FIRST  -- not after a role of ours may grant: it would be the grantor
     LOOP
       EXECUTE statement;
     END LOOP;

@@ -6,7 +6,11 @@ import json
 import os
 import re
 import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -15,6 +19,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 import warm
+from budget_engine.commands import fleet
 from budget_engine.postgres.embedded import Cluster
 from conftest import WAITING, Db, Run, assert_fails, clean_environment, database, ended, holding, template, until
 from test_command_line import peer, stay_silent
@@ -177,6 +182,47 @@ def test_nothing_is_left_half_way(tenants: list[Db], tmp_path: Path) -> None:
         assert [has_metrics(db) for db in tenants] == [False] * len(tenants)
     assert tenants[0].invoke("fleet", "--targets", file, "--jobs", "2").code == 0
     assert [has_metrics(db) for db in tenants] == [True] * len(tenants)
+
+
+def test_ctrl_c_while_the_workers_start(tenants: list[Db], tmp_path: Path) -> None:
+    process = tenants[0].start("fleet", "--targets", listed(tmp_path, *named(*tenants)), "--jobs", "2")
+    assert process.stdout
+    assert process.stdout.readline().startswith("fleet ")
+    time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    assert_fails(ended(process), 130)
+
+
+def test_ctrl_c_finds_a_worker_that_is_being_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process does not exist yet; when it does, it is given no target, and nobody waits for it."""
+    begun, interrupted = threading.Event(), threading.Event()
+    made: list[Popen[str]] = []
+
+    def slowly() -> Popen[str]:
+        made.append(Popen([sys.executable, "-c", "input(); input()"], stdin=PIPE, stdout=PIPE, text=True))
+        if len(made) > 1:
+            begun.set()
+            interrupted.wait()
+        return made[-1]
+
+    monkeypatch.setattr(fleet, "_started", slowly)
+    worker = fleet._Worker("setup", None)
+    made[0].kill()
+    try:
+        with ThreadPoolExecutor() as pool:
+            member = fleet.Member("tenant", "", "")
+            assert pool.submit(worker.work, member).result()["error"]["what"] == "its worker has died"
+            working = pool.submit(worker.work, member)
+            begun.wait()
+            with pytest.raises(KeyboardInterrupt), fleet._let_go([worker]):
+                raise KeyboardInterrupt
+            interrupted.set()
+            not_done = wait([working], timeout=5).not_done
+            made[-1].kill()
+            assert not_done == set()
+    finally:
+        for process in made:
+            process.communicate()
 
 
 REFUSED = {

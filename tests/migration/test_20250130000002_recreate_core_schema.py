@@ -695,6 +695,24 @@ def test_rights_that_are_lacking_are_said_before_anything(db: Db) -> None:
     assert acl(db, "public") == acl(db, "core_archive") == granted
 
 
+@pytest.mark.usefixtures("_roles")
+def test_all_grants_are_the_owners(db: Db) -> None:
+    """Of the roles that whoever runs it is a member of, another may grant them, too: they would end with that right."""
+    db.execute(f"""
+        {INT_TURNS}; {OWN.format(role="reader")} {NOT_TO_ALL}, reader;
+        GRANT CREATE ON DATABASE {db.name} TO app; GRANT CREATE ON SCHEMA public TO app, reader;
+        GRANT ALL ON turns TO "Owner" WITH GRANT OPTION; GRANT ALL ON turns TO app, pg_monitor;
+        GRANT ALL ON SEQUENCE turns_id_seq TO "Owner" WITH GRANT OPTION;
+        GRANT ALL ON SEQUENCE turns_id_seq TO app, pg_monitor;
+        GRANT "Owner" TO app; GRANT reader TO app""")
+    succeeded(db.call(*TASK, role="app"))
+    grantors = """
+        SELECT DISTINCT relname, grantor::regrole::text FROM pg_class CROSS JOIN aclexplode(relacl)
+        WHERE oid IN ('turns'::regclass, 'turns_id_seq'::regclass) ORDER BY 1, 2"""
+    assert db.rows(grantors) == [("turns", "reader"), ("turns_id_seq", "reader")]
+    db.execute('REVOKE reader, "Owner" FROM app')
+
+
 @pytest.mark.parametrize("table", ["turns", "prompt_snapshots"])
 def test_a_reader_is_given_way_to(db: Db, table: str) -> None:
     """Whoever comes later waits no longer than lock_timeout, and other tables are free all the while."""

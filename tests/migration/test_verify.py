@@ -704,3 +704,13 @@ def test_the_verification_waits_for_nobody_but_access_exclusive(ready: Db) -> No
             "SELECT DISTINCT mode FROM pg_locks WHERE pid = pg_backend_pid() AND relation > 0"
         ).fetchall()
     assert modes == [("AccessShareLock",)]
+
+
+def test_the_foreign_key_of_a_partition_has_not_taken_its_own_name(finished: Db) -> None:
+    """It came from the partitioned table, with which it goes; the partition keeps its name for it."""
+    finished.execute("""
+        CREATE TABLE every_metric (LIKE turn_metrics, FOREIGN KEY (turn_id) REFERENCES turns ON DELETE CASCADE)
+          PARTITION BY LIST (turn_id);
+        ALTER TABLE every_metric ATTACH PARTITION turn_metrics DEFAULT""")
+    title = "foreign key turn_metrics (turn_id)"
+    assert finished.differing()[title] == ("REFERENCES turns(id) ON DELETE CASCADE", None, "turn_metrics")

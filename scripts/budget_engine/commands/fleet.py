@@ -157,19 +157,20 @@ class _Worker:
     def __init__(self, task: str, timeout_s: float | None) -> None:
         self._task, self._timeout_s = task, timeout_s
         self._process: subprocess.Popen[str] | None = _started()
+        self._is_stopped = False
 
     def work(self, member: Member) -> Ended:
         """Have the task run on this target; stop it where it takes longer than it may."""
         process = self._process = self._process or _started()
         began, late = time.monotonic(), False
         answer: dict[str, Any] = {}
-        if process.stdin and process.stdout:
+        if process.stdin and process.stdout and not self._is_stopped:
             with suppress(OSError, ValueError):  # it is gone
                 process.stdin.write(json.dumps({"url": member.url, "task": self._task}) + "\n")
                 process.stdin.flush()
                 late = self._timeout_s is not None and not connection.wait([process.stdout.fileno()], self._timeout_s)
                 if late:
-                    self.stop()
+                    _stop(process)
                 answer = json.loads(process.stdout.readline() or "{}")
         if late or not answer:  # a next target might meet the Ctrl-C that was meant for this one
             self._process = None
@@ -181,34 +182,43 @@ class _Worker:
         return {"target": member.label, "exit_code": answer["exit_code"], "seconds": took_s, **answer}
 
     def stop(self) -> None:
-        """Ask for the end as Ctrl-C does: what runs on the server is cancelled; then end it."""
-        if (process := self._process) is None:
-            return
-        with suppress(OSError):
-            process.send_signal(signal.SIGINT)
-        killer = threading.Timer(_GRACE_S, process.kill)
-        killer.daemon = True
-        killer.start()
+        """Stop what it works on; noted first, for the process that takes another's place at this moment."""
+        self._is_stopped = True
+        if (process := self._process) is not None:
+            _stop(process)
 
     def close(self) -> None:
         """Let it end: it has no target any more."""
-        if self._process is not None and self._process.stdin is not None:
+        if (process := self._process) is not None and process.stdin is not None:
             with suppress(OSError):
-                self._process.stdin.close()
-            self._process.wait()
+                process.stdin.close()
+            process.wait()
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Ask for the end as Ctrl-C does: what runs on the server is cancelled; then end it."""
+    with suppress(OSError):
+        process.send_signal(signal.SIGINT)
+    killer = threading.Timer(_GRACE_S, process.kill)
+    killer.daemon = True
+    killer.start()
 
 
 def _started() -> subprocess.Popen[str]:
-    """Start a worker in a session of its own: Ctrl-C reaches it through us, once."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "budget_engine.commands.worker", str(CONSOLE.home), CONSOLE.command, CONSOLE.prefix],
-        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent), "PYTHONIOENCODING": "utf-8"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        start_new_session=True,
-    )
+    """Start a worker in a session of its own: Ctrl-C reaches it through us, once, and not while Python starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "budget_engine.commands.worker", str(CONSOLE.home), CONSOLE.command, CONSOLE.prefix],
+            env=os.environ | {"PYTHONPATH": str(PACKAGE.parent), "PYTHONIOENCODING": "utf-8"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -34,7 +34,10 @@ TASKS: dict[str, Callable[[], None]] = {
 def main() -> None:
     """Serve until stdin ends; what the tasks print is summed up, not passed on."""
     answers = sys.stdout
+    if signal.SIGINT in signal.sigpending():  # it is blocked while Python starts: nobody waits for us any more
+        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the task that runs
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read, args=[lines], daemon=True).start()
     while line := lines.get():

@@ -66,6 +66,7 @@ _BUSY_IF = f"""\
   IF {{condition}} THEN
     RAISE EXCEPTION USING ERRCODE = '{_BUSY}', MESSAGE = 'another {AT_WORK}';
   END IF;"""
+_RELEASED = f"  PERFORM {turn.released(turn.RUN)};"
 _NAME = "budget_engine_verification"
 _PREPARE = f"""
   IF EXISTS (SELECT FROM pg_prepared_statements WHERE name = '{_NAME}') THEN  -- of a message that failed
@@ -269,21 +270,12 @@ class Script:
         """Whether the session has the turn from the first step to the last."""
         return len(self.plan.transactions) > 1 and not self.found.server.pooled
 
-    @property
-    def releases(self) -> str:
-        """The statement that gives back the turn that the session has."""
-        return _OURS.format(tag="guard", does=self._release)
-
-    @property
-    def _release(self) -> str:
-        return f"  PERFORM {self.found.turn.released(turn.RUN)};"
-
     def _guard(self, *, first: bool, last: bool, rehearsed: bool) -> str:
         """Write what takes the turn: in the first step for the session, where that has it until the last one's end."""
         keeps = self.keeps_turn and not rehearsed
         does = _BUSY_IF.format(condition=f"NOT {self.found.turn.taken(turn.RUN, session=first and keeps)}")
         if last and keeps:
-            does += f"\n{self._release}"
+            does += f"\n{_RELEASED}"
         if first:
             does += "" if rehearsed else _NOTED.format(does=_MADE)
             checks = self.found.checks
@@ -413,7 +405,7 @@ def _send(
         reached = message[: error.index + 1]
         if script.keeps_turn and not rehearsed and any(sent.part is Part.GUARD for sent in reached):
             with suppress(StatementError):  # a session that is gone has no turn
-                connection.run([*BEGIN, script.releases, "COMMIT"])
+                connection.run([*BEGIN, _OURS.format(tag="guard", does=_RELEASED), "COMMIT"])
         if error.sqlstate == _BUSY:
             raise errors.BUSY(who=AT_WORK) from error
         raise _failure(reached, error) from error

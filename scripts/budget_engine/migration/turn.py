@@ -30,23 +30,24 @@ class Turn:
 
         session: it lasts as long as the session, else as the transaction.
         """
-        return self._each(f"pg_try_advisory_{'' if session else 'xact_'}lock", what)
-
-    def released(self, what: int) -> str:
-        """Expression that gives back the turn that the session has."""
-        return self._each("pg_advisory_unlock", what)
-
-    def _each(self, function: str, what: int) -> str:
-        """Expression that calls a function of advisory locks, or its shared form, for each schema of the path."""
+        lock = f"pg_try_advisory_{'' if session else 'xact_'}lock"
         return f"""coalesce((
-    SELECT bool_and(CASE WHEN {_among(self.own)} THEN {function}({what}, oid::int4)
-                         ELSE {function}_shared({what}, oid::int4) END)
-    FROM pg_namespace WHERE {_among(self.path)}), {function}({what}, 0))"""
+    SELECT bool_and(CASE WHEN {_among(self.own)} THEN {lock}({what}, oid::int4)
+                         ELSE {lock}_shared({what}, oid::int4) END)
+    FROM pg_namespace WHERE {_among(self.path)}), {lock}({what}, 0))"""
 
     def refused(self) -> str:
         """Condition on a lock of pg_locks: it keeps a run through this search_path from a turn."""
         return f"""locktype = 'advisory' AND objsubid = 2 AND classid = ANY ('{{{RUN},{BUILD}}}'::oid[]) AND objid IN (
     SELECT oid FROM pg_namespace WHERE {_among(self.path)} AND (mode = 'ExclusiveLock' OR {_among(self.own)}))"""
+
+
+def released(what: int) -> str:
+    """Expression that gives back what the session has of a turn: of a lock that it has not, the server's log warns."""
+    return f"""(
+    SELECT count(CASE mode WHEN 'ExclusiveLock' THEN pg_advisory_unlock({what}, objid::int4)
+                           ELSE pg_advisory_unlock_shared({what}, objid::int4) END)
+    FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'advisory' AND objsubid = 2 AND classid = {what})"""
 
 
 def being_built(tables: str) -> str:

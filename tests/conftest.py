@@ -330,8 +330,9 @@ def role_with(db: Db, settings: Mapping[str, str]) -> Iterator[str]:
 
 def postmaster(data: Path) -> int:
     """Return the process id of the server of this data, as its file has it; 0: there is no such file."""
-    file = data / "postmaster.pid"
-    return int(file.read_text().split()[0]) if file.exists() else 0
+    with suppress(FileNotFoundError):
+        return int((data / "postmaster.pid").read_text().split()[0])
+    return 0
 
 
 def place_of_data() -> str:

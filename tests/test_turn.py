@@ -77,6 +77,20 @@ def test_the_turn_to_build_keeps_no_catalog_locked(finished: Db) -> None:
         assert_all([ended(process)])
 
 
+def test_the_turn_of_the_steps_ends_with_the_last_of_them(finished: Db) -> None:
+    """A build may take hours; the steps of others wait for none of it."""
+    finished.execute("DROP TABLE turn_metrics; DROP INDEX idx_slots_type")
+    finished.execute("ALTER TABLE prompt_snapshots DROP budget_report")
+    with holding(finished, "LOCK TABLE slots IN ROW EXCLUSIVE MODE") as holder:
+        process = finished.start("setup")
+        until(lambda: finished.value(BUILDING), process)
+        assert finished.transactions()[-2:] == ["budget_report", "turn_metrics"]
+        turns = finished.rows("SELECT DISTINCT classid::int FROM pg_locks WHERE locktype = 'advisory'")
+        assert turns == [(turn.BUILD,)]
+        holder.rollback()
+        assert_all([ended(process)])
+
+
 @contextmanager
 def making_the_history(db: Db) -> Iterator[psycopg.Connection[Any]]:
     """A run in another schema, which has written its line, and comes to its commit."""
